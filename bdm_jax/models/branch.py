@@ -1,0 +1,106 @@
+"""The BDM branch (arXiv 2309.00952) and the ControlNet it descends from (arXiv 2302.05543).
+
+Both are a UNet encoder whose features leave through 1x1 convolutions that start at zero. A ControlNet also sees a picture;
+the branch sees none: its only news is a text in another language.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bdm_jax.models.conditioning import Conditioning
+from bdm_jax.models.config import BranchConfig, ControlNetConfig, EncoderConfig
+from bdm_jax.models.layers import conv
+from bdm_jax.models.unet import UNetEncoder
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Residuals:
+    """What is added to the backbone between `encode` and `decode`: one tensor per skip, and one for the middle."""
+
+    skips: tuple[jax.Array, ...]
+    mid: jax.Array
+
+    def add_to(self, skips: tuple[jax.Array, ...], mid: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """The backbone's skips and middle with these residuals added."""
+        return tuple(s + r for s, r in zip(skips, self.skips, strict=True)), mid + self.mid
+
+    def scale(self, factor: jax.Array | float) -> "Residuals":
+        """All residuals times `factor`."""
+        return jax.tree.map(lambda r: r * jnp.asarray(factor, r.dtype), self)
+
+    def __add__(self, other: "Residuals") -> "Residuals":
+        return jax.tree.map(jnp.add, self, other)
+
+
+class ResidualEncoder(UNetEncoder):
+    """A UNet encoder with its zero convolutions (diffusers calls them controlnet_down_blocks, controlnet_mid_block)."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        self.controlnet_down_blocks = nnx.List(
+            [conv(width, width, rngs, kernel=1, zero=True) for width in config.skip_channels]
+        )
+        width = config.block_out_channels[-1]
+        self.controlnet_mid_block = conv(width, width, rngs, kernel=1, zero=True)
+
+    def residuals(self, latents, t, cond, hint=None) -> Residuals:
+        """Noisy latents (B,H,W,C), timesteps (B,), text, perhaps an embedded hint -> residuals."""
+        skips, mid = self.encode(latents, t, cond, hint)
+        skips = tuple(zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips, strict=True))
+        return Residuals(skips, self.controlnet_mid_block(mid))
+
+
+class Branch(ResidualEncoder):
+    """The trainable half of a Bridge Diffusion Model."""
+
+    config: BranchConfig
+
+    def __call__(self, latents: jax.Array, t: jax.Array, cond: Conditioning) -> Residuals:
+        return self.residuals(latents, t, cond)
+
+
+class HintEmbedding(nnx.Module):
+    """A ControlNet's picture (B, 2^k H, 2^k W, 3) in [0, 1] -> (B, H, W, width of the first level); k strides of two."""
+
+    def __init__(self, config: ControlNetConfig, rngs: nnx.Rngs):
+        widths = config.conditioning_embedding_out_channels
+        self.conv_in = conv(config.conditioning_channels, widths[0], rngs)
+        self.blocks = nnx.List([])
+        for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+            self.blocks.append(conv(narrow, narrow, rngs))
+            self.blocks.append(conv(narrow, wide, rngs, stride=2))
+        self.conv_out = conv(widths[-1], config.block_out_channels[0], rngs, zero=True)
+
+    def __call__(self, hint):
+        x = jax.nn.silu(self.conv_in(hint))
+        for block in self.blocks:
+            x = jax.nn.silu(block(x))
+        return self.conv_out(x)
+
+
+class ControlNet(ResidualEncoder):
+    """A stock ControlNet: reads the backbone's own text and a picture."""
+
+    config: ControlNetConfig
+
+    def __init__(self, config: ControlNetConfig, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        self.controlnet_cond_embedding = HintEmbedding(config, rngs)
+
+    def __call__(self, latents: jax.Array, t: jax.Array, cond: Conditioning, hint: jax.Array) -> Residuals:
+        return self.residuals(latents, t, cond, self.controlnet_cond_embedding(hint.astype(latents.dtype)))
+
+
+def init_branch_from_unet(branch: dict[str, jax.Array], unet: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Start a branch (or ControlNet) from a backbone: every tensor of the same name and shape is copied.
+
+    What stays fresh are the zero convolutions and, where the text widths differ, attn2.to_k and attn2.to_v (14 tensors at SD1.5's
+    sizes), which read the other language's states. The zero convolutions make that safe at step 0.
+    """
+    return {
+        path: unet[path] if path in unet and unet[path].shape == value.shape else value for path, value in branch.items()
+    }

@@ -1,0 +1,264 @@
+"""Sizes of the networks: frozen dataclasses whose fields carry the names of diffusers' and transformers' config.json.
+
+`to_json` writes what `from_pretrained` of those libraries reads; `from_json` reads what they write and refuses, by name, a
+value that these networks do not implement.
+"""
+
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """What the backbone, the branch and a ControlNet have in common: the first half of a Stable-Diffusion UNet."""
+
+    in_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    layers_per_block: int = 2
+    num_heads: int = 8
+    cross_attention_dim: int = 768
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if len(self.attention_levels) != len(self.block_out_channels):
+            raise ValueError(
+                f"attention_levels has {len(self.attention_levels)} entries, "
+                f"block_out_channels has {len(self.block_out_channels)}: they must agree"
+            )
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups or channels % self.num_heads:
+                raise ValueError(
+                    f"block_out_channels: {channels} must be a multiple of norm_num_groups ({self.norm_num_groups}) "
+                    f"and of the number of attention heads ({self.num_heads})"
+                )
+
+    @property
+    def levels(self) -> int:
+        """Number of resolutions."""
+        return len(self.block_out_channels)
+
+    @property
+    def time_embed_dim(self) -> int:
+        """Width of the time embedding after its two layers."""
+        return 4 * self.block_out_channels[0]
+
+    @property
+    def skip_channels(self) -> tuple[int, ...]:
+        """Channels of the skip tensors, in the order in which the encoder makes them."""
+        channels = [self.block_out_channels[0]]
+        for level, width in enumerate(self.block_out_channels):
+            channels += [width] * (self.layers_per_block + (level < self.levels - 1))
+        return tuple(channels)
+
+
+@dataclass(frozen=True)
+class UNetConfig(EncoderConfig):
+    """The backbone: a Stable-Diffusion UNet. `sample_size` is the latents' side it was trained at."""
+
+    out_channels: int = 4
+    sample_size: int = 64
+
+
+@dataclass(frozen=True)
+class BranchConfig(EncoderConfig):
+    """The BDM branch: a UNet encoder with zero convolutions, reading another language's text states."""
+
+    cross_attention_dim: int = 1024
+
+
+@dataclass(frozen=True)
+class ControlNetConfig(EncoderConfig):
+    """A stock ControlNet: the branch plus a hint embedding. `hint_channels` are the widths of the hint's layers."""
+
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
+    conditioning_channels: int = 3
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """AutoencoderKL. `scaling_factor` takes its latents to the unit-variance space in which diffusion happens."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 512
+    scaling_factor: float = 0.18215
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, on each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """CLIP's text tower (causal, pre-norm)."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    bos_token_id: int = 49406
+    eos_token_id: int = 49407
+    pad_token_id: int = 49407
+
+
+@dataclass(frozen=True)
+class RobertaConfig:
+    """The text tower of Chinese-CLIP: a BERT encoder without pooler (post-norm, bidirectional)."""
+
+    vocab_size: int = 21128
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+
+
+Config = UNetConfig | BranchConfig | ControlNetConfig | VAEConfig | CLIPTextConfig | RobertaConfig
+
+SD15_UNET = UNetConfig()
+SD15_VAE = VAEConfig()
+CLIP_L_TEXT = CLIPTextConfig()
+CHINESE_CLIP_H_TEXT = RobertaConfig()
+BDM_BRANCH = BranchConfig()
+SD15_CONTROLNET = ControlNetConfig()
+
+# Values that config.json may carry and that the networks here take for granted: (key, accepted values).
+_ENCODER_TAKEN_FOR_GRANTED = {
+    "act_fn": ("silu",),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "downsample_padding": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "mid_block_scale_factor": (1,),
+    "center_input_sample": (False,),
+    "only_cross_attention": (False,),
+    "use_linear_projection": (False,),
+    "dual_cross_attention": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "transformer_layers_per_block": (1,),
+    "class_embed_type": (None,),
+    "addition_embed_type": (None,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "num_class_embeds": (None,),
+    "time_embedding_type": ("positional",),
+    "time_cond_proj_dim": (None,),
+    "controlnet_conditioning_channel_order": ("rgb",),
+    "global_pool_conditions": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+}
+_VAE_TAKEN_FOR_GRANTED = {
+    "act_fn": ("silu",),
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
+    "mid_block_add_attention": (True,),
+    "shift_factor": (None,),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+}
+_TEXT_TAKEN_FOR_GRANTED = {"position_embedding_type": ("absolute",)}
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The config.json of diffusers or transformers for this config."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    if isinstance(config, EncoderConfig):
+        return _encoder_to_json(config, values)
+    if isinstance(config, VAEConfig):
+        levels = config.levels if hasattr(config, "levels") else len(config.block_out_channels)
+        return {
+            "_class_name": "AutoencoderKL",
+            **values,
+            "act_fn": "silu",
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+        }
+    if isinstance(config, CLIPTextConfig):
+        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **values}
+    granted = {"hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return {"architectures": ["ChineseCLIPTextModel"], "model_type": "chinese_clip_text_model", **values, **granted}
+
+
+def from_json(values: dict[str, Any]) -> Config:
+    """The config that a config.json describes.
+
+    Raises:
+        ValueError: an unknown class, or a setting that these networks do not implement (named).
+    """
+    name = values.get("_class_name") or values.get("model_type")
+    if name == "UNet2DConditionModel":
+        return _encoder_from_json(UNetConfig, values)
+    if name == "ControlNetModel":
+        return _encoder_from_json(BranchConfig if values.get("bdm_branch") else ControlNetConfig, values)
+    if name == "AutoencoderKL":
+        _check(values, _VAE_TAKEN_FOR_GRANTED)
+        return _pick(VAEConfig, values)
+    if name in ("clip_text_model", "clip"):
+        values = values.get("text_config") if name == "clip" else values
+        return _pick(CLIPTextConfig, values)
+    if name in ("chinese_clip_text_model", "chinese_clip", "bert"):
+        values = values.get("text_config") if name == "chinese_clip" else values
+        _check({**values, "hidden_act": values.get("hidden_act", "gelu")}, _TEXT_TAKEN_FOR_GRANTED | {"hidden_act": ("gelu",)})
+        return _pick(RobertaConfig, values)
+    raise ValueError(f"config.json: {name!r} is not a network this library has")
+
+
+def _encoder_to_json(config: EncoderConfig, values: dict[str, Any]) -> dict[str, Any]:
+    attention = values.pop("attention_levels")
+    values["attention_head_dim"] = values.pop("num_heads")  # diffusers' name for the number of heads
+    values["down_block_types"] = ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention]
+    granted = {
+        "act_fn": "silu",
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "downsample_padding": 1,
+    }
+    if isinstance(config, UNetConfig):
+        values["up_block_types"] = ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)]
+        return {"_class_name": "UNet2DConditionModel", **values, **granted}
+    if isinstance(config, BranchConfig):
+        values["bdm_branch"] = True
+    return {"_class_name": "ControlNetModel", **values, **granted}
+
+
+def _encoder_from_json(cls: type, values: dict[str, Any]):
+    _check(values, _ENCODER_TAKEN_FOR_GRANTED)
+    types = values.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
+    for block in types:
+        if block not in ("CrossAttnDownBlock2D", "DownBlock2D"):
+            raise ValueError(f"config.json: down_block_types holds {block!r}, which is not implemented")
+    heads = values.get("num_attention_heads") or values.get("attention_head_dim", 8)
+    if not isinstance(heads, int):
+        raise ValueError(f"config.json: attention_head_dim={heads!r}: one number of heads for all levels is implemented")
+    return _pick(cls, {**values, "attention_levels": [t == "CrossAttnDownBlock2D" for t in types], "num_heads": heads})
+
+
+def _check(values: dict[str, Any], taken_for_granted: dict[str, tuple]) -> None:
+    for key, accepted in taken_for_granted.items():
+        if key in values and values[key] not in accepted:
+            raise ValueError(f"config.json: {key}={values[key]!r} is not implemented (only {accepted[0]!r})")
+
+
+def _pick(cls: type, values: dict[str, Any]):
+    chosen = {}
+    for f in fields(cls):
+        value = values.get(f.name, MISSING)
+        if value is not MISSING and value is not None:
+            chosen[f.name] = tuple(value) if isinstance(value, list) else value
+    return cls(**chosen)

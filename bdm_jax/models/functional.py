@@ -1,0 +1,88 @@
+"""Networks as `(config, params)` and pure functions: the only file that touches nnx.split and nnx.merge.
+
+Parameters are a flat dict: dotted path -> array. A path equals the diffusers or transformers key, with kernel, scale or
+embedding in place of weight.
+"""
+
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from bdm_jax.models.branch import Branch, ControlNet
+from bdm_jax.models.clip import CLIPText
+from bdm_jax.models.config import (
+    BranchConfig,
+    CLIPTextConfig,
+    Config,
+    ControlNetConfig,
+    RobertaConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from bdm_jax.models.roberta import Roberta
+from bdm_jax.models.unet import UNet
+from bdm_jax.models.vae import VAE
+
+Params = dict[str, jax.Array]
+
+_NETWORKS = {
+    UNetConfig: UNet,
+    BranchConfig: Branch,
+    ControlNetConfig: ControlNet,
+    VAEConfig: VAE,
+    CLIPTextConfig: CLIPText,
+    RobertaConfig: Roberta,
+}
+
+
+def init(config: Config, seed: int) -> Params:
+    """Fresh fp32 parameters; the same for the same seed, on any device."""
+
+    def create(key):
+        return _flatten(nnx.split(_NETWORKS[type(config)](config, nnx.Rngs(key)))[1])
+
+    return jax.jit(create)(jax.random.key(seed))
+
+
+def abstract(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape and dtype of every parameter; nothing is allocated."""
+    return {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, dtype) in _structure(config)[1].items()}
+
+
+def bind(config: Config, params: Params) -> nnx.Module:
+    """The network with these parameters, to be called inside a pure function.
+
+    Raises:
+        KeyError: a parameter is missing (named).
+    """
+    graph, shapes, paths = _structure(config)
+    if missing := [path for path in shapes if path not in params]:
+        raise KeyError(f"{type(config).__name__}: missing parameters {missing[:3]} ({len(missing)} in all)")
+    state = nnx.State.from_flat_path({key: nnx.Param(params[path]) for path, key in paths.items()})
+    return nnx.merge(graph, state)
+
+
+def cast(params: Params, dtype: jnp.dtype) -> Params:
+    """The parameters in another floating-point type."""
+    return {path: value.astype(dtype) for path, value in params.items()}
+
+
+def count(params: Params) -> int:
+    """Number of parameters."""
+    return sum(int(np.prod(value.shape)) for value in params.values())
+
+
+@lru_cache(maxsize=32)
+def _structure(config: Config):
+    network = nnx.eval_shape(lambda: _NETWORKS[type(config)](config, nnx.Rngs(0)))
+    graph, state = nnx.split(network)
+    leaves = {".".join(map(str, key)): (key, leaf) for key, leaf in nnx.to_flat_state(state)}
+    shapes = {path: (leaf.get_value().shape, leaf.get_value().dtype) for path, (_, leaf) in sorted(leaves.items())}
+    return graph, shapes, {path: key for path, (key, _) in leaves.items()}
+
+
+def _flatten(state: nnx.State) -> Params:
+    return {".".join(map(str, key)): leaf.get_value() for key, leaf in sorted(nnx.to_flat_state(state), key=str)}

@@ -1,0 +1,150 @@
+"""The Stable-Diffusion UNet, in two separate calls: `encode` and `decode` (Rombach et al. 2022; diffusers' UNet2DConditionModel).
+
+Whatever is added to the skips and to the middle (the BDM branch, ControlNets) is added between the two calls.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bdm_jax.models.conditioning import Conditioning
+from bdm_jax.models.config import EncoderConfig, UNetConfig
+from bdm_jax.models.layers import (
+    Downsample,
+    ResnetBlock,
+    TimeEmbedding,
+    Transformer2D,
+    Upsample,
+    conv,
+    timestep_embedding,
+)
+
+
+class Block(nnx.Module):
+    """Resnets, each followed by a transformer where the level has attention; then perhaps one change of resolution."""
+
+    def __init__(self, config: EncoderConfig, inputs: list[int], outputs: int, attention: bool, rngs: nnx.Rngs):
+        self.resnets = nnx.List(
+            [
+                ResnetBlock(i, outputs, config.norm_num_groups, config.norm_eps, rngs, config.time_embed_dim)
+                for i in inputs
+            ]
+        )
+        if attention:
+            self.attentions = nnx.List([_transformer(config, outputs, rngs) for _ in inputs])
+
+    def layer(self, index: int, x: jax.Array, temb: jax.Array, cond: Conditioning) -> jax.Array:
+        """Layer `index`: (B,H,W,I) -> (B,H,W,O)."""
+        x = self.resnets[index](x, temb)
+        return self.attentions[index](x, cond) if hasattr(self, "attentions") else x
+
+
+class MidBlock(nnx.Module):
+    """Resnet, transformer, resnet at the lowest resolution."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        width = config.block_out_channels[-1]
+        self.resnets = nnx.List(
+            [
+                ResnetBlock(width, width, config.norm_num_groups, config.norm_eps, rngs, config.time_embed_dim)
+                for _ in range(2)
+            ]
+        )
+        self.attentions = nnx.List([_transformer(config, width, rngs)])
+
+    def __call__(self, x, temb, cond):
+        x = self.attentions[0](self.resnets[0](x, temb), cond)
+        return self.resnets[1](x, temb)
+
+
+def _transformer(config: EncoderConfig, width: int, rngs: nnx.Rngs) -> Transformer2D:
+    return Transformer2D(width, config.num_heads, config.cross_attention_dim, config.norm_num_groups, rngs)
+
+
+class UNetEncoder(nnx.Module):
+    """The first half, shared by the backbone, the branch and ControlNets."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        self.config = config
+        widths = config.block_out_channels
+        self.conv_in = conv(config.in_channels, widths[0], rngs)
+        self.time_embedding = TimeEmbedding(widths[0], config.time_embed_dim, rngs)
+        self.down_blocks = nnx.List([])
+        previous = widths[0]
+        for level, width in enumerate(widths):
+            inputs = [previous] + [width] * (config.layers_per_block - 1)
+            block = Block(config, inputs, width, config.attention_levels[level], rngs)
+            if level < config.levels - 1:
+                block.downsamplers = nnx.List([Downsample(width, rngs)])
+            self.down_blocks.append(block)
+            previous = width
+        self.mid_block = MidBlock(config, rngs)
+
+    def embed_time(self, t: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Timesteps (B,) -> (B, 4 * block_out_channels[0])."""
+        return self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).astype(dtype))
+
+    def encode(
+        self, latents: jax.Array, t: jax.Array, cond: Conditioning, hint: jax.Array | None = None
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """Noisy latents (B,H,W,C) at timesteps t (B,) -> (skip tensors in the order they are made, output of the middle).
+
+        `hint`, already embedded to the width of the first level, is added after the first convolution (ControlNet).
+        """
+        temb = self.embed_time(t, latents.dtype)
+        x = self.conv_in(latents)
+        if hint is not None:
+            x += hint
+        skips = [x]
+        for block in self.down_blocks:
+            for index in range(len(block.resnets)):
+                x = block.layer(index, x, temb, cond)
+                skips.append(x)
+            if hasattr(block, "downsamplers"):
+                x = block.downsamplers[0](x)
+                skips.append(x)
+        return tuple(skips), self.mid_block(x, temb, cond)
+
+
+class UNet(UNetEncoder):
+    """The whole backbone. Parameter paths equal diffusers' keys."""
+
+    config: UNetConfig
+
+    def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        widths = config.block_out_channels
+        skips = list(config.skip_channels)
+        self.up_blocks = nnx.List([])
+        previous = widths[-1]
+        for level in reversed(range(config.levels)):
+            inputs = []
+            for _ in range(config.layers_per_block + 1):
+                inputs.append(previous + skips.pop())
+                previous = widths[level]
+            block = Block(config, inputs, widths[level], config.attention_levels[level], rngs)
+            if level > 0:
+                block.upsamplers = nnx.List([Upsample(widths[level], rngs)])
+            self.up_blocks.append(block)
+        self.conv_norm_out = nnx.GroupNorm(widths[0], config.norm_num_groups, epsilon=config.norm_eps, rngs=rngs)
+        self.conv_out = conv(widths[0], config.out_channels, rngs)
+
+    def decode(
+        self, skips: tuple[jax.Array, ...], mid: jax.Array, t: jax.Array, cond: Conditioning
+    ) -> jax.Array:
+        """What `encode` returned (with residuals added, where there are any) -> prediction (B,H,W,C)."""
+        temb = self.embed_time(t, mid.dtype)
+        skips = list(skips)
+        x = mid
+        for block in self.up_blocks:
+            for index in range(len(block.resnets)):
+                x = block.layer(index, jnp.concatenate([x, skips.pop()], axis=-1), temb, cond)
+            if hasattr(block, "upsamplers"):
+                x = block.upsamplers[0](x, skips[-1].shape[1:3])
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+    def __call__(self, latents, t, cond, residuals=None):
+        skips, mid = self.encode(latents, t, cond)
+        if residuals is not None:
+            skips, mid = residuals.add_to(skips, mid)
+        return self.decode(skips, mid, t, cond)
