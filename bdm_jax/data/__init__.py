@@ -1,0 +1,1 @@
+"""Record sources, captions and the bundled bilingual emoji set."""

@@ -1,0 +1,162 @@
+"""Emoji artwork joined with its Chinese and English names: npm packages on disk -> records with PNG bytes.
+
+Art: the icon sets of iconify (`icons.json` + `chars.json`). Words: the annotations of Unicode CLDR, base and derived.
+They are joined by code points, without U+FE0F and without skin tones. The output is the same byte for byte
+for the same packages and the same versions of resvg-py and Pillow.
+"""
+
+import io
+import json
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from bdm_jax.errors import UserError
+
+STYLES = {
+    "fluent": "@iconify-json/fluent-emoji-flat",
+    "noto": "@iconify-json/noto",
+    "twemoji": "@iconify-json/twemoji",
+}
+WORDS = ("cldr-annotations-derived-full", "cldr-annotations-full")
+VERSIONS = {
+    "@iconify-json/fluent-emoji-flat": "1.2.6",
+    "@iconify-json/noto": "1.2.9",
+    "@iconify-json/twemoji": "1.2.5",
+    "cldr-annotations-derived-full": "48.2.0",
+    "cldr-annotations-full": "48.2.0",
+}
+SIZE = 128
+ZH_ONLY_FILE = Path(__file__).with_name("zh_only.txt")
+_SKIN_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
+_LOSSLESS_TO_THE_EYE = 48.0
+
+
+def records(packages: Path, styles: tuple[str, ...] = tuple(STYLES), size: int = SIZE) -> Iterator[dict]:
+    """All records of the set, sorted by (style, id).
+
+    Args:
+        packages: folder with the unpacked npm packages of `VERSIONS`, laid out as npm's `node_modules`.
+        styles: names out of `STYLES`.
+        size: side of the square pictures in pixels.
+
+    Yields:
+        dict with `image` (PNG bytes, RGB over white), `id` (hex code points joined by "-"), `character`, `style`,
+        `zh`, `en` (names), `zh_keywords`, `en_keywords` (list of str, without the name), `zh_only` (bool).
+
+    Raises:
+        UserError: a package is missing or does not hold what is expected.
+    """
+    zh, en = annotations(packages, "zh"), annotations(packages, "en")
+    zh_only = {character for character, _, _ in zh_only_concepts()}
+    for style in sorted(styles):
+        icons = _icons(packages, STYLES[style])
+        concepts = sorted((concept_id(c), c) for c in icons if c in zh and c in en and not _SKIN_TONES & set(c))
+        for id_, character in concepts:
+            (zh_name, zh_keywords), (en_name, en_keywords) = zh[character], en[character]
+            yield {
+                "image": encode_png(rasterise(icons[character], size)),
+                "id": id_,
+                "character": character,
+                "style": style,
+                "zh": zh_name,
+                "en": en_name,
+                "zh_keywords": zh_keywords,
+                "en_keywords": en_keywords,
+                "zh_only": character in zh_only,
+            }
+
+
+def zh_only_concepts() -> list[tuple[str, str, str]]:
+    """The (character, Chinese name, English name) rows of zh_only.txt."""
+    lines = ZH_ONLY_FILE.read_text(encoding="utf-8").splitlines()
+    return [tuple(line.split("\t")) for line in lines if line and not line.startswith("#")]
+
+
+def concept_id(character: str) -> str:
+    """Hex code points joined by "-", without U+FE0F: "🏮" -> "1f3ee"."""
+    return "-".join(f"{ord(c):x}" for c in character if c != "\ufe0f")
+
+
+def annotations(packages: Path, language: str) -> dict[str, tuple[str, list[str]]]:
+    """Character (without U+FE0F) -> (name, keywords without the name) from both CLDR packages."""
+    words = {}
+    for package, key in zip(WORDS, ("annotationsDerived", "annotations"), strict=True):
+        table = _read_json(packages, package, f"{key}/{language}/annotations.json")[key]["annotations"]
+        for character, entry in table.items():
+            if "tts" in entry:
+                name = _clean(entry["tts"][0])
+                keywords = dict.fromkeys(map(_clean, entry.get("default", [])))
+                words[character.replace("\ufe0f", "")] = (name, [k for k in keywords if k != name])
+    return words
+
+
+def rasterise(svg: str, size: int) -> np.ndarray:
+    """SVG text -> uint8 (size, size, 3) over white."""
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise UserError("rendering needs the package resvg-py: pip install resvg-py") from error
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
+    picture = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
+    if picture.shape != (size, size, 3):
+        raise UserError(f"resvg drew {picture.shape} instead of {(size, size, 3)}; the icon is not square")
+    return picture
+
+
+def encode_png(picture: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) -> small PNG bytes: a palette of 256 colours where the eye sees no difference, else RGB."""
+    image = Image.fromarray(picture)
+    palette = _exact_palette(image) or image.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1, dither=0)
+    chosen = palette if _psnr(picture, np.asarray(palette.convert("RGB"))) >= _LOSSLESS_TO_THE_EYE else image
+    out = io.BytesIO()
+    chosen.save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def _icons(packages: Path, package: str) -> dict[str, str]:
+    """Character (without U+FE0F) -> SVG text."""
+    collection = _read_json(packages, package, "icons.json")
+    icons = {}
+    for code, name in sorted(_read_json(packages, package, "chars.json").items()):
+        icon = collection["icons"].get(name)
+        character = "".join(chr(int(c, 16)) for c in code.split("-") if c != "fe0f")
+        if icon is not None:
+            width, height = (icon.get(side, collection.get(side, 16)) for side in ("width", "height"))
+            side = max(width, height)
+            view = f"{(width - side) / 2:g} {(height - side) / 2:g} {side} {side}"
+            icons[character] = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{view}">{icon["body"]}</svg>'
+    return icons
+
+
+def _read_json(packages: Path, package: str, name: str) -> dict:
+    path = packages / package / name
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run `npm install {package}@{VERSIONS[package]}` there, or leave --packages out")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _clean(text: str) -> str:
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def _exact_palette(image: Image.Image) -> Image.Image | None:
+    """The image with a palette of exactly its own colours, where it has at most 256."""
+    colours = image.getcolors(256)
+    if colours is None:
+        return None
+    table = sorted(colour for _, colour in colours)
+    index = {colour: i for i, colour in enumerate(table)}
+    pixels = np.asarray(image).reshape(-1, 3)
+    palette = Image.new("P", image.size)
+    palette.putpalette([channel for colour in table for channel in colour])
+    palette.putdata([index[tuple(pixel)] for pixel in pixels.tolist()])
+    return palette
+
+
+def _psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = np.mean((a.astype(np.float64) - b) ** 2)
+    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)

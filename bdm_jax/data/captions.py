@@ -1,0 +1,67 @@
+"""Captions out of names and keywords, and which records each language may learn from."""
+
+import numpy as np
+
+from bdm_jax.data.records import Source
+from bdm_jax.errors import UserError
+
+LANGUAGES = ("zh", "en")
+STYLE_PHRASES = {
+    "fluent": {"zh": "扁平插画", "en": "flat illustration"},
+    "noto": {"zh": "立体插画", "en": "shaded illustration"},
+    "twemoji": {"zh": "简洁图标", "en": "simple icon"},
+}
+_SEPARATORS = {"zh": "，", "en": ", "}
+_KEYWORDS_AT_MOST = 2
+
+
+def caption(record: dict, language: str, rng: np.random.Generator, style: bool = False) -> str:
+    """One caption of a record: half of the time its name, else its name and one or two of its keywords.
+
+    Args:
+        record: as read by `records.open_source`, with `zh`, `en`, `zh_keywords`, `en_keywords`, `style`.
+        language: "zh" or "en".
+        rng: source of the choice.
+        style: append the phrase of the record's art style, for training on several styles at once.
+    """
+    _check_language(language)
+    parts = [record[language]]
+    keywords = record[f"{language}_keywords"]
+    if len(keywords) and rng.random() < 0.5:
+        count = min(len(keywords), int(rng.integers(1, _KEYWORDS_AT_MOST + 1)))
+        parts += [keywords[i] for i in rng.permutation(len(keywords))[:count]]
+    if style:
+        parts.append(STYLE_PHRASES[record["style"]][language])
+    return _SEPARATORS[language].join(parts)
+
+
+def concepts(
+    source: Source, style: str | None = None, *, language: str, include_zh_only: bool | None = None
+) -> np.ndarray:
+    """Indices (int64, ascending) of the records that training in a language may see.
+
+    Args:
+        source: records with `style` and `zh_only`.
+        style: only this art style; None for all.
+        language: "zh" or "en".
+        include_zh_only: also the concepts of Chinese culture; default: in Chinese yes, in English no.
+
+    Raises:
+        UserError: English asked for with `include_zh_only`, an unknown language or style.
+    """
+    _check_language(language)
+    if include_zh_only is None:
+        include_zh_only = language == "zh"
+    if language == "en" and include_zh_only:
+        raise UserError("English training must not see the zh_only concepts: leave include_zh_only out")
+    rows = [(i, record["style"], record["zh_only"]) for i, record in enumerate(map(source.__getitem__, range(len(source))))]
+    styles = sorted({row_style for _, row_style, _ in rows})
+    if style is not None and style not in styles:
+        raise UserError(f"unknown style {style!r}; the set has {', '.join(styles)}")
+    chosen = [i for i, row_style, zh_only in rows if style in (None, row_style) and (include_zh_only or not zh_only)]
+    return np.asarray(chosen, np.int64)
+
+
+def _check_language(language: str) -> None:
+    if language not in LANGUAGES:
+        raise UserError(f"unknown language {language!r}; choose {' or '.join(LANGUAGES)}")
