@@ -32,7 +32,9 @@ VERSIONS = {
 SIZE = 128
 ZH_ONLY_FILE = Path(__file__).with_name("zh_only.txt")
 _SKIN_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
-_LOSSLESS_TO_THE_EYE = 48.0
+_LOSSLESS_TO_THE_EYE = 48.0  # dB
+_COMMON_FORMS = str.maketrans("“”龇", "\"\"呲")
+_RARE = frozenset("唵噘恹嗮搋犟")  # not in Chinese-CLIP's vocabulary: keywords with them are left out
 
 
 def records(packages: Path, styles: tuple[str, ...] = tuple(STYLES), size: int = SIZE) -> Iterator[dict]:
@@ -90,7 +92,8 @@ def annotations(packages: Path, language: str) -> dict[str, tuple[str, list[str]
             if "tts" in entry:
                 name = _clean(entry["tts"][0])
                 keywords = dict.fromkeys(map(_clean, entry.get("default", [])))
-                words[character.replace("\ufe0f", "")] = (name, [k for k in keywords if k != name])
+                kept = [keyword for keyword in keywords if keyword != name and not _RARE & set(keyword)]
+                words[character.replace("\ufe0f", "")] = (name, kept)
     return words
 
 
@@ -135,12 +138,14 @@ def _icons(packages: Path, package: str) -> dict[str, str]:
 def _read_json(packages: Path, package: str, name: str) -> dict:
     path = packages / package / name
     if not path.is_file():
-        raise UserError(f"{path} is missing: run `npm install {package}@{VERSIONS[package]}` there, or leave --packages out")
+        wanted = f"{package}@{VERSIONS[package]}"
+        raise UserError(f"{path} is missing: run `npm install {wanted}` there, or leave --packages out")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _clean(text: str) -> str:
-    return unicodedata.normalize("NFC", text).strip()
+    """NFC, straight quotation marks (as Chinese-CLIP was trained with), common forms of rare characters."""
+    return unicodedata.normalize("NFC", text).translate(_COMMON_FORMS).strip()
 
 
 def _exact_palette(image: Image.Image) -> Image.Image | None:

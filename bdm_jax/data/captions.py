@@ -54,7 +54,8 @@ def concepts(
         include_zh_only = language == "zh"
     if language == "en" and include_zh_only:
         raise UserError("English training must not see the zh_only concepts: leave include_zh_only out")
-    rows = [(i, record["style"], record["zh_only"]) for i, record in enumerate(map(source.__getitem__, range(len(source))))]
+    every = (source[i] for i in range(len(source)))
+    rows = [(i, record["style"], record["zh_only"]) for i, record in enumerate(every)]
     styles = sorted({row_style for _, row_style, _ in rows})
     if style is not None and style not in styles:
         raise UserError(f"unknown style {style!r}; the set has {', '.join(styles)}")

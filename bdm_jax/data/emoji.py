@@ -29,7 +29,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
                 "en": tfds.features.Text(doc="English name"),
                 "zh_keywords": tfds.features.Sequence(tfds.features.Text()),
                 "en_keywords": tfds.features.Sequence(tfds.features.Text()),
-                "zh_only": tfds.features.Scalar(np.bool_, doc="a concept of Chinese culture, kept from English training"),
+                "zh_only": tfds.features.Scalar(np.bool_, doc="concept of Chinese culture, not for English training"),
             }
         )
         return tfds.core.DatasetInfo(
@@ -45,5 +45,4 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples(dl_manager.manual_dir)}
 
     def _generate_examples(self, packages):
-        for position, record in enumerate(artwork.records(packages)):
-            yield position, record
+        yield from enumerate(artwork.records(packages))

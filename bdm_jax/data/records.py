@@ -61,7 +61,7 @@ def open_source(folder: str | Path, split: str = "train") -> RecordSource:
     try:
         data = builder.as_data_source(split=split, decoders=decoders)
     except NotImplementedError as error:
-        raise UserError(f"{folder} is not stored as array_record: prepare it with file_format='array_record'") from error
+        raise UserError(f"{folder} is not array_record: prepare it with file_format='array_record'") from error
     return RecordSource(folder, split, data, images)
 
 
@@ -81,7 +81,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, name: str = "image")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 if image.width * image.height > max_pixels:
-                    raise UserError(f"{name}: {image.width} x {image.height} pixels, more than the limit of {max_pixels}")
+                    raise UserError(f"{name}: {image.width} x {image.height} pixels exceed the limit of {max_pixels}")
                 return np.array(_over_white(image))
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{name}: the image cannot be read ({error})") from error
@@ -106,7 +106,7 @@ def make_loader(
 ) -> "Loader":
     """Endless shuffled batches over `indices` of `source`, the same on every machine and after every restart.
 
-    The order is a fresh permutation per epoch, made from `seed`. Batches run across the ends of epochs, so every one is full.
+    The order is a fresh permutation per epoch, made from `seed`. Batches run across the ends of epochs: all are full.
     Sample number p of the run goes through `transform(record, rng)`, whose generator depends only on (seed, p).
     With several processes, process i gets samples i, i + count, i + 2 count, ... of each global batch.
 

@@ -1,4 +1,4 @@
-"""Make the bundled emoji set again: `python -m bdm_jax.data.render_emoji [--packages node_modules] [--out assets/emoji]`."""
+"""Make the bundled emoji set again: `python -m bdm_jax.data.render_emoji [--packages node_modules] [--out DIR]`."""
 
 import argparse
 import collections
@@ -19,7 +19,7 @@ from bdm_jax.paths import EMOJI
 def main(argv: list[str] | None = None) -> int:
     """Fetch the packages unless they are given, render, replace the prepared files in `--out`, print the counts."""
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("--packages", type=Path, help="a node_modules folder with the packages (default: npm fetches them)")
+    parser.add_argument("--packages", type=Path, help="node_modules folder with the packages (default: npm fetches)")
     parser.add_argument("--out", type=Path, default=EMOJI, help="folder of the prepared set (default: %(default)s)")
     arguments = parser.parse_args(argv)
     try:
@@ -71,7 +71,8 @@ def summary(folder: Path) -> str:
     shared = sum(count >= 2 for count in per_concept.values())
     megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     lines = [f"{style}: {count} pictures" for style, count in sorted(styles.items())]
-    lines += [f"{len(per_concept)} concepts, {shared} in at least two styles, {len(zh_only)} zh_only; {megabytes:.1f} MB"]
+    lines.append(f"{len(per_concept)} concepts, {shared} in at least two styles, {len(zh_only)} zh_only")
+    lines.append(f"{megabytes:.1f} MB")
     return "\n".join(lines)
 
 
