@@ -1,0 +1,1 @@
+"""From prompts to `Conditioning`: tokenizers, windows for long prompts, text towers."""
