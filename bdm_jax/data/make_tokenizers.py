@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bpe", type=Path, help=f"CLIP's {Path(BPE[1]).name} (default: from {BPE[0]})")
     parser.add_argument("--vocab", type=Path, help=f"Chinese-CLIP's vocab.txt (default: from {VOCAB[0]})")
     parser.add_argument("--out", type=Path, default=TOKENIZERS, help="default: %(default)s")
-    parser.add_argument("--merges", type=int, default=MERGES, help="CLIP merges to keep of 48894 (default: %(default)s)")
+    parser.add_argument("--merges", type=int, default=MERGES, help="CLIP merges to keep (default: %(default)s)")
     arguments = parser.parse_args(argv)
     try:
         bpe = _checked(arguments.bpe or _in_package(*BPE), BPE_SHA256)
