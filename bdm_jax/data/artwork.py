@@ -33,7 +33,7 @@ SIZE = 128
 ZH_ONLY_FILE = Path(__file__).with_name("zh_only.txt")
 _SKIN_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
 _LOSSLESS_TO_THE_EYE = 48.0  # dB
-_COMMON_FORMS = str.maketrans("“”龇", "\"\"呲")
+_COMMON_FORMS = str.maketrans("“”龇", '""呲')
 _RARE = frozenset("唵噘恹嗮搋犟")  # not in Chinese-CLIP's vocabulary: keywords with them are left out
 
 

@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from tensorflow_datasets.proto import tf_example_pb2
 
 from bdm_jax.data import artwork, records
 from bdm_jax.data.emoji import Emoji
@@ -55,7 +57,18 @@ def build(packages: Path, out: Path, work: Path) -> None:
     for stale in [*out.glob("emoji-train.array_record*"), out / "dataset_info.json", out / "features.json"]:
         stale.unlink(missing_ok=True)
     for path in sorted(Path(builder.data_dir).iterdir()):
-        shutil.copyfile(path, out / path.name)
+        copy = _copy_records if ".array_record" in path.name else shutil.copyfile
+        copy(path, out / path.name)
+
+
+def _copy_records(path: Path, to: Path) -> None:
+    """Copy with the keys of every record in order: TFDS writes them as the hash table has them, other in every run."""
+    reader = array_record_module.ArrayRecordReader(str(path))
+    writer = array_record_module.ArrayRecordWriter(str(to), "group_size:1")
+    for example in map(tf_example_pb2.Example.FromString, reader.read_all()):
+        writer.write(example.SerializeToString(deterministic=True))
+    writer.close()
+    reader.close()
 
 
 def summary(folder: Path) -> str:
