@@ -35,6 +35,13 @@ def caption(record: dict, language: str, rng: np.random.Generator, style: bool =
     return _SEPARATORS[language].join(parts)
 
 
+def name(record: dict, language: str, style: bool = False) -> str:
+    """The plain prompt for a record: its name, with the phrase of its art style where asked."""
+    _check_language(language)
+    phrase = [STYLE_PHRASES[record["style"]][language]] if style else []
+    return _SEPARATORS[language].join([record[language], *phrase])
+
+
 def concepts(
     source: Source, style: str | None = None, *, language: str, include_zh_only: bool | None = None
 ) -> np.ndarray:
