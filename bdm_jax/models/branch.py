@@ -42,10 +42,10 @@ class ResidualEncoder(UNetEncoder):
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
         self.controlnet_down_blocks = nnx.List(
-            [conv(width, width, rngs, kernel=1, zero=True) for width in config.skip_channels]
+            [conv(width, width, rngs, kernel=1) for width in config.skip_channels]
         )
         width = config.block_out_channels[-1]
-        self.controlnet_mid_block = conv(width, width, rngs, kernel=1, zero=True)
+        self.controlnet_mid_block = conv(width, width, rngs, kernel=1)
 
     def residuals(self, latents, t, cond, hint=None) -> Residuals:
         """Noisy latents (B,H,W,C), timesteps (B,), text, perhaps an embedded hint -> residuals."""
@@ -73,7 +73,7 @@ class HintEmbedding(nnx.Module):
         for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
             self.blocks.append(conv(narrow, narrow, rngs))
             self.blocks.append(conv(narrow, wide, rngs, stride=2))
-        self.conv_out = conv(widths[-1], config.block_out_channels[0], rngs, zero=True)
+        self.conv_out = conv(widths[-1], config.block_out_channels[0], rngs)
 
     def __call__(self, hint):
         x = jax.nn.silu(self.conv_in(hint))
