@@ -10,13 +10,15 @@ def denoising(prediction: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def reconstruction(images: jax.Array, decoded: jax.Array) -> jax.Array:
-    """Absolute error of pixels and of their differences to the right and below, per sample: (B,H,W,3) -> (B,).
+    """Squared and absolute error of pixels, and absolute error of their differences, per sample: (B,H,W,3) -> (B,).
 
-    The differences keep edges sharp, which is most of what a drawing is.
+    The squared error finds the colours early, the absolute one has no blur, the differences to the right and below keep edges
+    sharp, which is most of what a drawing is.
     """
     error = decoded - images
     across, down = jnp.diff(error, axis=2), jnp.diff(error, axis=1)
-    return sum(jnp.mean(jnp.abs(e), axis=(1, 2, 3)) for e in (error, across, down))
+    absolute = sum(jnp.mean(jnp.abs(e), axis=(1, 2, 3)) for e in (error, across, down))
+    return absolute + 2.0 * jnp.mean(jnp.square(error), axis=(1, 2, 3))
 
 
 def kl_to_unit_normal(mean: jax.Array, logvar: jax.Array) -> jax.Array:

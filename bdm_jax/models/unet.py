@@ -11,6 +11,7 @@ from bdm_jax.models.conditioning import Conditioning
 from bdm_jax.models.config import EncoderConfig, UNetConfig
 from bdm_jax.models.layers import (
     Downsample,
+    GroupNorm,
     ResnetBlock,
     TimeEmbedding,
     Transformer2D,
@@ -126,7 +127,7 @@ class UNet(UNetEncoder):
             if level > 0:
                 block.upsamplers = nnx.List([Upsample(widths[level], rngs)])
             self.up_blocks.append(block)
-        self.conv_norm_out = nnx.GroupNorm(widths[0], config.norm_num_groups, epsilon=config.norm_eps, rngs=rngs)
+        self.conv_norm_out = GroupNorm(widths[0], config.norm_num_groups, epsilon=config.norm_eps)
         self.conv_out = conv(widths[0], config.out_channels, rngs)
 
     def decode(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bdm_jax.models.config import VAEConfig
-from bdm_jax.models.layers import Downsample, ResnetBlock, Upsample, attention, conv
+from bdm_jax.models.layers import Downsample, GroupNorm, ResnetBlock, Upsample, attention, conv
 
 _EPS = 1e-6
 
@@ -14,7 +14,7 @@ class VAEAttention(nnx.Module):
     """Single-head self-attention over all pixels: (B,H,W,C) -> (B,H,W,C)."""
 
     def __init__(self, channels: int, groups: int, rngs: nnx.Rngs):
-        self.group_norm = nnx.GroupNorm(channels, groups, epsilon=_EPS, rngs=rngs)
+        self.group_norm = GroupNorm(channels, groups, epsilon=_EPS)
         self.to_q = nnx.Linear(channels, channels, rngs=rngs)
         self.to_k = nnx.Linear(channels, channels, rngs=rngs)
         self.to_v = nnx.Linear(channels, channels, rngs=rngs)
@@ -67,7 +67,7 @@ class Encoder(nnx.Module):
             self.down_blocks.append(block)
             previous = width
         self.mid_block = VAEMidBlock(widths[-1], groups, rngs)
-        self.conv_norm_out = nnx.GroupNorm(widths[-1], groups, epsilon=_EPS, rngs=rngs)
+        self.conv_norm_out = GroupNorm(widths[-1], groups, epsilon=_EPS)
         self.conv_out = conv(widths[-1], 2 * config.latent_channels, rngs)
 
     def __call__(self, x):
@@ -94,7 +94,7 @@ class Decoder(nnx.Module):
                 block.upsamplers = nnx.List([Upsample(width, rngs)])
             self.up_blocks.append(block)
             previous = width
-        self.conv_norm_out = nnx.GroupNorm(widths[0], groups, epsilon=_EPS, rngs=rngs)
+        self.conv_norm_out = GroupNorm(widths[0], groups, epsilon=_EPS)
         self.conv_out = conv(widths[0], config.out_channels, rngs)
 
     def __call__(self, x):

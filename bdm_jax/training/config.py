@@ -1,0 +1,114 @@
+"""What a training run is: one frozen dataclass, written out in full beside its checkpoints."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from bdm_jax.errors import UserError
+from bdm_jax.paths import EMOJI
+from bdm_jax.training.tasks import BackboneTask, BranchTask, VAETask
+
+# May differ between the legs of one run: they say how it is watched and when it pauses, not what it computes.
+_FREE_TO_CHANGE = {"minutes", "log_every", "sample_every", "checkpoint_every", "keep", "run", "data"}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which records are trained on.
+
+    folder: a prepared TFDS folder. style: one art style, or None for all. concepts: at most so many of them (the zh_only ones
+    first, then at random by `seed`), None for all.
+    """
+
+    folder: Path = EMOJI
+    style: str | None = None
+    concepts: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up, then constant or falling on a cosine to zero at the last step."""
+
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: int = 100
+    b1: float = 0.9
+    b2: float = 0.999
+    weight_decay: float = 1e-2
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; data=-1 takes all that fsdp leaves."""
+
+    data: int = -1
+    fsdp: int = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. `steps` is its whole length; `minutes` ends a leg early, at a checkpoint from which the next leg goes on."""
+
+    task: VAETask | BackboneTask | BranchTask
+    run: Path
+    steps: int
+    batch_size: int = 16
+    seed: int = 0
+    minutes: float | None = None
+    log_every: int = 20
+    checkpoint_every: int = 500
+    sample_every: int = 500
+    keep: int = 2
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.checkpoint_every % self.log_every:
+            raise UserError(
+                f"checkpoint_every={self.checkpoint_every} must be a multiple of log_every={self.log_every}, "
+                "or a resumed run would log other means than an uninterrupted one"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for the file beside the checkpoints."""
+        return {"task_name": type(self.task).__name__, **json.loads(json.dumps(dataclasses.asdict(self), default=str))}
+
+    def digest(self) -> str:
+        """Of everything that decides what the run computes."""
+        values = {key: value for key, value in self.to_json().items() if key not in _FREE_TO_CHANGE}
+        values["data"] = {key: value for key, value in self.to_json()["data"].items() if key != "folder"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def remember(config: TrainConfig) -> None:
+    """Write the config into the run's folder, or check that the run already there is the same.
+
+    Raises:
+        UserError: the folder holds a run that computes something else (the differing fields are named).
+    """
+    path = config.run / "config.json"
+    now = {**config.to_json(), "digest": config.digest()}
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if before["digest"] != now["digest"]:
+            changed = sorted(k for k in now if k not in {"digest", *_FREE_TO_CHANGE} and now[k] != before.get(k))
+            raise UserError(
+                f"{config.run} holds a run with other settings ({', '.join(changed) or 'data'}): "
+                "choose another --run, or remove that folder"
+            )
+        return
+    try:
+        config.run.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(now, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{config.run}: cannot write there ({error.strerror})") from error

@@ -1,0 +1,114 @@
+"""The whole demo from nothing: pictures, autoencoder, backbone, branch, and the folder that `sample.py` opens.
+
+python -m configs.demo                   on a GPU minutes, on two CPU cores some hours
+python -m configs.demo --minutes 9       one leg; run it again until it exits with 0 (3: more legs are needed)
+"""
+
+import json
+import platform
+import shutil
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import tyro
+
+import configs
+from bdm_jax.data.records import open_source
+from bdm_jax.data.render_emoji import main as render_emoji
+from bdm_jax.errors import UserError
+from bdm_jax.paths import DEMO, EMOJI
+from bdm_jax.training.config import TrainConfig
+from bdm_jax.training.loop import select, train
+from convert.files import FileError
+
+MORE_LEGS = 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Make the demo model again."""
+
+    minutes: float | None = None
+    """length of this leg; None goes on to the end"""
+    runs: Path = Path("runs")
+    """folder of the three training runs"""
+    out: Path = DEMO
+    """folder of the finished model"""
+
+
+def main(settings: Settings) -> int:
+    """Do what is not done yet; 0 when the folder is complete, 3 when more legs are needed."""
+    deadline = time.monotonic() + 60 * settings.minutes if settings.minutes else None
+    if not (EMOJI / "dataset_info.json").is_file() and render_emoji([]):
+        return 2
+    runs = stages(settings.runs)
+    for config in runs:
+        if (config.run / "export" / "done").is_file():
+            continue
+        left = None if deadline is None else (deadline - time.monotonic()) / 60
+        print(f"{config.run.name}: {config.steps} steps", flush=True)
+        if (left is not None and left <= 0) or not train(replace(config, minutes=left)):
+            print("the leg is over: run the same command again to go on")
+            return MORE_LEGS
+        (config.run / "export" / "done").touch()
+    assemble(runs, settings.out)
+    print(f"finished: {settings.out}")
+    return 0
+
+
+def stages(runs: Path) -> list[TrainConfig]:
+    """The three runs, each reading what the one before left in `runs`."""
+    vae, backbone, branch = (configs.load(name) for name in ("emoji-vae", "emoji-backbone", "emoji-branch"))
+    vae, backbone, branch = (replace(config, run=runs / config.run.name) for config in (vae, backbone, branch))
+    backbone = replace(backbone, task=replace(backbone.task, vae=vae.run / "export" / "vae"))
+    branch = replace(branch, task=replace(branch.task, backbone=backbone.run / "export"))
+    return [vae, backbone, branch]
+
+
+def assemble(runs: list[TrainConfig], out: Path) -> None:
+    """Copy the last run's folder to `out`, with training.json: configs, final figures, hardware, concepts trained on.
+
+    Raises:
+        UserError: a frozen component is not byte for byte what it was before the branch was trained.
+    """
+    backbone, branch = runs[1].run / "export", runs[2].run / "export"
+    for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        file = f"{name}.safetensors"
+        if (backbone / file).read_bytes() != (branch / file).read_bytes():
+            raise UserError(f"{branch / file} differs from the frozen {backbone / file}")
+    shutil.copytree(branch, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("done"))
+    source = open_source(EMOJI)
+    indices = select(source, runs[2].data, "zh")
+    record = {
+        "style": runs[2].data.style,
+        "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}, jax {jax.__version__}",
+        "runs": [{**config.to_json(), "run": config.run.name, "final": _final(config)} for config in runs],
+        "concepts": sorted({source[int(i)]["id"] for i in indices}),
+    }
+    for run in record["runs"]:  # folders of the machine that trained say nothing to others
+        run["data"].pop("folder")
+        run["task"] = {key: value for key, value in run["task"].items() if key not in ("vae", "backbone", "tokenizer") or isinstance(value, dict)}
+    (out / "training.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def _final(config: TrainConfig) -> dict[str, float]:
+    """Means over the last tenth of the run's metrics, and its seconds of training."""
+    lines = [json.loads(line) for line in (config.run / "metrics.jsonl").read_text().splitlines()]
+    tail = lines[-max(1, len(lines) // 10) :]
+    names = [name for name in tail[0] if name != "step"]
+    final = {name: round(sum(line[name] for line in tail) / len(tail), 5) for name in names}
+    steps = [line["step"] for line in lines]
+    taken = [b - a for a, b in zip([0, *steps], steps, strict=False)]
+    seconds = sum(n * config.batch_size / line["images_per_second"] for n, line in zip(taken, lines, strict=True))
+    return {**final, "minutes": round(seconds / 60, 1)}
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(tyro.cli(Settings, prog="python -m configs.demo")))
+    except (UserError, FileError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,46 @@
+"""The demo's English backbone: UNet and text tower, trained together; it never sees the zh_only concepts.
+
+python train.py emoji-backbone          (after emoji-vae)
+"""
+
+from pathlib import Path
+
+from bdm_jax.models.config import CLIPTextConfig, UNetConfig
+from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
+from bdm_jax.training.tasks import BackboneTask
+from configs import emoji_vae
+
+TEXT = CLIPTextConfig(
+    vocab_size=8514,
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=16,
+    bos_token_id=8512,
+    eos_token_id=8513,
+    pad_token_id=8513,
+)
+
+CONFIG = TrainConfig(
+    task=BackboneTask(
+        unet=UNetConfig(
+            in_channels=16,
+            out_channels=16,
+            sample_size=8,
+            block_out_channels=(96, 192),
+            attention_levels=(True, True),
+            layers_per_block=1,
+            num_heads=4,
+            cross_attention_dim=TEXT.hidden_size,
+            norm_num_groups=16,
+        ),
+        text_encoder=TEXT,
+        vae=emoji_vae.CONFIG.run / "export" / "vae",
+    ),
+    run=Path("runs/emoji-backbone"),
+    steps=6000,
+    batch_size=32,
+    data=DataConfig(style=emoji_vae.STYLE),
+    optimizer=OptimizerConfig(learning_rate=1e-3),
+)

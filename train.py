@@ -1,0 +1,35 @@
+"""Train one of the runs in configs/: python train.py CONFIG [--steps N] [--any.field VALUE]; `train.py --help` lists them."""
+
+import sys
+
+
+def main() -> int:
+    """Parse the arguments, run, report; 0 when finished or at the end of a leg, 2 for bad input."""
+    import tyro
+
+    import configs
+    from bdm_jax.errors import UserError
+
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0].startswith("-"):
+        print(f"usage: train.py CONFIG [options]\n       train.py CONFIG --help\n\nconfigs: {', '.join(configs.names())}")
+        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+    try:
+        default = configs.load(arguments[0])
+        config = tyro.cli(type(default), default=default, args=arguments[1:], prog=f"train.py {arguments[0]}")
+        from bdm_jax.training.loop import train
+
+        if train(config):
+            print(f"finished: {config.run / 'export'}")
+        else:
+            print("the leg is over: run the same command again to go on")
+    except ValueError as error:
+        if not isinstance(error, UserError) and type(error).__name__ != "FileError":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
