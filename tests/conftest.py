@@ -1,0 +1,106 @@
+"""Shared by all tests: one random seed per run, weights carried from PyTorch, the parity measure."""
+
+import secrets
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+PARITY = 1e-4  # fp32 on both sides: what remains is the order of summation, measured at 1e-6 to 1e-5
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=None, help="seed of all random weights and inputs (default: fresh)")
+
+
+def pytest_configure(config):
+    if config.option.seed is None:
+        config.option.seed = secrets.randbelow(2**31)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    torch.set_grad_enabled(False)
+
+
+def pytest_report_header(config):
+    return f"random seed: {config.option.seed} (repeat with --seed {config.option.seed})"
+
+
+@pytest.fixture
+def seed(request):
+    """The run's seed; pytest shows the printed line with every failure."""
+    print(f"--seed {request.config.option.seed}")
+    return request.config.option.seed
+
+
+@pytest.fixture
+def rng(seed):
+    """A NumPy generator made from the run's seed."""
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def randomised(seed):
+    """A function that fills every parameter of a torch module, whatever it started as, and returns it."""
+
+    def fill(module):
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                noise /= parameter[0].numel() ** 0.5
+            elif name.endswith("weight"):
+                noise = 1 + 0.2 * noise
+            else:
+                noise = 0.2 * noise
+            parameter.copy_(noise)
+        return module.eval()
+
+    return fill
+
+
+@pytest.fixture
+def torch_params():
+    """A function from a torch module and our config to our parameters, by way of convert/.
+
+    Keys that begin with `drop` are left out; `prefix` is put before keys that lack it (transformers 5 names the CLIP
+    text tower's parameters without the `text_model.` that every file carries).
+    """
+    from bdm_jax.models import functional
+    from convert.layouts import tree_from_torch
+
+    def carry(module, config, *, drop="\0", prefix=""):
+        tensors = {
+            name if name.startswith(prefix) else prefix + name: tensor.numpy()
+            for name, tensor in module.state_dict().items()
+            if not name.startswith(drop) and not name.endswith(("position_ids", "token_type_ids"))
+        }
+        return tree_from_torch(tensors, functional.abstract(config), type(module).__name__)
+
+    return carry
+
+
+@pytest.fixture
+def assert_parity():
+    """A function that asserts max |ours - reference| <= PARITY x max |reference|, shapes equal, all finite."""
+
+    def check(ours, reference, tolerance=PARITY):
+        ours, reference = np.asarray(ours), np.asarray(reference)
+        assert ours.shape == reference.shape
+        assert np.isfinite(ours).all()
+        difference = np.abs(ours - reference).max() / np.abs(reference).max()
+        print(f"relative difference {difference:.2e}")
+        assert difference <= tolerance
+
+    return check
+
+
+@pytest.fixture
+def nhwc():
+    """A function from a torch NCHW tensor to an NHWC array."""
+    return lambda tensor: tensor.permute(0, 2, 3, 1).numpy()
+
+
+@pytest.fixture
+def nchw():
+    """A function from an NHWC array to a torch NCHW tensor."""
+    return lambda array: torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 1)))
