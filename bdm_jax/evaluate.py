@@ -32,6 +32,7 @@ from bdm_jax.errors import UserError
 from bdm_jax.generate import Request, generate
 from bdm_jax.models.functional import bind
 from bdm_jax.paths import ASSETS, DEMO, EMOJI
+from bdm_jax.pictures import drawable
 from bdm_jax.pipeline import BridgePipeline, Component
 from convert.files import FileError, atomic_file, read_json, write_json
 
@@ -211,7 +212,7 @@ def contact_sheet(results: dict[str, Result], gallery: Gallery, columns: int = 1
             for left, image in ((x, gallery.artwork[wanted]), (x + side, picture)):
                 sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS), (left, y))
             text = gallery.rows[wanted]["zh"] + ("" if right else f" ≠ {gallery.rows[nearest]['zh']}")
-            pen.text((x, y + side), text[:16], "black" if right else "red", caption)
+            pen.text((x, y + side), drawable(text)[:16], "black" if right else "red", caption)
         top += lines[name] * height
     out = io.BytesIO()
     sheet.save(out, "PNG")
