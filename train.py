@@ -1,4 +1,6 @@
-"""Train one of the runs in configs/: python train.py CONFIG [--steps N] [--any.field VALUE]; `train.py --help` lists them."""
+"""Train one of the runs in configs/: python train.py CONFIG [--steps N] [--any.field VALUE]; `train.py --help` lists
+them.
+"""
 
 import sys
 
@@ -9,10 +11,12 @@ def main() -> int:
 
     import configs
     from bdm_jax.errors import UserError
+    from convert.files import FileError
 
     arguments = sys.argv[1:]
     if not arguments or arguments[0].startswith("-"):
-        print(f"usage: train.py CONFIG [options]\n       train.py CONFIG --help\n\nconfigs: {', '.join(configs.names())}")
+        print("usage: train.py CONFIG [options]\n       train.py CONFIG --help")
+        print(f"\nconfigs: {', '.join(configs.names())}")
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
     try:
         default = configs.load(arguments[0])
@@ -23,9 +27,7 @@ def main() -> int:
             print(f"finished: {config.run / 'export'}")
         else:
             print("the leg is over: run the same command again to go on")
-    except ValueError as error:
-        if not isinstance(error, UserError) and type(error).__name__ != "FileError":
-            raise
+    except (UserError, FileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

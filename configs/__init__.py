@@ -1,4 +1,6 @@
-"""Training runs by name: `emoji-vae` is CONFIG in emoji_vae.py. Every file opens with the command, the hardware and the cost."""
+"""Training runs by name: `emoji-vae` is CONFIG in emoji_vae.py. Every file opens with the command, the hardware and
+the cost.
+"""
 
 import importlib
 import pkgutil

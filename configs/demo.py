@@ -5,6 +5,7 @@ python -m configs.demo --minutes 9       one leg; run it again until it exits wi
 """
 
 import json
+import os
 import platform
 import shutil
 import sys
@@ -84,14 +85,19 @@ def assemble(runs: list[TrainConfig], out: Path) -> None:
     indices = select(source, runs[2].data, "zh")
     record = {
         "style": runs[2].data.style,
-        "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}, jax {jax.__version__}",
+        "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
         "runs": [{**config.to_json(), "run": config.run.name, "final": _final(config)} for config in runs],
         "concepts": sorted({source[int(i)]["id"] for i in indices}),
     }
     for run in record["runs"]:  # folders of the machine that trained say nothing to others
         run["data"].pop("folder")
-        run["task"] = {key: value for key, value in run["task"].items() if key not in ("vae", "backbone", "tokenizer") or isinstance(value, dict)}
+        run["task"] = {name: value for name, value in run["task"].items() if name not in _folders(run["task"])}
     (out / "training.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def _folders(task: dict[str, object]) -> list[str]:
+    return [name for name in ("vae", "backbone", "tokenizer") if isinstance(task.get(name), str)]
 
 
 def _final(config: TrainConfig) -> dict[str, float]:

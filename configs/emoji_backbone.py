@@ -22,6 +22,9 @@ TEXT = CLIPTextConfig(
     pad_token_id=8513,
 )
 
+# As many concepts as two CPU cores learn in about half an hour; on a GPU take all: --data.concepts None.
+DATA = DataConfig(style=emoji_vae.STYLE, concepts=800)
+
 CONFIG = TrainConfig(
     task=BackboneTask(
         unet=UNetConfig(
@@ -39,8 +42,7 @@ CONFIG = TrainConfig(
         vae=emoji_vae.CONFIG.run / "export" / "vae",
     ),
     run=Path("runs/emoji-backbone"),
-    steps=6000,
-    batch_size=32,
-    data=DataConfig(style=emoji_vae.STYLE),
+    steps=7000,
+    data=DATA,
     optimizer=OptimizerConfig(learning_rate=1e-3),
 )

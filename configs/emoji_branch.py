@@ -6,9 +6,9 @@ python train.py emoji-branch            (after emoji-backbone)
 from pathlib import Path
 
 from bdm_jax.models.config import RobertaConfig
-from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
+from bdm_jax.training.config import OptimizerConfig, TrainConfig
 from bdm_jax.training.tasks import BranchTask
-from configs import emoji_backbone, emoji_vae
+from configs import emoji_backbone
 
 TEXT = RobertaConfig(
     hidden_size=128,
@@ -25,8 +25,7 @@ CONFIG = TrainConfig(
         text_encoder=TEXT,
     ),
     run=Path("runs/emoji-branch"),
-    steps=6000,
-    batch_size=32,
-    data=DataConfig(style=emoji_vae.STYLE),
+    steps=6500,
+    data=emoji_backbone.DATA,
     optimizer=OptimizerConfig(learning_rate=1e-3),
 )

@@ -12,8 +12,8 @@ def denoising(prediction: jax.Array, target: jax.Array) -> jax.Array:
 def reconstruction(images: jax.Array, decoded: jax.Array) -> jax.Array:
     """Squared and absolute error of pixels, and absolute error of their differences, per sample: (B,H,W,3) -> (B,).
 
-    The squared error finds the colours early, the absolute one has no blur, the differences to the right and below keep edges
-    sharp, which is most of what a drawing is.
+    The squared error finds the colours early, the absolute one has no blur, the differences to the right and below
+    keep edges sharp, which is most of what a drawing is.
     """
     error = decoded - images
     across, down = jnp.diff(error, axis=2), jnp.diff(error, axis=1)

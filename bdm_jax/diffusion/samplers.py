@@ -17,7 +17,9 @@ from bdm_jax.diffusion.schedule import Schedule
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Steps:
-    """One row per step, each field (N,): the timestep given to the network, its alpha and sigma, and the coefficients."""
+    """One row per step, each field (N,): the timestep given to the network, its alpha and sigma, and the
+    coefficients.
+    """
 
     t: jax.Array
     alpha: jax.Array
@@ -42,7 +44,9 @@ def start(noise: jax.Array) -> SamplerState:
 
 
 def advance(state: SamplerState, prediction: jax.Array, step: Steps, schedule: Schedule) -> SamplerState:
-    """One step: `prediction` is the network's output at `state.latents` and `step.t`; `step` is one row of the table."""
+    """One step: `prediction` is the network's output at `state.latents` and `step.t`; `step` is one row of the
+    table.
+    """
     x0 = schedule.to_x0(prediction.astype(jnp.float32), state.latents, step.alpha, step.sigma)
     latents = step.x * state.latents + step.x0 * x0 + step.previous * state.previous_x0
     return SamplerState(latents, x0)

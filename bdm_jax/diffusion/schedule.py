@@ -1,4 +1,5 @@
-"""How much noise there is at each timestep, and what a network is asked to predict (Ho et al. 2020; Salimans & Ho 2022).
+"""How much noise there is at each timestep, and what a network is asked to predict (Ho et al. 2020; Salimans & Ho
+2022).
 
 x_t = alpha_t x_0 + sigma_t noise, with alpha_t^2 = prod(1 - beta) and alpha_t^2 + sigma_t^2 = 1.
 """

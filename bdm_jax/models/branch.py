@@ -1,7 +1,7 @@
 """The BDM branch (arXiv 2309.00952) and the ControlNet it descends from (arXiv 2302.05543).
 
-Both are a UNet encoder whose features leave through 1x1 convolutions that start at zero. A ControlNet also sees a picture;
-the branch sees none: its only news is a text in another language.
+Both are a UNet encoder whose features leave through 1x1 convolutions that start at zero. A ControlNet also sees a
+picture; the branch sees none: its only news is a text in another language.
 """
 
 from dataclasses import dataclass
@@ -41,9 +41,7 @@ class ResidualEncoder(UNetEncoder):
 
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
-        self.controlnet_down_blocks = nnx.List(
-            [conv(width, width, rngs, kernel=1) for width in config.skip_channels]
-        )
+        self.controlnet_down_blocks = nnx.List([conv(width, width, rngs, kernel=1) for width in config.skip_channels])
         width = config.block_out_channels[-1]
         self.controlnet_mid_block = conv(width, width, rngs, kernel=1)
 
@@ -64,7 +62,9 @@ class Branch(ResidualEncoder):
 
 
 class HintEmbedding(nnx.Module):
-    """A ControlNet's picture (B, 2^k H, 2^k W, 3) in [0, 1] -> (B, H, W, width of the first level); k strides of two."""
+    """A ControlNet's picture (B, 2^k H, 2^k W, 3) in [0, 1] -> (B, H, W, width of the first level); k strides of
+    two.
+    """
 
     def __init__(self, config: ControlNetConfig, rngs: nnx.Rngs):
         widths = config.conditioning_embedding_out_channels
@@ -98,9 +98,10 @@ class ControlNet(ResidualEncoder):
 def init_branch_from_unet(branch: dict[str, jax.Array], unet: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Start a branch (or ControlNet) from a backbone: every tensor of the same name and shape is copied.
 
-    What stays fresh are the zero convolutions and, where the text widths differ, attn2.to_k and attn2.to_v (14 tensors at SD1.5's
-    sizes), which read the other language's states. The zero convolutions make that safe at step 0.
+    What stays fresh are the zero convolutions and, where the text widths differ, attn2.to_k and attn2.to_v (14
+    tensors at SD1.5's sizes), which read the other language's states. The zero convolutions make that safe at step 0.
     """
     return {
-        path: unet[path] if path in unet and unet[path].shape == value.shape else value for path, value in branch.items()
+        path: unet[path] if path in unet and unet[path].shape == value.shape else value
+        for path, value in branch.items()
     }

@@ -1,4 +1,6 @@
-"""CLIP's text tower, the one Stable Diffusion 1.5 reads English with (Radford et al. 2021; transformers' CLIPTextModel)."""
+"""CLIP's text tower, the one Stable Diffusion 1.5 reads English with (Radford et al. 2021; transformers'
+CLIPTextModel).
+"""
 
 import jax
 import jax.numpy as jnp

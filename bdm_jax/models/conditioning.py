@@ -11,7 +11,8 @@ class Conditioning:
     """Text as the networks read it; absent parts are None.
 
     tokens: (B, S, D) states of a text tower.
-    mask:   (B, S) bool, False at padding that must not be attended; None attends to all (what the published weights live with).
+    mask:   (B, S) bool, False at padding that must not be attended; None attends to all (what the published weights
+    live with).
     """
 
     tokens: jax.Array

@@ -1,7 +1,7 @@
 """Sizes of the networks: frozen dataclasses whose fields carry the names of diffusers' and transformers' config.json.
 
-`to_json` writes what `from_pretrained` of those libraries reads; `from_json` reads what they write and refuses, by name, a
-value that these networks do not implement.
+`to_json` writes what `from_pretrained` of those libraries reads; `from_json` reads what they write and refuses, by
+name, a value that these networks do not implement.
 """
 
 from dataclasses import MISSING, dataclass, fields
@@ -171,7 +171,7 @@ _VAE_TAKEN_FOR_GRANTED = {
     "latents_mean": (None,),
     "latents_std": (None,),
 }
-_TEXT_TAKEN_FOR_GRANTED = {"position_embedding_type": ("absolute",)}
+_ROBERTA_TAKEN_FOR_GRANTED = {"position_embedding_type": ("absolute",), "hidden_act": ("gelu",)}
 
 
 def to_json(config: Config) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def to_json(config: Config) -> dict[str, Any]:
     if isinstance(config, EncoderConfig):
         return _encoder_to_json(config, values)
     if isinstance(config, VAEConfig):
-        levels = config.levels if hasattr(config, "levels") else len(config.block_out_channels)
+        levels = len(config.block_out_channels)
         return {
             "_class_name": "AutoencoderKL",
             **values,
@@ -214,7 +214,7 @@ def from_json(values: dict[str, Any]) -> Config:
         return _pick(CLIPTextConfig, values)
     if name in ("chinese_clip_text_model", "chinese_clip", "bert"):
         values = values.get("text_config") if name == "chinese_clip" else values
-        _check({**values, "hidden_act": values.get("hidden_act", "gelu")}, _TEXT_TAKEN_FOR_GRANTED | {"hidden_act": ("gelu",)})
+        _check(values, _ROBERTA_TAKEN_FOR_GRANTED)
         return _pick(RobertaConfig, values)
     raise ValueError(f"config.json: {name!r} is not a network this library has")
 
@@ -245,7 +245,7 @@ def _encoder_from_json(cls: type, values: dict[str, Any]):
             raise ValueError(f"config.json: down_block_types holds {block!r}, which is not implemented")
     heads = values.get("num_attention_heads") or values.get("attention_head_dim", 8)
     if not isinstance(heads, int):
-        raise ValueError(f"config.json: attention_head_dim={heads!r}: one number of heads for all levels is implemented")
+        raise ValueError(f"config.json: attention_head_dim={heads!r}: only one number for all levels is implemented")
     return _pick(cls, {**values, "attention_levels": [t == "CrossAttnDownBlock2D" for t in types], "num_heads": heads})
 
 

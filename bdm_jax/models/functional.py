@@ -81,7 +81,9 @@ def count(params: Params) -> int:
 
 
 class _NoKeys:
-    """Stands in for nnx.Rngs where only shapes are wanted: a real one's counter makes tracing quadratic in the layers."""
+    """Stands in for nnx.Rngs where only shapes are wanted: a real one's counter makes tracing quadratic in the
+    layers.
+    """
 
     def __init__(self):
         self.key = jax.random.key(0)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# On a CPU, self-attention is computed for this many queries at a time once there are more than twice as many: the scores of
+# On a CPU, self-attention is computed for this many queries at a time once there are more than twice as many: the
+# scores of
 # 4,096 x 4,096 tokens do not fit a cache, and chunks are seven times faster than jax.nn.dot_product_attention there.
 CPU_QUERY_CHUNK = 512
 
@@ -39,7 +40,9 @@ def _plain_attention(query, key, value, mask):
 
 
 def timestep_embedding(t: jax.Array, width: int) -> jax.Array:
-    """Sinusoids [cos, sin] of the timesteps: (B,) -> (B, width), fp32 (diffusers: flip_sin_to_cos=True, freq_shift=0)."""
+    """Sinusoids [cos, sin] of the timesteps: (B,) -> (B, width), fp32 (diffusers: flip_sin_to_cos=True,
+    freq_shift=0).
+    """
     half = width // 2
     frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = t.astype(jnp.float32)[:, None] * frequencies
@@ -58,8 +61,8 @@ def conv(inputs: int, outputs: int, rngs: nnx.Rngs, kernel: int = 3, stride: int
 class GroupNorm(nnx.Module):
     """Group normalisation over (H,W,C/groups), statistics in fp32: (B,H,W,C) -> (B,H,W,C).
 
-    The pixels are reduced per channel before the channels are grouped: on a CPU six to ten times faster than nnx.GroupNorm at
-    128 x 128 pixels, the same numbers.
+    The pixels are reduced per channel before the channels are grouped: on a CPU six to ten times faster than
+    nnx.GroupNorm at 128 x 128 pixels, the same numbers.
     """
 
     def __init__(self, channels: int, groups: int, epsilon: float):
@@ -91,7 +94,9 @@ class TimeEmbedding(nnx.Module):
 
 
 class ResnetBlock(nnx.Module):
-    """GroupNorm-SiLU-conv twice, the time embedding added in between (none in the autoencoder): (B,H,W,I) -> (B,H,W,O)."""
+    """GroupNorm-SiLU-conv twice, the time embedding added in between (none in the autoencoder): (B,H,W,I) ->
+    (B,H,W,O).
+    """
 
     def __init__(self, inputs: int, outputs: int, groups: int, eps: float, rngs: nnx.Rngs, time_dim: int | None = None):
         self.norm1 = GroupNorm(inputs, groups, epsilon=eps)
@@ -123,7 +128,9 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Nearest-neighbour enlargement to twice the size, or to `size` (H, W) at most one smaller, then a 3x3 convolution."""
+    """Nearest-neighbour enlargement to twice the size, or to `size` (H, W) at most one smaller, then a 3x3
+    convolution.
+    """
 
     def __init__(self, channels: int, rngs: nnx.Rngs):
         self.conv = conv(channels, channels, rngs)

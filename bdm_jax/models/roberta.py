@@ -1,4 +1,6 @@
-"""Chinese-CLIP's text tower: BERT's encoder with RoBERTa-wwm weights (transformers' ChineseCLIPTextModel without pooler)."""
+"""Chinese-CLIP's text tower: BERT's encoder with RoBERTa-wwm weights (transformers' ChineseCLIPTextModel without
+pooler).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +98,9 @@ class RobertaStack(nnx.Module):
 
 
 class Roberta(nnx.Module):
-    """Token ids (B,S) int32 -> states (B,S,D), the last layer's output. `mask` None sees padding too, as BDM1.0 does."""
+    """Token ids (B,S) int32 -> states (B,S,D), the last layer's output. `mask` None sees padding too, as BDM1.0
+    does.
+    """
 
     def __init__(self, config: RobertaConfig, rngs: nnx.Rngs):
         self.config = config

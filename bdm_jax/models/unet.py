@@ -1,4 +1,5 @@
-"""The Stable-Diffusion UNet, in two separate calls: `encode` and `decode` (Rombach et al. 2022; diffusers' UNet2DConditionModel).
+"""The Stable-Diffusion UNet, in two separate calls: `encode` and `decode` (Rombach et al. 2022; diffusers'
+UNet2DConditionModel).
 
 Whatever is added to the skips and to the middle (the BDM branch, ControlNets) is added between the two calls.
 """
@@ -88,7 +89,8 @@ class UNetEncoder(nnx.Module):
     def encode(
         self, latents: jax.Array, t: jax.Array, cond: Conditioning, hint: jax.Array | None = None
     ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-        """Noisy latents (B,H,W,C) at timesteps t (B,) -> (skip tensors in the order they are made, output of the middle).
+        """Noisy latents (B,H,W,C) at timesteps t (B,) -> (skip tensors in the order they are made, output of the
+        middle).
 
         `hint`, already embedded to the width of the first level, is added after the first convolution (ControlNet).
         """
@@ -130,9 +132,7 @@ class UNet(UNetEncoder):
         self.conv_norm_out = GroupNorm(widths[0], config.norm_num_groups, epsilon=config.norm_eps)
         self.conv_out = conv(widths[0], config.out_channels, rngs)
 
-    def decode(
-        self, skips: tuple[jax.Array, ...], mid: jax.Array, t: jax.Array, cond: Conditioning
-    ) -> jax.Array:
+    def decode(self, skips: tuple[jax.Array, ...], mid: jax.Array, t: jax.Array, cond: Conditioning) -> jax.Array:
         """What `encode` returned (with residuals added, where there are any) -> prediction (B,H,W,C)."""
         temb = self.embed_time(t, mid.dtype)
         skips = list(skips)

@@ -44,7 +44,8 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.StandardRestore(target))
         except (ValueError, KeyError, OSError) as error:
             reason = str(error).strip().split("\n")[0]
-            raise UserError(f"{self._manager.directory}: checkpoint of step {step} cannot be restored ({reason})") from error
+            folder = self._manager.directory
+            raise UserError(f"{folder}: the checkpoint of step {step} cannot be restored ({reason})") from error
 
     def close(self) -> None:
         """Wait until everything is on disk."""

@@ -19,8 +19,8 @@ _FREE_TO_CHANGE = {"minutes", "log_every", "sample_every", "checkpoint_every", "
 class DataConfig:
     """Which records are trained on.
 
-    folder: a prepared TFDS folder. style: one art style, or None for all. concepts: at most so many of them (the zh_only ones
-    first, then at random by `seed`), None for all.
+    folder: a prepared TFDS folder. style: one art style, or None for all. concepts: at most so many of them (the
+    zh_only ones first, then at random by `seed`), None for all.
     """
 
     folder: Path = EMOJI
@@ -53,7 +53,9 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. `steps` is its whole length; `minutes` ends a leg early, at a checkpoint from which the next leg goes on."""
+    """One run. `steps` is its whole length; `minutes` ends a leg early, at a checkpoint from which the next leg goes
+    on.
+    """
 
     task: VAETask | BackboneTask | BranchTask
     run: Path

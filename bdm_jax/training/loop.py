@@ -1,12 +1,14 @@
 """The run from its first line to its last: data, state, steps, checkpoints, samples, the folder that comes out."""
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Iterator
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from bdm_jax.data.captions import concepts
@@ -16,8 +18,8 @@ from bdm_jax.sharding import make_mesh, place_batch, replicated
 from bdm_jax.training.checkpoint import Checkpoints
 from bdm_jax.training.config import DataConfig, TrainConfig, remember
 from bdm_jax.training.metrics import Metrics
-from bdm_jax.training.state import TrainState, make_optimizer, make_state, make_step
-from bdm_jax.training.tasks import Job
+from bdm_jax.training.state import make_optimizer, make_state, make_step
+from bdm_jax.training.tasks import Job, Trees
 
 _PICTURES = 16
 
@@ -25,38 +27,24 @@ _PICTURES = 16
 def train(config: TrainConfig) -> bool:
     """Run, or go on with, a training; returns whether it is finished (False: a leg ended, run it again to go on).
 
-    Everything lies in `config.run`: config.json, checkpoints/, metrics.jsonl, tensorboard/, samples/, and at the end export/.
-    SIGINT and SIGTERM end the leg at the next step, with a checkpoint.
+    Everything lies in `config.run`: config.json, checkpoints/, metrics.jsonl, tensorboard/, samples/, and at the end
+    export/. SIGINT and SIGTERM end the leg at the next step, with a checkpoint.
 
     Raises:
-        UserError: settings or files that do not fit, or a loss that is not finite (the step is named).
+        UserError: settings or files that do not fit, or a loss that is not finite (the steps are named).
     """
-    deadline = time.monotonic() + 60 * config.minutes if config.minutes else float("inf")
+    deadline = time.monotonic() + 60 * config.minutes if config.minutes else math.inf
     remember(config)
-    source = open_source(config.data.folder)
-    indices = select(source, config.data, config.task.language)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     with jax.set_mesh(mesh):
-        job = config.task.start(source, indices, config.run, config.seed)
-        optimizer = make_optimizer(config.optimizer, config.steps)
-        state = make_state(job.params, optimizer, mesh)
-        checkpoints = Checkpoints(config.run / "checkpoints", config.keep)
-        if checkpoints.newest() is not None:
-            state = checkpoints.restore(state, mesh)
-        frozen = jax.device_put(job.frozen, replicated(mesh))
-        step = make_step(job.loss, optimizer, config.optimizer.ema_decay, config.seed, mesh, state)
-        first = int(state.step)
-        loader = make_loader(source, indices, job.sample, config.batch_size, config.seed, first)
-        metrics = Metrics(config.run, first, config.steps, config.batch_size)
-        shown = [source[int(i)] for i in indices[:: max(1, len(indices) // _PICTURES)][:_PICTURES]]
+        leg = _Leg(config, mesh)
         try:
-            state = _run(config, job, state, frozen, step, loader, mesh, metrics, checkpoints, shown, deadline)
+            leg.run(deadline)
         finally:
-            metrics.close()
-            checkpoints.close()
-        if int(state.step) < config.steps:
+            leg.close()
+        if leg.at < config.steps:
             return False
-        job.export(jax.device_get(state.ema), config.run / "export", source, indices)
+        leg.job.export(leg.averaged(), config.run / "export", leg.source, leg.indices)
     return True
 
 
@@ -76,26 +64,70 @@ def select(source: Source, data: DataConfig, language: str) -> np.ndarray:
     return np.asarray([i for i in indices if source[int(i)]["id"] in chosen], np.int64)
 
 
-def _run(config, job, state, frozen, step, loader, mesh, metrics, checkpoints, shown, deadline) -> TrainState:
-    pending = []
-    at = int(state.step)
-    with _stop_requests() as stop:
-        while at < config.steps:
-            state, values = step(state, frozen, place_batch(mesh, next(loader)))
-            pending.append(values)
-            at += 1
-            if at % config.log_every == 0 or at == config.steps:
-                metrics.log(at, _mean(pending, at))
-                pending = []
-            if at % config.sample_every == 0 or at == config.steps:
-                _show(config, job, state, metrics, shown, at)
-            ending = stop or time.monotonic() > deadline
-            if at % config.checkpoint_every == 0 or at == config.steps or (ending and at % config.log_every == 0):
-                checkpoints.save(state)
-                metrics.restart_clock()
+class _Leg:
+    """One process's part of a run: everything made ready, from scratch or from the newest checkpoint."""
+
+    def __init__(self, config: TrainConfig, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self.source = open_source(config.data.folder)
+        self.indices = select(self.source, config.data, config.task.language)
+        self.job: Job = config.task.start(self.source, self.indices, config.run, config.seed)
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        self.state = make_state(self.job.params, optimizer, mesh)
+        self.checkpoints = Checkpoints(config.run / "checkpoints", config.keep)
+        if self.checkpoints.newest() is not None:
+            self.state = self.checkpoints.restore(self.state, mesh)
+        self.at = int(self.state.step)
+        self.frozen = jax.device_put(self.job.frozen, replicated(mesh))
+        self.step = make_step(self.job.loss, optimizer, config.optimizer.ema_decay, config.seed, mesh, self.state)
+        self.loader = make_loader(
+            self.source, self.indices, self.job.sample, config.batch_size, config.seed, start_step=self.at
+        )
+        self.metrics = Metrics(config.run, self.at, config.steps, config.batch_size)
+        stride = max(1, len(self.indices) // _PICTURES)
+        self.shown = [self.source[int(i)] for i in self.indices[::stride][:_PICTURES]]
+
+    def run(self, deadline: float) -> None:
+        """Steps until the run's end, the deadline (time.monotonic) or a signal; the last thing done is a checkpoint."""
+        config, pending = self.config, []
+        with _stop_requests() as stop:
+            while self.at < config.steps:
+                self.state, values = self.step(self.state, self.frozen, place_batch(self.mesh, next(self.loader)))
+                pending.append(values)
+                self.at += 1
+                done = self.at == config.steps
+                if logged := self.at % config.log_every == 0 or done:
+                    self.metrics.log(self.at, _mean(pending, self.at))
+                    pending = []
+                if self.at % config.sample_every == 0 or done:
+                    self._show()
+                ending = logged and (stop or time.monotonic() > deadline)
+                if self.at % config.checkpoint_every == 0 or done or ending:
+                    self.checkpoints.save(self.state)
+                    self.metrics.restart_clock()
                 if ending:
-                    break
-    return state
+                    return
+
+    def averaged(self) -> Trees:
+        """The moving average of the parameters, on the host."""
+        return jax.device_get(self.state.ema)
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self.metrics.close()
+        self.checkpoints.close()
+
+    def _show(self) -> None:
+        pictures = self.job.pictures(self.averaged(), self.shown)
+        columns = math.ceil(math.sqrt(len(pictures)))
+        pictures += [np.full_like(pictures[0], 255)] * (-len(pictures) % columns)
+        rows = [np.concatenate(pictures[i : i + columns], axis=1) for i in range(0, len(pictures), columns)]
+        grid = np.concatenate(rows)
+        folder = self.config.run / "samples"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(grid).save(folder / f"{self.at:07d}.png")
+        self.metrics.image("samples", self.at, grid)
+        self.metrics.restart_clock()
 
 
 def _mean(pending: list[dict[str, jax.Array]], at: int) -> dict[str, float]:
@@ -107,19 +139,6 @@ def _mean(pending: list[dict[str, jax.Array]], at: int) -> dict[str, float]:
             "the last checkpoint is good"
         )
     return means
-
-
-def _show(config: TrainConfig, job: Job, state: TrainState, metrics: Metrics, shown: list[dict], at: int) -> None:
-    pictures = job.pictures(jax.device_get(state.ema), shown)
-    columns = int(np.ceil(np.sqrt(len(pictures))))
-    blank = [np.full_like(pictures[0], 255)] * (-len(pictures) % columns)
-    rows = [np.concatenate((pictures + blank)[i : i + columns], axis=1) for i in range(0, len(pictures), columns)]
-    grid = np.concatenate(rows)
-    folder = config.run / "samples"
-    folder.mkdir(exist_ok=True)
-    Image.fromarray(grid).save(folder / f"{at:07d}.png")
-    metrics.image("samples", at, grid)
-    metrics.restart_clock()
 
 
 @contextlib.contextmanager

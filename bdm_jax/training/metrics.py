@@ -12,7 +12,8 @@ from tensorboardX import SummaryWriter
 class Metrics:
     """Writes run/metrics.jsonl and run/tensorboard; shows loss, images/s and the time left.
 
-    `start` is the step that a resumed run begins at: lines of later steps, written by a leg that was killed, are dropped.
+    `start` is the step that a resumed run begins at: lines of later steps, written by a leg that was killed, are
+    dropped.
     """
 
     def __init__(self, folder: Path, start: int, total: int, batch_size: int):
@@ -50,8 +51,8 @@ class Metrics:
         self._progress.update(self._bar, completed=step, loss=values["loss"], speed=speed)
         if self._lines is not None:
             left = (self._total - step) * self._batch_size / max(speed, 1e-9)
-            text = f"step {step}/{self._total}  loss {values['loss']:.4f}  {speed:.1f} images/s  {left / 60:.0f} min left"
-            self._lines.print(text, highlight=False)
+            rate = f"{speed:.1f} images/s  {left / 60:.0f} min left"
+            self._lines.print(f"step {step}/{self._total}  loss {values['loss']:.4f}  {rate}", highlight=False)
 
     def image(self, name: str, step: int, picture) -> None:
         """A picture (H,W,3) uint8 for TensorBoard."""

@@ -1,7 +1,7 @@
 """What changes during training, and the one compiled step that changes it.
 
-Frozen networks are not part of the state: they are an argument of the step, so no gradient, no optimizer memory and no weight
-decay can reach them.
+Frozen networks are not part of the state: they are an argument of the step, so no gradient, no optimizer memory and
+no weight decay can reach them.
 """
 
 from collections.abc import Callable
@@ -80,4 +80,3 @@ def make_step(
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
-

@@ -1,11 +1,11 @@
 """What can be trained: the autoencoder, the backbone with its text tower, the branch (arXiv 2309.00952, figure 1).
 
-A task names the networks and where the ready ones come from. `start` makes a `Job`: trees to train, trees to leave alone, how
-a record becomes a sample, the loss, and how the result becomes a folder.
+A task names the networks and where the ready ones come from. `start` makes a `Job`: trees to train, trees to leave
+alone, how a record becomes a sample, the loss, and how the result becomes a folder.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +17,17 @@ from bdm_jax.data.captions import caption
 from bdm_jax.data.records import Source, decode_image
 from bdm_jax.diffusion import losses
 from bdm_jax.diffusion.schedule import Schedule
+from bdm_jax.generate import Request, generate
 from bdm_jax.models.branch import init_branch_from_unet
 from bdm_jax.models.conditioning import Conditioning
-from bdm_jax.models.config import BranchConfig, CLIPTextConfig, RobertaConfig, UNetConfig, VAEConfig
+from bdm_jax.models.config import (
+    BranchConfig,
+    CLIPTextConfig,
+    EncoderConfig,
+    RobertaConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from bdm_jax.models.functional import Params, bind, init
 from bdm_jax.paths import TOKENIZERS
 from bdm_jax.pipeline import BridgePipeline, Component, load_component, save_component
@@ -172,11 +180,11 @@ class _DiffusionJob:
         self.pipeline(params).save_pretrained(folder)
 
     def pictures(self, params, records):
-        from bdm_jax.generate import Request, generate
-
-        name = "prompt" if self.task.language == "zh" else "english"
         requests = [
-            Request(**{"prompt": "", name: record[self.task.language]}, seed=index) for index, record in enumerate(records)
+            Request(record["zh"], seed=index)
+            if self.task.language == "zh"
+            else Request("", english=record["en"], seed=index)
+            for index, record in enumerate(records)
         ]
         return list(generate(self.pipeline(params), requests, steps=20, batch_size=len(requests)))
 
@@ -228,10 +236,8 @@ class BranchTask:
         backbone = BridgePipeline.from_pretrained(self.backbone)
         moments = record_moments(backbone.vae, source, indices, run / "latents.npz")
         unet = backbone.unet.config
-        shared = ("in_channels", "block_out_channels", "attention_levels", "layers_per_block", "num_heads", "norm_num_groups")
-        config = BranchConfig(
-            **{name: getattr(unet, name) for name in shared}, cross_attention_dim=self.cross_attention_dim
-        )
+        shared = {field.name: getattr(unet, field.name) for field in fields(EncoderConfig)}
+        config = BranchConfig(**{**shared, "cross_attention_dim": self.cross_attention_dim})
         params = {
             "branch": init_branch_from_unet(init(config, seed), backbone.unet.params),
             "branch_text_encoder": init(self.text_encoder, seed + 1),
