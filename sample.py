@@ -97,7 +97,7 @@ def draw(arguments: Arguments, size: tuple[int, int] | None, bar: Progress) -> l
     from bdm_jax import compile_cache
     from bdm_jax.diffusion.samplers import SAMPLERS
     from bdm_jax.generate import Request, default_size, generate
-    from bdm_jax.pictures import contact_sheet, file_name, next_index, write_png
+    from bdm_jax.pictures import contact_sheet, file_name, next_index, thumbnail, write_png
     from bdm_jax.pipeline import BridgePipeline
 
     if arguments.sampler not in SAMPLERS:
@@ -128,7 +128,7 @@ def draw(arguments: Arguments, size: tuple[int, int] | None, bar: Progress) -> l
     for index, (request, picture) in enumerate(zip(requests, pictures, strict=True)):
         paths.append(arguments.out / file_name(first + index, request.prompt, request.seed))
         write_png(paths[-1], picture, {**asdict(request), **settings, **more})
-        kept.append(picture)
+        kept.append(thumbnail(picture))
     if len(kept) > 1:
         columns = arguments.count if 1 < arguments.count < len(kept) else None
         captions = [f"{r.prompt} {r.seed}" if arguments.count > 1 else r.prompt for r in requests]

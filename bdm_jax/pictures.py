@@ -77,9 +77,8 @@ def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], colum
     """
     columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
     rows = math.ceil(len(pictures) / columns)
+    pictures = [thumbnail(picture) for picture in pictures]
     height, width = pictures[0].shape[:2]
-    scale = min(1.0, _MAX_CELL / max(height, width))
-    height, width = max(1, round(height * scale)), max(1, round(width * scale))
     size = max(12, min(16, width // 8))
     gap, line = size // 2, round(size * 1.4)
     cell_width, cell_height = width + gap, height + gap // 2 + _CAPTION_LINES * line
@@ -87,10 +86,17 @@ def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], colum
     draw = ImageDraw.Draw(sheet)
     for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         x, y = gap + index % columns * cell_width, gap + index // columns * cell_height
-        sheet.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS), (x, y))
+        sheet.paste(Image.fromarray(picture), (x, y))
         for number, text in enumerate(_lines(caption, size, width)):
             draw.text((x, y + height + number * line), text, fill="black", font=_font(size))
     return np.asarray(sheet)
+
+
+def thumbnail(picture: np.ndarray) -> np.ndarray:
+    """(H,W,3) uint8 as large as a contact sheet shows it: the longer side 256 pixels at most."""
+    image = Image.fromarray(picture)
+    image.thumbnail((_MAX_CELL, _MAX_CELL), Image.Resampling.LANCZOS)
+    return np.asarray(image)
 
 
 def drawable(text: str) -> str:
