@@ -66,7 +66,7 @@ def bind(config: Config, params: Params) -> nnx.Module:
     graph, shapes, paths = _structure(config)
     if missing := [path for path in shapes if path not in params]:
         raise KeyError(f"{type(config).__name__}: missing parameters {missing[:3]} ({len(missing)} in all)")
-    state = nnx.State.from_flat_path({key: nnx.Param(params[path]) for path, key in paths.items()})
+    state = nnx.from_flat_state({key: nnx.Param(params[path]) for path, key in paths.items()})
     return nnx.merge(graph, state)
 
 
