@@ -25,7 +25,7 @@ CONFIG = TrainConfig(
         text_encoder=TEXT,
     ),
     run=Path("runs/emoji-branch"),
-    steps=6500,
+    steps=5000,
     data=emoji_backbone.DATA,
     optimizer=OptimizerConfig(learning_rate=1e-3),
 )
