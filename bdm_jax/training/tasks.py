@@ -142,7 +142,7 @@ class BackboneTask:
 
     def start(self, source: Source, indices: np.ndarray, run: Path, seed: int) -> "BackboneJob":
         """Fresh UNet and text tower; the autoencoder is loaded and only used."""
-        vae = load_component(self.vae)
+        vae = load_component(self.vae, "float32")  # on any device: it is written out again unchanged
         moments = record_moments(vae, source, indices, run / "latents.npz")
         params = {"unet": init(self.unet, seed), "text_encoder": init(self.text_encoder, seed + 1)}
         tokenizer = Tokenizer.from_pretrained(self.tokenizer)
@@ -233,7 +233,7 @@ class BranchTask:
 
     def start(self, source: Source, indices: np.ndarray, run: Path, seed: int) -> "BranchJob":
         """Fresh text tower and zero convolutions; backbone, autoencoder and English tower are loaded and only used."""
-        backbone = BridgePipeline.from_pretrained(self.backbone)
+        backbone = BridgePipeline.from_pretrained(self.backbone, "float32")  # written out again, byte for byte
         moments = record_moments(backbone.vae, source, indices, run / "latents.npz")
         unet = backbone.unet.config
         shared = {field.name: getattr(unet, field.name) for field in fields(EncoderConfig)}
