@@ -1,0 +1,68 @@
+"""A run that is killed and started again is the run that was never interrupted, bit for bit (on one machine's CPU)."""
+
+import json
+import multiprocessing
+import time
+from dataclasses import replace
+
+import pytest
+
+from bdm_jax.errors import UserError
+from bdm_jax.training.config import remember
+from bdm_jax.training.loop import train
+
+FROZEN = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+PATIENCE = 600  # seconds for one process to start, compile and take a few steps, on a busy machine
+
+
+def files(folder):
+    """Relative path -> bytes of every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def losses(run):
+    """Step -> what was logged, speed aside."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: {key: value for key, value in row.items() if key != "images_per_second"} for row in rows}
+
+
+def kill_after(config, step):
+    """Train in another process and kill it (SIGKILL) once it has logged that step and its first checkpoint is there."""
+    process = multiprocessing.get_context("spawn").Process(target=train, args=(config,))
+    process.start()
+    deadline = time.monotonic() + PATIENCE
+    metrics, checkpoint = config.run / "metrics.jsonl", config.run / "checkpoints" / str(config.checkpoint_every)
+    while not (metrics.is_file() and f'"step": {step},' in metrics.read_text() and checkpoint.is_dir()):
+        assert process.is_alive() and time.monotonic() < deadline, "the run to be killed did not get that far"
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+
+
+@pytest.mark.slow
+def test_killed_run_continues_bit_for_bit_and_frozen_parts_stay(branch_run, backbone_folder, tmp_path):
+    whole, killed = branch_run(tmp_path / "whole"), branch_run(tmp_path / "killed")
+    assert train(whole)
+    kill_after(killed, step=3)
+    assert not (killed.run / "export").exists()
+    assert train(killed)
+
+    assert losses(killed.run) == losses(whole.run)
+    assert sorted(losses(whole.run)) == [1, 2, 3, 4, 5, 6]
+    exported = files(whole.run / "export")
+    assert files(killed.run / "export") == exported
+
+    before = files(backbone_folder)
+    for path, content in before.items():
+        if path.startswith(FROZEN):
+            assert exported[path] == content, path
+    assert {path.split("/")[0] for path in exported} > {"branch", "branch_text_encoder", "branch_tokenizer", *FROZEN}
+
+
+def test_a_run_with_other_settings_is_refused(branch_run, tmp_path):
+    """Its folder says which settings differ, before anything is loaded or compiled."""
+    config = branch_run(tmp_path / "run")
+    remember(config)
+    remember(replace(config, minutes=9.0, sample_every=7))
+    with pytest.raises(UserError, match=r"other settings \(seed\)"):
+        remember(replace(config, seed=1))
