@@ -19,8 +19,10 @@ def main() -> int:
         print(f"\nconfigs: {', '.join(configs.names())}")
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
     try:
-        default = configs.load(arguments[0])
-        config = tyro.cli(type(default), default=default, args=arguments[1:], prog=f"train.py {arguments[0]}")
+        default, fixed = configs.load(arguments[0]), (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
+        config = tyro.cli(
+            type(default), default=default, args=arguments[1:], prog=f"train.py {arguments[0]}", config=fixed
+        )
         from bdm_jax.training.loop import train
 
         if train(config):

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from bdm_jax.errors import UserError
+
 # Below this many elements a parameter is kept whole on every device: gathering it would cost more than it saves.
 SMALLEST_SPLIT = 2**16
 
@@ -15,12 +17,15 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
     """A mesh over all devices of all processes; -1 takes what the other axis leaves.
 
     Raises:
-        ValueError: the axes do not multiply to the number of devices.
+        UserError: the axes do not multiply to the number of devices.
     """
     devices = jax.device_count()
-    data = devices // fsdp if data == -1 else data
-    if data * fsdp != devices:
-        raise ValueError(f"mesh data={data} x fsdp={fsdp} does not fit {devices} devices")
+    if fsdp == -1:
+        fsdp = devices // max(data, 1)
+    if data == -1:
+        data = devices // max(fsdp, 1)
+    if min(data, fsdp) < 1 or data * fsdp != devices:
+        raise UserError(f"a mesh of data={data} x fsdp={fsdp} does not fit {devices} devices")
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 

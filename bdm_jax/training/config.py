@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 from bdm_jax.errors import UserError
 from bdm_jax.paths import EMOJI
 from bdm_jax.training.tasks import BackboneTask, BranchTask, VAETask
+from convert.files import read_json, write_json
 
 # May differ between the legs of one run: they say how it is watched and when it pauses, not what it computes.
 _FREE_TO_CHANGE = {"minutes", "log_every", "sample_every", "checkpoint_every", "keep", "run", "data"}
@@ -71,16 +73,6 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.checkpoint_every % self.log_every:
-            raise UserError(
-                f"checkpoint_every={self.checkpoint_every} must be a multiple of log_every={self.log_every}, "
-                "or a resumed run would log other means than an uninterrupted one"
-            )
-
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the file beside the checkpoints."""
         return {"task_name": type(self.task).__name__, **json.loads(json.dumps(dataclasses.asdict(self), default=str))}
@@ -92,25 +84,39 @@ class TrainConfig:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def remember(config: TrainConfig) -> None:
-    """Write the config into the run's folder, or check that the run already there is the same.
+def check(config: TrainConfig) -> None:
+    """What can be known before anything is loaded or compiled; makes the run's folder.
 
     Raises:
-        UserError: the folder holds a run that computes something else (the differing fields are named).
+        UserError: a value that cannot be, a folder that cannot be written, or one that holds a run which computes
+            something else (the differing fields are named).
     """
-    path = config.run / "config.json"
-    now = {**config.to_json(), "digest": config.digest()}
-    if path.is_file():
-        before = json.loads(path.read_text())
-        if before["digest"] != now["digest"]:
-            changed = sorted(k for k in now if k not in {"digest", *_FREE_TO_CHANGE} and now[k] != before.get(k))
-            raise UserError(
-                f"{config.run} holds a run with other settings ({', '.join(changed) or 'data'}): "
-                "choose another --run, or remove that folder"
-            )
-        return
+    for name in ("steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "keep"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name}={getattr(config, name)}: must be at least 1")
+    if config.checkpoint_every % config.log_every:
+        raise UserError(
+            f"checkpoint_every={config.checkpoint_every} must be a multiple of log_every={config.log_every}, "
+            "or a resumed run would log other means than an uninterrupted one"
+        )
     try:
         config.run.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(now, indent=2, ensure_ascii=False) + "\n")
+        tempfile.TemporaryFile(dir=config.run).close()
     except OSError as error:
-        raise UserError(f"{config.run}: cannot write there ({error.strerror})") from error
+        raise UserError(f"{config.run}: cannot be written ({error.strerror})") from error
+    path = config.run / "config.json"
+    if not path.is_file():
+        return
+    now, before = config.to_json(), read_json(path)
+    if before.get("digest") != config.digest():
+        changed = sorted(key for key in now if key not in _FREE_TO_CHANGE and now[key] != before.get(key))
+        raise UserError(
+            f"{config.run} holds a run with other settings ({', '.join(changed) or 'data'}): "
+            "choose another --run, or remove that folder"
+        )
+
+
+def remember(config: TrainConfig) -> None:
+    """Write the config beside the checkpoints, once everything it names has proved to be there."""
+    check(config)
+    write_json(config.run / "config.json", {**config.to_json(), "digest": config.digest()})

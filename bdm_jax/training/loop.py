@@ -16,7 +16,7 @@ from bdm_jax.data.records import Source, make_loader, open_source
 from bdm_jax.errors import UserError
 from bdm_jax.sharding import make_mesh, place_batch, replicated
 from bdm_jax.training.checkpoint import Checkpoints
-from bdm_jax.training.config import DataConfig, TrainConfig, remember
+from bdm_jax.training.config import DataConfig, TrainConfig, check, remember
 from bdm_jax.training.metrics import Metrics
 from bdm_jax.training.state import make_optimizer, make_state, make_step
 from bdm_jax.training.tasks import Job, Trees
@@ -34,7 +34,7 @@ def train(config: TrainConfig) -> bool:
         UserError: settings or files that do not fit, or a loss that is not finite (the steps are named).
     """
     deadline = time.monotonic() + 60 * config.minutes if config.minutes else math.inf
-    remember(config)
+    check(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     with jax.set_mesh(mesh):
         leg = _Leg(config, mesh)
@@ -80,6 +80,7 @@ class _Leg:
         self.at = int(self.state.step)
         self.frozen = jax.device_put(self.job.frozen, replicated(mesh))
         self.step = make_step(self.job.loss, optimizer, config.optimizer.ema_decay, config.seed, mesh, self.state)
+        remember(config)
         self.loader = make_loader(
             self.source, self.indices, self.job.sample, config.batch_size, config.seed, start_step=self.at
         )
