@@ -25,7 +25,7 @@ CONFIG = TrainConfig(
         text_encoder=TEXT,
     ),
     run=Path("runs/emoji-branch"),
-    steps=4500,
+    steps=5500,
     data=emoji_backbone.DATA,
     optimizer=OptimizerConfig(learning_rate=1e-3),
 )
