@@ -220,7 +220,7 @@ def contact_sheet(results: dict[str, Result], gallery: Gallery, columns: int = 1
 
 
 def _trained_on(settings: Settings) -> tuple[set[str], str, bool]:
-    """Ids of the concepts, the style to draw, and whether captions name it (as after training on several styles)."""
+    """Ids of the concepts, the style to draw, and whether captions name it (as after training on several)."""
     path = settings.model / "training.json"
     training = read_json(path)
     if not isinstance(training.get("concepts"), list):
@@ -231,7 +231,7 @@ def _trained_on(settings: Settings) -> tuple[set[str], str, bool]:
         raise UserError(f"{settings.model} was trained on all styles: choose one with --style")
     if trained_style not in (None, style):
         raise UserError(f"{settings.model} was trained on the style {trained_style!r}, not on {style!r}")
-    return set(training["concepts"]), style, trained_style is None
+    return set(training["concepts"]), style, bool(training.get("style_in_caption"))
 
 
 def _request(row: dict, language: str, phrased: bool, seed: int) -> Request:

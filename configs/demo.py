@@ -21,7 +21,7 @@ from bdm_jax.data.records import open_source
 from bdm_jax.data.render_emoji import main as render_emoji
 from bdm_jax.errors import UserError
 from bdm_jax.paths import DEMO, EMOJI
-from bdm_jax.training.config import TrainConfig
+from bdm_jax.training.config import TrainConfig, check
 from bdm_jax.training.loop import select, train
 from convert.files import FileError
 
@@ -35,7 +35,7 @@ class Settings:
     minutes: float | None = None
     """length of this leg; None goes on to the end"""
     runs: Path = Path("runs")
-    """folder of the three training runs"""
+    """folder of the training runs"""
     out: Path = DEMO
     """folder of the finished model"""
 
@@ -47,6 +47,7 @@ def main(settings: Settings) -> int:
         return 2
     runs = stages(settings.runs)
     for config in runs:
+        check(config)
         if (config.run / "export" / "done").is_file():
             continue
         left = None if deadline is None else (deadline - time.monotonic()) / 60
@@ -61,12 +62,13 @@ def main(settings: Settings) -> int:
 
 
 def stages(runs: Path) -> list[TrainConfig]:
-    """The three runs, each reading what the one before left in `runs`."""
-    vae, backbone, branch = (configs.load(name) for name in ("emoji-vae", "emoji-backbone", "emoji-branch"))
-    vae, backbone, branch = (replace(config, run=runs / config.run.name) for config in (vae, backbone, branch))
-    backbone = replace(backbone, task=replace(backbone.task, vae=vae.run / "export" / "vae"))
-    branch = replace(branch, task=replace(branch.task, backbone=backbone.run / "export"))
-    return [vae, backbone, branch]
+    """The four runs, each reading what those before left in `runs`."""
+    names = ("emoji-vae", "emoji-backbone", "emoji-text", "emoji-branch")
+    vae, backbone, text, branch = (replace(configs.load(name), run=runs / name) for name in names)
+    backbone, text = (replace(run, task=replace(run.task, vae=vae.run / "export" / "vae")) for run in (backbone, text))
+    towers = {part: text.run / "export" / f"branch_{part}" for part in ("text_encoder", "tokenizer")}
+    branch = replace(branch, task=replace(branch.task, backbone=backbone.run / "export", **towers))
+    return [vae, backbone, text, branch]
 
 
 def assemble(runs: list[TrainConfig], out: Path) -> None:
@@ -75,16 +77,17 @@ def assemble(runs: list[TrainConfig], out: Path) -> None:
     Raises:
         UserError: a frozen component is not byte for byte what it was before the branch was trained.
     """
-    backbone, branch = runs[1].run / "export", runs[2].run / "export"
+    backbone, branch = runs[1].run / "export", runs[-1].run / "export"
     for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
         file = f"{name}.safetensors"
         if (backbone / file).read_bytes() != (branch / file).read_bytes():
             raise UserError(f"{branch / file} differs from the frozen {backbone / file}")
     shutil.copytree(branch, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("done"))
     source = open_source(EMOJI)
-    indices = select(source, runs[2].data, "zh")
+    indices = select(source, runs[-1].data, "zh")
     record = {
-        "style": runs[2].data.style,
+        "style": runs[-1].data.style,
+        "style_in_caption": runs[-1].task.style_in_caption,
         "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
         "runs": [{**config.to_json(), "run": config.run.name, "final": _final(config)} for config in runs],
@@ -97,7 +100,7 @@ def assemble(runs: list[TrainConfig], out: Path) -> None:
 
 
 def _folders(task: dict[str, object]) -> list[str]:
-    return [name for name in ("vae", "backbone", "tokenizer") if isinstance(task.get(name), str)]
+    return [name for name in ("vae", "backbone", "text_encoder", "tokenizer") if isinstance(task.get(name), str)]
 
 
 def _final(config: TrainConfig) -> dict[str, float]:

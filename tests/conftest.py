@@ -1,8 +1,11 @@
 """Shared by all tests: one random seed per run, weights carried from PyTorch, the parity measure."""
 
+import os
 import secrets
 
-import jax
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported: the tolerances are those of fp32 on a CPU
+
+import jax  # noqa: E402
 import numpy as np
 import pytest
 import torch

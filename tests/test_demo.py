@@ -47,8 +47,8 @@ def test_record_of_the_training(training):
     rows = [source[int(i)] for i in concepts(source, training["style"], language="zh")]
     zh_only = {row["id"] for row in rows if row["zh_only"]}
     assert len(zh_only) >= 25 and zh_only <= set(training["concepts"]) <= {row["id"] for row in rows}
-    assert [run["task_name"] for run in training["runs"]] == ["VAETask", "BackboneTask", "BranchTask"]
-    assert [run["task"]["language"] for run in training["runs"][1:]] == ["en", "zh"]
+    assert [run["task_name"] for run in training["runs"]] == ["VAETask", "BackboneTask", "TextTask", "BranchTask"]
+    assert [run["task"]["language"] for run in training["runs"][1:]] == ["en", "zh", "zh"]
     assert all(np.isfinite(run["final"]["loss"]) for run in training["runs"])
 
 

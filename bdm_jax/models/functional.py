@@ -46,10 +46,12 @@ _ZERO_CONVOLUTIONS = re.compile(r"controlnet_(down_blocks|mid_block|cond_embeddi
 def init(config: Config, seed: int) -> Params:
     """Fresh fp32 parameters; the same for the same seed, on any device.
 
-    Kernels are normal with variance 1 / fan-in, embeddings with deviation 0.02, norms the identity, biases and zero
-    convolutions zero. Drawn on the host: as a compiled program, a UNet's draws take XLA a minute whatever its size.
+    Kernels are normal with variance 1 / fan-in (in BERT's post-norm layers with deviation 0.02, as BERT starts),
+    embeddings with deviation 0.02, norms the identity, biases and zero convolutions zero. Drawn on the host: as a
+    compiled program, a UNet's draws take XLA a minute whatever its size.
     """
-    return {path: jnp.asarray(_draw(path, leaf.shape, seed)) for path, leaf in abstract(config).items()}
+    small = isinstance(config, RobertaConfig)
+    return {path: jnp.asarray(_draw(path, leaf.shape, seed, small)) for path, leaf in abstract(config).items()}
 
 
 def abstract(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
@@ -101,12 +103,12 @@ def _structure(config: Config):
     return graph, shapes, {path: key for path, (key, _) in leaves.items()}
 
 
-def _draw(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+def _draw(path: str, shape: tuple[int, ...], seed: int, small: bool) -> np.ndarray:
     leaf = path.rpartition(".")[2]
     if leaf == "scale":
         return np.ones(shape, np.float32)
     if leaf == "bias" or _ZERO_CONVOLUTIONS.match(path):
         return np.zeros(shape, np.float32)
-    deviation = 0.02 if leaf == "embedding" else math.prod(shape[:-1]) ** -0.5
+    deviation = 0.02 if leaf == "embedding" or small else math.prod(shape[:-1]) ** -0.5
     generator = np.random.default_rng([seed, zlib.crc32(path.encode())])
     return generator.standard_normal(shape, np.float32) * np.float32(deviation)

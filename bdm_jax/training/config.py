@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any, Literal
 
 from bdm_jax.errors import UserError
 from bdm_jax.paths import EMOJI
-from bdm_jax.training.tasks import BackboneTask, BranchTask, VAETask
+from bdm_jax.training.tasks import BackboneTask, BranchTask, TextTask, VAETask
 from convert.files import read_json, write_json
 
-# May differ between the legs of one run: they say how it is watched and when it pauses, not what it computes.
-_FREE_TO_CHANGE = {"minutes", "log_every", "sample_every", "checkpoint_every", "keep", "run", "data"}
+# May differ between the legs of one run: how it is watched, when it pauses, on which devices and in which folder.
+_FREE_TO_CHANGE = {"minutes", "log_every", "sample_every", "checkpoint_every", "keep", "run", "mesh"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class TrainConfig:
     on.
     """
 
-    task: VAETask | BackboneTask | BranchTask
+    task: VAETask | BackboneTask | TextTask | BranchTask
     run: Path
     steps: int
     batch_size: int = 16
@@ -80,7 +81,9 @@ class TrainConfig:
     def digest(self) -> str:
         """Of everything that decides what the run computes."""
         values = {key: value for key, value in self.to_json().items() if key not in _FREE_TO_CHANGE}
-        values["data"] = {key: value for key, value in self.to_json()["data"].items() if key != "folder"}
+        for name, part in (("task", self.task), ("data", self.data)):  # their folders may move
+            folders = {f.name for f in dataclasses.fields(part) if isinstance(getattr(part, f.name), Path)}
+            values[name] = {key: value for key, value in values[name].items() if key not in folders}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -94,6 +97,12 @@ def check(config: TrainConfig) -> None:
     for name in ("steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "keep"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)}: must be at least 1")
+    if config.seed < 0 or (config.minutes is not None and config.minutes <= 0):
+        raise UserError(f"seed={config.seed} must not be negative, minutes={config.minutes} must be positive")
+    if not 0 < config.optimizer.learning_rate < math.inf:
+        raise UserError(f"optimizer.learning_rate={config.optimizer.learning_rate}: must be a positive number")
+    if config.data.style is None and not getattr(config.task, "style_in_caption", True):
+        raise UserError("data.style=None trains on all styles: captions must name them, set task.style_in_caption")
     if config.checkpoint_every % config.log_every:
         raise UserError(
             f"checkpoint_every={config.checkpoint_every} must be a multiple of log_every={config.log_every}, "
@@ -111,7 +120,7 @@ def check(config: TrainConfig) -> None:
     if before.get("digest") != config.digest():
         changed = sorted(key for key in now if key not in _FREE_TO_CHANGE and now[key] != before.get(key))
         raise UserError(
-            f"{config.run} holds a run with other settings ({', '.join(changed) or 'data'}): "
+            f"{config.run} holds a run with other settings ({', '.join(changed)}): "
             "choose another --run, or remove that folder"
         )
 

@@ -28,14 +28,18 @@ def train(config: TrainConfig) -> bool:
     """Run, or go on with, a training; returns whether it is finished (False: a leg ended, run it again to go on).
 
     Everything lies in `config.run`: config.json, checkpoints/, metrics.jsonl, tensorboard/, samples/, and at the end
-    export/. SIGINT and SIGTERM end the leg at the next step, with a checkpoint.
+    export/. SIGINT and SIGTERM end the leg at the next logged step, with a checkpoint.
 
     Raises:
         UserError: settings or files that do not fit, or a loss that is not finite (the steps are named).
     """
-    deadline = time.monotonic() + 60 * config.minutes if config.minutes else math.inf
+    deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
     check(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    if jax.process_count() > 1:
+        raise UserError(f"{jax.process_count()} processes: training runs in one process, on all of its devices")
+    if config.batch_size % mesh.size:
+        raise UserError(f"batch_size={config.batch_size} is not a multiple of the {mesh.size} devices")
     with jax.set_mesh(mesh):
         leg = _Leg(config, mesh)
         try:
@@ -71,6 +75,8 @@ class _Leg:
         self.config, self.mesh = config, mesh
         self.source = open_source(config.data.folder)
         self.indices = select(self.source, config.data, config.task.language)
+        if not len(self.indices):
+            raise UserError(f"data.concepts={config.data.concepts}: leaves no records to train on in this language")
         self.job: Job = config.task.start(self.source, self.indices, config.run, config.seed)
         optimizer = make_optimizer(config.optimizer, config.steps)
         self.state = make_state(self.job.params, optimizer, mesh)
@@ -105,7 +111,7 @@ class _Leg:
                 ending = logged and (stop or time.monotonic() > deadline)
                 if self.at % config.checkpoint_every == 0 or done or ending:
                     self.checkpoints.save(self.state)
-                    self.metrics.restart_clock()
+                    self.metrics.restart_clock(self.at)
                 if ending:
                     return
 
@@ -128,7 +134,7 @@ class _Leg:
         folder.mkdir(exist_ok=True)
         Image.fromarray(grid).save(folder / f"{self.at:07d}.png")
         self.metrics.image("samples", self.at, grid)
-        self.metrics.restart_clock()
+        self.metrics.restart_clock(self.at)
 
 
 def _mean(pending: list[dict[str, jax.Array]], at: int) -> dict[str, float]:
@@ -144,7 +150,7 @@ def _mean(pending: list[dict[str, jax.Array]], at: int) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[list]:
-    """A list that becomes non-empty when SIGINT or SIGTERM asks the run to end at the next step."""
+    """A list that becomes non-empty when SIGINT or SIGTERM asks the run to end."""
     stop: list = []
     before = {number: signal.signal(number, lambda *_: stop.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from convert.files import atomic_file
+
 
 class Metrics:
     """Writes run/metrics.jsonl and run/tensorboard; shows loss, images/s and the time left.
@@ -20,10 +22,11 @@ class Metrics:
         self._path = folder / "metrics.jsonl"
         kept = self._path.read_text().splitlines() if self._path.is_file() else []
         kept = [line for line in kept if line.endswith("}") and json.loads(line)["step"] <= start]
-        self._path.write_text("".join(line + "\n" for line in kept))
+        with atomic_file(self._path) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._batch_size, self._total = batch_size, total
-        self._before, self._step_before = time.monotonic(), start
+        self._before, self._step_before, self._speed = time.monotonic(), start, 0.0
         console = Console(stderr=True)
         self._lines = None if console.is_terminal else console
         self._progress = Progress(
@@ -42,8 +45,9 @@ class Metrics:
     def log(self, step: int, values: dict[str, float]) -> None:
         """Values of the steps since the last call, already averaged."""
         now = time.monotonic()
-        speed = (step - self._step_before) * self._batch_size / max(now - self._before, 1e-9)
-        self._before, self._step_before = now, step
+        if step > self._step_before:
+            self._speed = (step - self._step_before) * self._batch_size / max(now - self._before, 1e-9)
+        self._before, self._step_before, speed = now, step, self._speed
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values, "images_per_second": round(speed, 2)}) + "\n")
         for name, value in {**values, "images_per_second": speed}.items():
@@ -58,9 +62,9 @@ class Metrics:
         """A picture (H,W,3) uint8 for TensorBoard."""
         self._tensorboard.add_image(name, picture, step, dataformats="HWC")
 
-    def restart_clock(self) -> None:
-        """Leave what took time but was no training (a checkpoint, samples) out of images/s."""
-        self._before = time.monotonic()
+    def restart_clock(self, step: int) -> None:
+        """Leave what took time before `step` but was no training (a checkpoint, samples) out of images/s."""
+        self._before, self._step_before = time.monotonic(), step
 
     def close(self) -> None:
         """Flush everything and leave the terminal clean."""

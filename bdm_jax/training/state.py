@@ -33,7 +33,7 @@ class TrainState:
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """AdamW on clipped gradients; biases and norms (one-dimensional parameters) do not decay."""
-    warmup = min(config.warmup_steps, max(steps - 1, 1))
+    warmup = min(config.warmup_steps, steps // 2)
     if config.schedule == "cosine":
         rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, steps)
     else:

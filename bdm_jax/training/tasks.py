@@ -4,16 +4,18 @@ A task names the networks and where the ready ones come from. `start` makes a `J
 alone, how a record becomes a sample, the loss, and how the result becomes a folder.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from bdm_jax.data.captions import caption
+from bdm_jax.data.captions import caption, name
 from bdm_jax.data.records import Source, decode_image
 from bdm_jax.diffusion import losses
 from bdm_jax.diffusion.schedule import Schedule
@@ -134,7 +136,7 @@ class BackboneTask:
     text_encoder: CLIPTextConfig = field(default_factory=CLIPTextConfig)
     vae: Path = Path("runs/emoji-vae/export/vae")
     tokenizer: Path = TOKENIZERS / "english"
-    prediction_type: str = "v_prediction"
+    prediction_type: Literal["epsilon", "v_prediction"] = "v_prediction"
     caption_dropout: float = 0.1
     style_in_caption: bool = False
     guidance: float = 3.0
@@ -149,20 +151,27 @@ class BackboneTask:
         return BackboneJob(self, params, vae, tokenizer, Schedule(prediction_type=self.prediction_type), moments)
 
 
-class _DiffusionJob:
+class _CaptionJob:
     """What training on cached latents and captions has in common."""
 
     def __init__(self, task, params: Trees, vae: Component, tokenizer: Tokenizer, schedule: Schedule, moments):
         self.task, self.params, self.vae, self.tokenizer = task, params, vae, tokenizer
-        self.schedule, self._moments = schedule, moments
+        self.schedule, self.moments = schedule, moments
 
     def sample(self, record, rng):
-        text = caption(record, self.task.language, rng, style=self.task.style_in_caption)
+        language, style = self.task.language, self.task.style_in_caption
+        texts = [caption(record, language, rng, style), name(record, language, style)]
+        longer, shorter = self.tokenizer.content(texts)
+        content = longer if len(longer) <= self.tokenizer.length - 2 else shorter
         if rng.random() < self.task.caption_dropout:
-            text = ""
+            content = []
         special = (self.tokenizer.start, self.tokenizer.end, self.tokenizer.pad)
-        ids = split(self.tokenizer.content([text])[0], 1, self.tokenizer.length, *special)
-        return {"moments": self._moments[record_key(record)], "ids": ids[0]}
+        ids = split(content, 1, self.tokenizer.length, *special)
+        return {"moments": self.moments[record_key(record)], "ids": ids[0]}
+
+
+class _DiffusionJob(_CaptionJob):
+    """What training of a denoiser has in common."""
 
     def noised(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Batch -> noisy latents (B,h,w,C), timesteps (B,), targets (B,h,w,C)."""
@@ -180,11 +189,10 @@ class _DiffusionJob:
         self.pipeline(params).save_pretrained(folder)
 
     def pictures(self, params, records):
+        texts = [name(record, self.task.language, self.task.style_in_caption) for record in records]
         requests = [
-            Request(record["zh"], seed=index)
-            if self.task.language == "zh"
-            else Request("", english=record["en"], seed=index)
-            for index, record in enumerate(records)
+            Request(text, seed=seed) if self.task.language == "zh" else Request("", english=text, seed=seed)
+            for seed, text in enumerate(texts)
         ]
         return list(generate(self.pipeline(params), requests, steps=20, batch_size=len(requests)))
 
@@ -212,63 +220,130 @@ class BackboneJob(_DiffusionJob):
         )
 
 
+# ------------------------------------------------------------------------------------------- the branch's text tower
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """Train the tower that a branch reads with, against pictures, as Chinese-CLIP is trained (arXiv 2211.01335).
+
+    A caption's mean state and a linear map of its picture's latents find each other among those of the batch.
+    """
+
+    text_encoder: RobertaConfig = field(default_factory=RobertaConfig)
+    vae: Path = Path("runs/emoji-vae/export/vae")
+    tokenizer: Path = TOKENIZERS / "chinese"
+    temperature: float = 0.07
+    caption_dropout: float = 0.0
+    style_in_caption: bool = False
+    language: str = "zh"
+
+    def start(self, source: Source, indices: np.ndarray, run: Path, seed: int) -> "TextJob":
+        """Fresh tower and map; the autoencoder is loaded and only used."""
+        vae = load_component(self.vae, "float32")
+        moments = record_moments(vae, source, indices, run / "latents.npz")
+        size = next(iter(moments.values())).size // 2
+        kernel = jax.random.normal(jax.random.key(seed), (size, self.text_encoder.hidden_size)) / np.sqrt(size)
+        params = {"text_encoder": init(self.text_encoder, seed), "picture": {"kernel": kernel}}
+        return TextJob(self, params, vae, Tokenizer.from_pretrained(self.tokenizer), Schedule(), moments)
+
+
+class TextJob(_CaptionJob):
+    """`TextTask` made ready."""
+
+    frozen: dict = {}
+
+    def loss(self, params, frozen, batch, key):
+        similar = self.similarity(params, batch["ids"], batch["moments"]) / self.task.temperature
+        right = jnp.arange(len(similar))
+        both = [optax.softmax_cross_entropy_with_integer_labels(table, right).mean() for table in (similar, similar.T)]
+        return sum(both) / 2, {"found": jnp.mean(similar.argmax(axis=1) == right)}
+
+    def similarity(self, params: Trees, ids: jax.Array, moments: jax.Array) -> jax.Array:
+        """Captions (B,S) and pictures (N,h,w,2C) -> cosines (B,N)."""
+        means = moments[..., : moments.shape[-1] // 2] * self.vae.config.scaling_factor
+        pictures = means.reshape(len(means), -1) @ params["picture"]["kernel"]
+        texts = bind(self.task.text_encoder, params["text_encoder"])(ids).mean(axis=1)
+        unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+        return unit(texts) @ unit(pictures).T
+
+    def export(self, params, folder, source, indices):
+        """The folders `branch_text_encoder` and `branch_tokenizer`."""
+        save_component(folder / "branch_text_encoder", self.task.text_encoder, params["text_encoder"])
+        self.tokenizer.save_pretrained(folder / "branch_tokenizer")
+
+    def pictures(self, params, records):
+        """For the name of each record, the picture that it finds among them."""
+        ids = self.tokenizer([name(record, self.task.language, self.task.style_in_caption) for record in records])
+        moments = np.stack([self.moments[record_key(record)] for record in records])
+        found = np.asarray(self.similarity(params, ids, moments)).argmax(axis=1)
+        return [decode_image(records[i]["image"]) for i in found]
+
+
 # --------------------------------------------------------------------------------------------------------- the branch
 
 
 @dataclass(frozen=True)
 class BranchTask:
-    """Train a branch, and its text tower where that is not ready, on a frozen backbone whose own prompt is "".
+    """Train a branch on a frozen backbone whose own prompt is "", reading a frozen text tower of another language.
 
-    backbone: a pipeline folder. The branch starts as a copy of the backbone's encoder.
+    backbone: a pipeline folder. text_encoder, tokenizer: component folders. The branch starts as a copy of the
+    backbone's encoder.
     """
 
     backbone: Path = Path("runs/emoji-backbone/export")
-    cross_attention_dim: int = 1024
-    text_encoder: RobertaConfig = field(default_factory=RobertaConfig)
-    tokenizer: Path = TOKENIZERS / "chinese"
+    text_encoder: Path = Path("runs/emoji-text/export/branch_text_encoder")
+    tokenizer: Path = Path("runs/emoji-text/export/branch_tokenizer")
     caption_dropout: float = 0.1
     style_in_caption: bool = False
     guidance: float = 3.0
     language: str = "zh"
 
     def start(self, source: Source, indices: np.ndarray, run: Path, seed: int) -> "BranchJob":
-        """Fresh text tower and zero convolutions; backbone, autoencoder and English tower are loaded and only used."""
-        backbone = BridgePipeline.from_pretrained(self.backbone, "float32")  # written out again, byte for byte
+        """Fresh zero convolutions, the rest of the branch copied; everything else is loaded and only used."""
+        backbone = BridgePipeline.from_pretrained(self.backbone, "float32")
+        tower = load_component(self.text_encoder, "float32")
         moments = record_moments(backbone.vae, source, indices, run / "latents.npz")
-        unet = backbone.unet.config
-        shared = {field.name: getattr(unet, field.name) for field in fields(EncoderConfig)}
-        config = BranchConfig(**{**shared, "cross_attention_dim": self.cross_attention_dim})
-        params = {
-            "branch": init_branch_from_unet(init(config, seed), backbone.unet.params),
-            "branch_text_encoder": init(self.text_encoder, seed + 1),
-        }
-        return BranchJob(self, params, config, backbone, Tokenizer.from_pretrained(self.tokenizer), moments)
+        shared = {field.name: getattr(backbone.unet.config, field.name) for field in fields(EncoderConfig)}
+        config = BranchConfig(**{**shared, "cross_attention_dim": tower.config.hidden_size})
+        branch = Component(config, init_branch_from_unet(init(config, seed), backbone.unet.params))
+        return BranchJob(self, branch, tower, backbone, Tokenizer.from_pretrained(self.tokenizer), moments)
 
 
 class BranchJob(_DiffusionJob):
     """`BranchTask` made ready."""
 
-    def __init__(self, task: BranchTask, params, config: BranchConfig, backbone: BridgePipeline, tokenizer, moments):
-        super().__init__(task, params, backbone.vae, tokenizer, backbone.schedule, moments)
-        self.config, self.backbone = config, backbone
+    def __init__(
+        self, task: BranchTask, branch: Component, tower: Component, backbone: BridgePipeline, tokenizer, moments
+    ):
+        super().__init__(task, {"branch": branch.params}, backbone.vae, tokenizer, backbone.schedule, moments)
+        self.config, self.tower, self.backbone = branch.config, tower, backbone
         empty = encode(backbone.tokenizer, *backbone.text_encoder, [""])
-        self.frozen = {"unet": backbone.unet.params, "english": empty}
+        self.frozen = {"unet": backbone.unet.params, "tower": tower.params, "english": empty}
 
     def loss(self, params, frozen, batch, key):
         x, t, target = self.noised(batch, key)
-        chinese = Conditioning(bind(self.task.text_encoder, params["branch_text_encoder"])(batch["ids"]))
+        chinese = Conditioning(bind(self.tower.config, frozen["tower"])(batch["ids"]))
         english = jax.tree.map(lambda states: jnp.broadcast_to(states, (len(x), *states.shape[1:])), frozen["english"])
         unet = bind(self.backbone.unet.config, frozen["unet"])
         residuals = bind(self.config, params["branch"])(x, t, chinese)
         prediction = unet(x, t, english, residuals)
         return jnp.mean(losses.denoising(prediction, target)), {}
 
+    def export(self, params, folder, source, indices):
+        """A whole pipeline folder; frozen components are handed on file by file, in whatever type they came."""
+        super().export(params, folder, source, indices)
+        task = self.task
+        frozen = {part: task.backbone / part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
+        for part, origin in {**frozen, "branch_text_encoder": task.text_encoder}.items():
+            shutil.copytree(origin, folder / part, dirs_exist_ok=True)
+
     def pipeline(self, params: Trees) -> BridgePipeline:
         """The bridge that these parameters make of the backbone."""
         return replace(
             self.backbone,
             branch=Component(self.config, params["branch"]),
-            branch_text_encoder=Component(self.task.text_encoder, params["branch_text_encoder"]),
+            branch_text_encoder=self.tower,
             branch_tokenizer=self.tokenizer,
             guidance=self.task.guidance,
         )

@@ -8,7 +8,7 @@ from bdm_jax.diffusion.schedule import Schedule
 from bdm_jax.models.config import CLIPTextConfig, RobertaConfig, UNetConfig, VAEConfig
 from bdm_jax.models.functional import init
 from bdm_jax.paths import TOKENIZERS
-from bdm_jax.pipeline import BridgePipeline, Component
+from bdm_jax.pipeline import BridgePipeline, Component, save_component
 from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
 from bdm_jax.training.tasks import BranchTask
@@ -18,7 +18,7 @@ _SMALL_TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 
 
 @pytest.fixture(scope="session")
 def backbone_folder(tmp_path_factory) -> Path:
-    """A pipeline folder without a branch: random weights, the bundled tokenizers."""
+    """A pipeline folder without a branch, a branch's text tower beside it: random weights, the bundled tokenizers."""
     tokenizer = Tokenizer.from_pretrained(TOKENIZERS / "english")
     configs = {
         "unet": UNetConfig(
@@ -41,7 +41,9 @@ def backbone_folder(tmp_path_factory) -> Path:
         ),
     }
     parts = {name: Component(config, init(config, seed)) for seed, (name, config) in enumerate(configs.items())}
-    folder = tmp_path_factory.mktemp("backbone")
+    folder = tmp_path_factory.mktemp("networks") / "backbone"
+    tower = RobertaConfig(max_position_embeddings=16, **_SMALL_TEXT)
+    save_component(folder.parent / "tower", tower, init(tower, 3))
     schedule = Schedule(prediction_type="v_prediction")
     BridgePipeline(**parts, tokenizer=tokenizer, schedule=schedule).save_pretrained(folder)
     return folder
@@ -52,9 +54,9 @@ def branch_run(backbone_folder):
     """A function from a run's folder to its TrainConfig: six steps, a checkpoint after every second."""
 
     def configure(run: Path) -> TrainConfig:
-        tower = RobertaConfig(max_position_embeddings=16, **_SMALL_TEXT)
+        tower = backbone_folder.parent / "tower"
         return TrainConfig(
-            task=BranchTask(backbone=backbone_folder, cross_attention_dim=16, text_encoder=tower),
+            task=BranchTask(backbone=backbone_folder, text_encoder=tower, tokenizer=TOKENIZERS / "chinese"),
             run=run,
             steps=6,
             batch_size=4,

@@ -30,7 +30,7 @@ def run(monkeypatch, capsys, tmp_path):
 
 
 def test_every_config_is_valid_and_is_listed(run):
-    assert configs.names() == ["emoji-backbone", "emoji-branch", "emoji-vae"]
+    assert configs.names() == ["emoji-backbone", "emoji-branch", "emoji-text", "emoji-vae"]
     for name in configs.names():
         assert len(configs.load(name).digest()) == 16
     status, out, _ = run("--help")
