@@ -36,6 +36,7 @@ _NETWORKS = ("unet", "vae", "text_encoder")
 _BRIDGE_NETWORKS = ("branch", "branch_text_encoder")
 _SCHEDULE = Path("scheduler") / "scheduler_config.json"
 _INDEX = "model_index.json"
+_GUIDANCE = "_bdm_guidance"
 
 
 class Component(NamedTuple):
@@ -79,7 +80,6 @@ class BridgePipeline:
         folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"{folder}: no such model folder")
-        index = read_json(folder / _INDEX) if (folder / _INDEX).is_file() else {}
         names = [*_NETWORKS, "tokenizer"]
         if any((folder / name).is_dir() for name in (*_BRIDGE_NETWORKS, "branch_tokenizer")):
             names += [*_BRIDGE_NETWORKS, "branch_tokenizer"]
@@ -91,8 +91,7 @@ class BridgePipeline:
             else load_component(folder / name, dtype)
             for name in names
         }
-        schedule = _load_schedule(folder / _SCHEDULE)
-        return cls(**parts, schedule=schedule, guidance=float(index.get("_bdm_guidance", cls.guidance)))
+        return cls(**parts, schedule=_load_schedule(folder / _SCHEDULE), guidance=_load_guidance(folder / _INDEX))
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float16") -> None:
         """Write a folder that `from_pretrained` here and, component by component, diffusers' and transformers' read."""
@@ -110,7 +109,7 @@ class BridgePipeline:
         """model_index.json; to diffusers, the backbone is a StableDiffusionPipeline, names with _ are nothing."""
         return {
             "_class_name": "StableDiffusionPipeline",
-            "_bdm_guidance": self.guidance,
+            _GUIDANCE: self.guidance,
             "feature_extractor": [None, None],
             "image_encoder": [None, None],
             "requires_safety_checker": False,
@@ -153,7 +152,7 @@ def load_component(folder: str | Path, dtype: str | None = None) -> Component:
     values = read_json(folder / "config.json")
     try:
         config = from_json(values)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{folder}: {error}") from error
     path, tensors = read_weights(folder)
     tree = tree_from_torch(tensors, abstract(config), str(path), table_for(values))
@@ -207,5 +206,13 @@ def _load_schedule(path: Path) -> Schedule:
     values = read_json(path)
     try:
         return schedules.from_json(values)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _load_guidance(path: Path) -> float:
+    """A folder that others made has no guidance of its own, perhaps not even the file."""
+    value = read_json(path).get(_GUIDANCE, BridgePipeline.guidance) if path.is_file() else BridgePipeline.guidance
+    if not isinstance(value, int | float):
+        raise UserError(f"{path}: {_GUIDANCE}={value!r} is not a number")
+    return float(value)
