@@ -81,7 +81,10 @@ def generate(
     check(pipeline, requests, steps=steps, guidance=guidance, sampler=sampler, size=size, batch_size=batch_size)
     if not branch or pipeline.branch is None:
         pipeline, requests = _bare(pipeline), [_english(request) for request in requests]
-    table = SAMPLERS[sampler](pipeline.schedule, steps)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        table = SAMPLERS[sampler](pipeline.schedule, steps)
+    if not all(np.isfinite(column).all() for column in jax.tree.leaves(table)):
+        raise UserError(f"{steps} steps are too many for {sampler}: some would fall on one timestep; take fewer")
     return _generate(pipeline, requests, table, guidance, size, batch_size, progress or (lambda done, total: None))
 
 

@@ -18,5 +18,5 @@ CONFIG = TrainConfig(
     run=Path("runs/emoji-branch"),
     steps=3500,
     data=emoji_backbone.DATA,
-    optimizer=OptimizerConfig(learning_rate=1e-3),
+    optimizer=OptimizerConfig(learning_rate=1e-3, copied_factor=0.1),
 )

@@ -75,10 +75,10 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise FileError(f"{path}: cannot be read ({error.strerror or error})") from error
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise FileError(f"{path}: the safetensors header is not JSON ({error})") from error
     except _Duplicate as error:
         raise FileError(f"{path}: the safetensors header names {error} twice") from error
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: the safetensors header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise FileError(f"{path}: the safetensors header is not a JSON object")
     metadata = header.pop("__metadata__", None) or {}
@@ -125,10 +125,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"), object_pairs_hook=_unique)
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise FileError(f"{path}: not JSON ({error})") from error
     except _Duplicate as error:
         raise FileError(f"{path}: names {error} twice") from error
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise FileError(f"{path}: expected a JSON object")
     return value

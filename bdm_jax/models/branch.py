@@ -4,16 +4,19 @@ Both are a UNet encoder whose features leave through 1x1 convolutions that start
 picture; the branch sees none: its only news is a text in another language.
 """
 
+import re
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from bdm_jax.models.conditioning import Conditioning
 from bdm_jax.models.config import BranchConfig, ControlNetConfig, EncoderConfig
 from bdm_jax.models.layers import conv
 from bdm_jax.models.unet import UNetEncoder
+
+# What a branch does not take over from the backbone.
+STARTS_ANEW = re.compile(r"^controlnet_|\.attn2\.to_[kv]\.")
 
 
 @jax.tree_util.register_dataclass
@@ -27,13 +30,6 @@ class Residuals:
     def add_to(self, skips: tuple[jax.Array, ...], mid: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """The backbone's skips and middle with these residuals added."""
         return tuple(s + r for s, r in zip(skips, self.skips, strict=True)), mid + self.mid
-
-    def scale(self, factor: jax.Array | float) -> "Residuals":
-        """All residuals times `factor`."""
-        return jax.tree.map(lambda r: r * jnp.asarray(factor, r.dtype), self)
-
-    def __add__(self, other: "Residuals") -> "Residuals":
-        return jax.tree.map(jnp.add, self, other)
 
 
 class ResidualEncoder(UNetEncoder):
@@ -96,12 +92,9 @@ class ControlNet(ResidualEncoder):
 
 
 def init_branch_from_unet(branch: dict[str, jax.Array], unet: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Start a branch (or ControlNet) from a backbone: every tensor of the same name and shape is copied.
+    """Start a branch from a backbone: every tensor of the same name is copied but those of `STARTS_ANEW`.
 
-    What stays fresh are the zero convolutions and, where the text widths differ, attn2.to_k and attn2.to_v (14
-    tensors at SD1.5's sizes), which read the other language's states. The zero convolutions make that safe at step 0.
+    These are the zero convolutions and the keys and values of the text (14 tensors at SD1.5's sizes): the two text
+    spaces are unrelated, even where they are of one width. The zero convolutions make that safe at step 0.
     """
-    return {
-        path: unet[path] if path in unet and unet[path].shape == value.shape else value
-        for path, value in branch.items()
-    }
+    return {path: value if STARTS_ANEW.search(path) else unet[path] for path, value in branch.items()}

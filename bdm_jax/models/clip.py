@@ -62,11 +62,8 @@ class CLIPEmbeddings(nnx.Module):
     """Token plus position embeddings."""
 
     def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(0.02)
-        self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs)
-        self.position_embedding = nnx.Embed(
-            config.max_position_embeddings, config.hidden_size, embedding_init=init, rngs=rngs
-        )
+        self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.position_embedding = nnx.Embed(config.max_position_embeddings, config.hidden_size, rngs=rngs)
 
     def __call__(self, ids):
         return self.token_embedding(ids) + self.position_embedding(jnp.arange(ids.shape[1]))

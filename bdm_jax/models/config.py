@@ -70,7 +70,7 @@ class BranchConfig(EncoderConfig):
 
 @dataclass(frozen=True)
 class ControlNetConfig(EncoderConfig):
-    """A stock ControlNet: the branch plus a hint embedding. `hint_channels` are the widths of the hint's layers."""
+    """A stock ControlNet: the branch plus an embedding of its picture, whose layers' widths come last."""
 
     conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
     conditioning_channels: int = 3

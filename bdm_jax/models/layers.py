@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 # On a CPU, self-attention is computed for this many queries at a time once there are more than twice as many: the
-# scores of
-# 4,096 x 4,096 tokens do not fit a cache, and chunks are seven times faster than jax.nn.dot_product_attention there.
+# scores of 4,096 x 4,096 tokens do not fit a cache, and chunks are seven times faster there than
+# jax.nn.dot_product_attention.
 CPU_QUERY_CHUNK = 512
 
 
@@ -49,13 +49,10 @@ def timestep_embedding(t: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def conv(inputs: int, outputs: int, rngs: nnx.Rngs, kernel: int = 3, stride: int = 1, zero: bool = False) -> nnx.Conv:
-    """A convolution with PyTorch's padding; `zero` starts it at exactly zero."""
-    init = {"kernel_init": nnx.initializers.zeros} if zero else {}
+def conv(inputs: int, outputs: int, rngs: nnx.Rngs, kernel: int = 3, stride: int = 1) -> nnx.Conv:
+    """A convolution with PyTorch's padding."""
     pad = kernel // 2
-    return nnx.Conv(
-        inputs, outputs, (kernel, kernel), strides=stride, padding=((pad, pad), (pad, pad)), rngs=rngs, **init
-    )
+    return nnx.Conv(inputs, outputs, (kernel, kernel), strides=stride, padding=((pad, pad), (pad, pad)), rngs=rngs)
 
 
 class GroupNorm(nnx.Module):

@@ -18,9 +18,7 @@ class RobertaEmbeddings(nnx.Module):
     """Word, position and type embeddings, summed and normalised; all type ids are 0."""
 
     def __init__(self, config: RobertaConfig, rngs: nnx.Rngs):
-        embed = lambda rows: nnx.Embed(  # noqa: E731
-            rows, config.hidden_size, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
-        )
+        embed = lambda rows: nnx.Embed(rows, config.hidden_size, rngs=rngs)  # noqa: E731
         self.word_embeddings = embed(config.vocab_size)
         self.position_embeddings = embed(config.max_position_embeddings)
         self.token_type_embeddings = embed(config.type_vocab_size)

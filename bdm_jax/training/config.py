@@ -34,9 +34,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up, then constant or falling on a cosine to zero at the last step."""
+    """AdamW with warm-up, then constant or falling on a cosine to zero at the last step.
+
+    `copied_factor` times the learning rate is what a branch's copied weights get; its zero convolutions and the keys
+    and values of its text, which start anew, get the whole.
+    """
 
     learning_rate: float = 1e-3
+    copied_factor: float = 1.0
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: int = 100
     b1: float = 0.9

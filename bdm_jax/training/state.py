@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from bdm_jax.models.branch import STARTS_ANEW
 from bdm_jax.sharding import batch_sharding, replicated, tree_sharding
 from bdm_jax.training.config import OptimizerConfig
 from bdm_jax.training.tasks import Trees
@@ -42,7 +43,17 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decays),
+        optax.stateless(lambda updates, _: _slow_copies(updates, config.copied_factor)),
     )
+
+
+def _slow_copies(updates: Trees, factor: float) -> Trees:
+    """Updates of a branch's copied weights times `factor`; all others as they are."""
+    branch = {
+        path: update if STARTS_ANEW.search(path) else factor * update
+        for path, update in updates.get("branch", {}).items()
+    }
+    return {**updates, **({"branch": branch} if branch else {})}
 
 
 def make_state(params: Trees, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
