@@ -19,13 +19,11 @@ from bdm_jax.errors import UserError
 STYLES = {
     "fluent": "@iconify-json/fluent-emoji-flat",
     "noto": "@iconify-json/noto",
-    "twemoji": "@iconify-json/twemoji",
 }
 WORDS = ("cldr-annotations-derived-full", "cldr-annotations-full")
 VERSIONS = {
     "@iconify-json/fluent-emoji-flat": "1.2.6",
     "@iconify-json/noto": "1.2.9",
-    "@iconify-json/twemoji": "1.2.5",
     "cldr-annotations-derived-full": "48.2.0",
     "cldr-annotations-full": "48.2.0",
 }

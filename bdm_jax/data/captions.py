@@ -9,7 +9,6 @@ LANGUAGES = ("zh", "en")
 STYLE_PHRASES = {
     "fluent": {"zh": "扁平插画", "en": "flat illustration"},
     "noto": {"zh": "立体插画", "en": "shaded illustration"},
-    "twemoji": {"zh": "简洁图标", "en": "simple icon"},
 }
 _SEPARATORS = {"zh": "，", "en": ", "}
 _KEYWORDS_AT_MOST = 2

@@ -14,7 +14,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Fluent flat, Noto and Twemoji artwork at 128 x 128 with the names of CLDR 48.2."}
+    RELEASE_NOTES = {"1.0.0": "Fluent flat and Noto artwork at 128 x 128 with the names of CLDR 48.2."}
     MANUAL_DOWNLOAD_INSTRUCTIONS = "The unpacked npm packages; `python -m bdm_jax.data.render_emoji` fetches them."
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -34,10 +34,10 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
         )
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Emoji artwork in three styles over white, with Unicode CLDR names in Chinese and English.",
+            description="Emoji artwork in two styles over white, with Unicode CLDR names in Chinese and English.",
             features=features,
             homepage="https://cldr.unicode.org/",
-            license="Artwork: MIT (fluent), Apache-2.0 (noto), CC-BY-4.0 (twemoji); captions: Unicode-3.0. See NOTICE.",
+            license="Artwork: MIT (fluent), Apache-2.0 (noto); captions: Unicode-3.0. See NOTICE.",
             disable_shuffling=True,
         )
 
