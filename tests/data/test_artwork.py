@@ -61,4 +61,4 @@ def test_png_is_exact_where_there_are_few_colours():
 
 
 def test_summary_counts():
-    assert "1652 in at least two styles" in render_emoji.summary(EMOJI)
+    assert "1594 in at least two styles" in render_emoji.summary(EMOJI)
