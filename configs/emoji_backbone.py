@@ -24,7 +24,7 @@ TEXT = CLIPTextConfig(
 )
 
 # As many concepts as two CPU cores learn in about half an hour; on a GPU take all: --data.concepts None.
-DATA = DataConfig(style=emoji_vae.STYLE, concepts=800)
+DATA = DataConfig(style=emoji_vae.STYLE, concepts=300)
 
 CONFIG = TrainConfig(
     task=BackboneTask(
@@ -40,10 +40,11 @@ CONFIG = TrainConfig(
             norm_num_groups=16,
         ),
         text_encoder=TEXT,
+        timestep_bias="later",
         vae=emoji_vae.CONFIG.run / "export" / "vae",
     ),
     run=Path("runs/emoji-backbone"),
-    steps=7000,
+    steps=5500,
     data=DATA,
     optimizer=OptimizerConfig(learning_rate=1e-3),
 )

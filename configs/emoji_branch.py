@@ -16,9 +16,10 @@ CONFIG = TrainConfig(
         backbone=emoji_backbone.CONFIG.run / "export",
         text_encoder=emoji_text.CONFIG.run / "export" / "branch_text_encoder",
         tokenizer=emoji_text.CONFIG.run / "export" / "branch_tokenizer",
+        timestep_bias="later",
     ),
     run=Path("runs/emoji-branch"),
-    steps=3500,
+    steps=4500,
     data=emoji_backbone.DATA,
-    optimizer=OptimizerConfig(learning_rate=1e-3, copied_factor=0.1),
+    optimizer=OptimizerConfig(learning_rate=1e-3, copied_factor=0.2),
 )

@@ -23,7 +23,7 @@ CONFIG = TrainConfig(
         ),
     ),
     run=Path("runs/emoji-vae"),
-    steps=2600,
+    steps=6000,
     batch_size=4,
     data=DataConfig(style=STYLE),
     optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.0, ema_decay=0.995),

@@ -77,7 +77,7 @@ def test_equal_artwork_counts_as_one_concept(rows):
 
 
 def test_training_on_all_styles_names_the_style_in_the_prompt(model):
-    concepts = {"concepts": model.concepts, "style": None}
+    concepts = {"concepts": model.concepts, "style": None, "style_in_caption": True}
     (model.folder / "training.json").write_text(json.dumps(concepts))
     with pytest.raises(UserError, match="--style"):
         evaluate.evaluate(evaluate.Settings(model=model.folder))
