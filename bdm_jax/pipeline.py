@@ -16,7 +16,16 @@ import numpy as np
 from bdm_jax.diffusion import schedule as schedules
 from bdm_jax.diffusion.schedule import Schedule
 from bdm_jax.errors import UserError, unknown
-from bdm_jax.models.config import CLIPTextConfig, Config, RobertaConfig, from_json, to_json
+from bdm_jax.models.config import (
+    BranchConfig,
+    CLIPTextConfig,
+    Config,
+    RobertaConfig,
+    UNetConfig,
+    VAEConfig,
+    from_json,
+    to_json,
+)
 from bdm_jax.models.functional import Params, abstract
 from bdm_jax.text.tokenizer import Tokenizer
 from convert.files import (
@@ -32,8 +41,8 @@ from convert.layouts import tree_from_torch, tree_to_torch
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-_NETWORKS = ("unet", "vae", "text_encoder")
-_BRIDGE_NETWORKS = ("branch", "branch_text_encoder")
+_NETWORKS = {"unet": UNetConfig, "vae": VAEConfig, "text_encoder": CLIPTextConfig}
+_BRIDGE_NETWORKS = {"branch": BranchConfig, "branch_text_encoder": RobertaConfig}
 _SCHEDULE = Path("scheduler") / "scheduler_config.json"
 _INDEX = "model_index.json"
 _GUIDANCE = "_bdm_guidance"
@@ -68,7 +77,14 @@ class BridgePipeline:
         missing = [name for name, part in parts.items() if part is None]
         if 0 < len(missing) < len(parts):
             raise UserError(f"a bridge needs {', '.join(parts)}; missing: {', '.join(missing)}")
+        for name, kind in (_NETWORKS | _BRIDGE_NETWORKS).items():
+            component = getattr(self, name)
+            if component is not None and not isinstance(component.config, kind):
+                raise UserError(f"{name}: {type(component.config).__name__} in place of {kind.__name__}")
         self._check_widths()
+        self._check_words("tokenizer", "text_encoder")
+        if self.branch is not None:
+            self._check_words("branch_tokenizer", "branch_text_encoder")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: str | None = None) -> "BridgePipeline":
@@ -138,6 +154,15 @@ class BridgePipeline:
         for name, value, what, other, other_value in pairs:
             if value != other_value:
                 raise UserError(f"{name} and {other} do not belong together: {what} {value} and {other_value}")
+
+    def _check_words(self, tokenizer: str, tower: str) -> None:
+        """JAX reads past the end of an embedding table without a word."""
+        ours, sizes = getattr(self, tokenizer), getattr(self, tower).config
+        if ours.vocab_size > sizes.vocab_size or ours.length > sizes.max_position_embeddings:
+            raise UserError(
+                f"{tokenizer} and {tower} do not belong together: {ours.vocab_size} words in windows of {ours.length}, "
+                f"but embeddings of {sizes.vocab_size} words at {sizes.max_position_embeddings} places"
+            )
 
 
 def load_component(folder: str | Path, dtype: str | None = None) -> Component:

@@ -5,7 +5,7 @@ name, a value that these networks do not implement.
 """
 
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,9 @@ CHINESE_CLIP_H_TEXT = RobertaConfig()
 BDM_BRANCH = BranchConfig()
 SD15_CONTROLNET = ControlNetConfig()
 
+_MOST_LAYERS = 256
+_LARGEST = 2**24
+
 # Values that config.json may carry and that the networks here take for granted: (key, accepted values).
 _ENCODER_TAKEN_FOR_GRANTED = {
     "act_fn": ("silu",),
@@ -171,6 +174,7 @@ _VAE_TAKEN_FOR_GRANTED = {
     "latents_mean": (None,),
     "latents_std": (None,),
 }
+_CLIP_TAKEN_FOR_GRANTED = {"hidden_act": ("quick_gelu", "gelu")}
 _ROBERTA_TAKEN_FOR_GRANTED = {"position_embedding_type": ("absolute",), "hidden_act": ("gelu",)}
 
 
@@ -199,7 +203,7 @@ def from_json(values: dict[str, Any]) -> Config:
     """The config that a config.json describes.
 
     Raises:
-        ValueError: an unknown class, or a setting that these networks do not implement (named).
+        ValueError: an unknown class, a value that cannot be, or a setting that these networks do not implement (named).
     """
     name = values.get("_class_name") or values.get("model_type")
     if name == "UNet2DConditionModel":
@@ -210,10 +214,11 @@ def from_json(values: dict[str, Any]) -> Config:
         _check(values, _VAE_TAKEN_FOR_GRANTED)
         return _pick(VAEConfig, values)
     if name in ("clip_text_model", "clip"):
-        values = values.get("text_config") if name == "clip" else values
+        values = _text_config(values) if name == "clip" else values
+        _check(values, _CLIP_TAKEN_FOR_GRANTED)
         return _pick(CLIPTextConfig, values)
     if name in ("chinese_clip_text_model", "chinese_clip", "bert"):
-        values = values.get("text_config") if name == "chinese_clip" else values
+        values = _text_config(values) if name == "chinese_clip" else values
         _check(values, _ROBERTA_TAKEN_FOR_GRANTED)
         return _pick(RobertaConfig, values)
     raise ValueError(f"config.json: {name!r} is not a network this library has")
@@ -255,10 +260,34 @@ def _check(values: dict[str, Any], taken_for_granted: dict[str, tuple]) -> None:
             raise ValueError(f"config.json: {key}={values[key]!r} is not implemented (only {accepted[0]!r})")
 
 
+def _text_config(values: dict[str, Any]) -> dict[str, Any]:
+    """The text tower's part of the config of a whole CLIP."""
+    if not isinstance(values.get("text_config"), dict):
+        raise ValueError("config.json: a whole CLIP without text_config")
+    return values["text_config"]
+
+
 def _pick(cls: type, values: dict[str, Any]):
-    chosen = {}
+    chosen, kinds = {}, get_type_hints(cls)
     for f in fields(cls):
         value = values.get(f.name, MISSING)
         if value is not MISSING and value is not None:
-            chosen[f.name] = tuple(value) if isinstance(value, list) else value
+            chosen[f.name] = _value(f.name, value, kinds[f.name])
     return cls(**chosen)
+
+
+def _value(name: str, value: Any, kind: Any) -> Any:
+    """The value, if it is of its kind and of a size that a network may have; a config may come from anywhere."""
+    if item := get_args(kind):
+        if isinstance(value, list | tuple) and 0 < len(value) <= _MOST_LAYERS:
+            return tuple(_value(name, part, item[0]) for part in value)
+    elif kind is float and type(value) in (int, float) and 0 < value < _LARGEST:
+        return float(value)
+    elif kind is int and type(value) is int:
+        least = 0 if name.endswith("_token_id") else 1
+        most = _MOST_LAYERS if "layers" in name else _LARGEST
+        if least <= value <= most:
+            return value
+    elif kind in (bool, str) and type(value) is kind:
+        return value
+    raise ValueError(f"config.json: {name}={value!r} cannot be")

@@ -50,7 +50,7 @@ class Tokenizer:
         path = folder / "tokenizer_config.json"
         values = read_json(path) if path.is_file() else {}
         likely = "BertTokenizer" if (folder / "vocab.txt").is_file() else "CLIPTokenizer"
-        kind = values.get("tokenizer_class") or likely
+        kind = str(values.get("tokenizer_class") or likely)
         if kind.removesuffix("Fast") not in _KINDS:
             raise UserError(f"{path}: tokenizer_class {kind!r} is not one of {', '.join(_KINDS)}")
         make, choices, length = _KINDS[kind.removesuffix("Fast")]

@@ -1,5 +1,6 @@
 """A saved pipeline is a folder that the community's libraries read; a damaged one is refused in one line."""
 
+import dataclasses
 import json
 import shutil
 
@@ -182,16 +183,41 @@ def test_damaged_folder_is_named(damage, folder):
     assert "\n" not in str(error.value)
 
 
-def test_components_that_do_not_belong_together(tiny, folder):
-    config = json.loads((folder / "branch/config.json").read_text())
-    text = np.zeros((16, 24), np.float32)
+def test_branch_of_another_text_width(folder):
     change_json(folder / "branch/config.json", cross_attention_dim=24)
-    assert config["cross_attention_dim"] == 16
-    change_weights(
-        folder / "branch",
-        lambda w: {k: text if k.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) else v for k, v in w.items()},
-    )
-    with pytest.raises((UserError, FileError), match="do not belong together|do not fit"):
+    text = ("attn2.to_k.weight", "attn2.to_v.weight")
+    wider = lambda w: {k: np.zeros((len(v), 24), v.dtype) if k.endswith(text) else v for k, v in w.items()}  # noqa: E731
+    change_weights(folder / "branch", wider)
+    with pytest.raises(UserError, match="branch and branch_text_encoder do not belong together: text width 24 and 16"):
+        BridgePipeline.from_pretrained(folder)
+
+
+def test_network_in_the_wrong_place(tiny):
+    with pytest.raises(UserError, match="branch: UNetConfig in place of BranchConfig"):
+        dataclasses.replace(tiny, branch=tiny.unet)
+
+
+def test_tokenizer_with_more_words_than_its_tower(tiny):
+    with pytest.raises(UserError, match="tokenizer and text_encoder do not belong together"):
+        dataclasses.replace(tiny, tokenizer=tiny.branch_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("component", "values", "message"),
+    [
+        ("unet", {"norm_num_groups": 0}, "norm_num_groups=0 cannot be"),
+        ("unet", {"layers_per_block": 10**9}, "layers_per_block=1000000000 cannot be"),
+        ("unet", {"block_out_channels": [16, "32"]}, "block_out_channels='32' cannot be"),
+        ("vae", {"latent_channels": True}, "latent_channels=True cannot be"),
+        ("vae", {"scaling_factor": float("nan")}, "scaling_factor=nan cannot be"),
+        ("text_encoder", {"hidden_act": "swish"}, "hidden_act='swish' is not implemented"),
+        ("text_encoder", {"model_type": "clip"}, "a whole CLIP without text_config"),
+        ("branch_text_encoder", {"num_hidden_layers": -1}, "num_hidden_layers=-1 cannot be"),
+    ],
+)
+def test_config_that_cannot_be(folder, component, values, message):
+    change_json(folder / component / "config.json", **values)
+    with pytest.raises(UserError, match=message):
         BridgePipeline.from_pretrained(folder)
 
 
