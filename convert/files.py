@@ -11,6 +11,7 @@ The safetensors format (https://huggingface.co/docs/safetensors): 8 bytes little
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ Tensors = dict[str, np.ndarray]
 # The two names under which diffusers and transformers look for the weights of a component folder.
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
+JAX_WEIGHTS = "jax_model.safetensors"  # the same in this library's layout; no other library takes it for its own
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -99,23 +101,6 @@ def read_safetensors(path: str | Path) -> Tensors:
         name: np.asarray(data[entry.begin : entry.end]).view(entry.dtype).reshape(entry.shape)
         for name, entry in entries.items()
     }
-
-
-def read_weights(folder: str | Path) -> tuple[Path, Tensors]:
-    """The weights of a component folder, one file or shards with an index: (the file read, tensors by name).
-
-    Raises FileError when the folder holds none, an index that names files outside the folder, or a tensor twice.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileError(f"{folder}: no such folder")
-    for name in (DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS):
-        if (folder / name).is_file():
-            return folder / name, read_safetensors(folder / name)
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            return index, _read_shards(index)
-    raise FileError(f"{folder}: no weights; expected {DIFFUSERS_WEIGHTS} or {TRANSFORMERS_WEIGHTS}")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -194,6 +179,30 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         Path(temporary).unlink(missing_ok=True)
 
 
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder that appears under `path` only when the block ends well. Raises FileError when it cannot be written."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp"))
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written ({error.strerror or error})") from error
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        temporary.rename(path)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def shown(value: Any) -> str:
+    """A value from a file, fit for one line of a terminal: short, without control characters."""
+    return repr(str(value)[:200])[1:-1]
+
+
 class _Duplicate(Exception):
     """A key that a JSON object holds twice; most parsers let the last one win without a word."""
 
@@ -201,23 +210,25 @@ class _Duplicate(Exception):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Duplicate(next(repr(name) for name in names if names.count(name) > 1))
+        seen: set[str] = set()
+        raise _Duplicate(next(shown(name) for name, _ in pairs if name in seen or seen.add(name)))
     return result
 
 
 def _entry(path: Path, name: str, fields: Any, start: int) -> Entry:
+    name_shown = shown(name)
     try:
+        name.encode()  # half a surrogate pair could neither be written nor printed
         dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
         numbers = [*shape, begin, end]
     except (TypeError, KeyError, ValueError) as error:
-        raise FileError(f"{path}: {name} lacks a proper dtype, shape or data_offsets") from error
+        raise FileError(f"{path}: {name_shown} lacks a proper name, dtype, shape or data_offsets") from error
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise FileError(f"{path}: {name} has dtype {dtype!r}; known are {', '.join(_DTYPES)}")
+        raise FileError(f"{path}: {name_shown} has dtype {shown(dtype)}; known are {', '.join(_DTYPES)}")
     if not all(type(number) is int and 0 <= number < 2**48 for number in numbers) or len(shape) > 8:
-        raise FileError(f"{path}: {name} has an impossible shape {shape} or offsets {begin}, {end}")
+        raise FileError(f"{path}: {name_shown} has an impossible shape {shown(shape)} or offsets")
     if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
-        raise FileError(f"{path}: {name} has {end - begin} bytes, which is not what {shape} of {dtype} takes")
+        raise FileError(f"{path}: {name_shown} has {end - begin} bytes, which is not what {shape} of {dtype} takes")
     return Entry(_DTYPES[dtype], tuple(shape), start + begin, start + end)
 
 
@@ -226,27 +237,10 @@ def _check_cover(path: Path, entries: Mapping[str, Entry], start: int, size: int
     position = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
-            raise FileError(f"{path}: the bytes of {name} overlap others or leave a gap before them")
+            raise FileError(f"{path}: the bytes of {shown(name)} overlap others or leave a gap before them")
         position = entry.end
     if position != size:
         raise FileError(f"{path}: {size} bytes long, but its header describes {position}: truncated or padded")
-
-
-def _read_shards(index: Path) -> Tensors:
-    table = read_json(index).get("weight_map")
-    if not isinstance(table, dict) or not table:
-        raise FileError(f"{index}: no weight_map")
-    tensors: Tensors = {}
-    for shard in sorted(set(map(str, table.values()))):
-        if Path(shard).name != shard:
-            raise FileError(f"{index}: names {shard!r}, which lies outside its folder")
-        found = read_safetensors(index.parent / shard)
-        if twice := sorted(found.keys() & tensors.keys()):
-            raise FileError(f"{index}: {twice[0]} lies in two shards")
-        tensors |= found
-    if missing := sorted(table.keys() - tensors.keys()):
-        raise FileError(f"{index}: {missing[0]} lies in no shard")
-    return tensors
 
 
 def _umask() -> int:

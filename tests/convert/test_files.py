@@ -13,7 +13,6 @@ from convert.files import (
     read_header,
     read_json,
     read_safetensors,
-    read_weights,
     write_json,
     write_safetensors,
 )
@@ -125,45 +124,6 @@ def test_json_that_is_not_one_object(text, tmp_path):
         read_json(tmp_path / "config.json")
 
 
-def shard(folder, parts, weight_map):
-    for name, tensors in parts.items():
-        write_safetensors(folder / name, tensors, {})
-    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
-
-
-def test_shards_are_read_together(tmp_path):
-    a, b = np.ones(2, np.float32), np.zeros(3, np.float16)
-    parts = {"1.safetensors": {"a": a}, "2.safetensors": {"b": b}}
-    shard(tmp_path, parts, {"a": "1.safetensors", "b": "2.safetensors"})
-    path, tensors = read_weights(tmp_path)
-    assert path.name == "model.safetensors.index.json"
-    same(tensors, {"a": a, "b": b})
-
-
-@pytest.mark.parametrize(
-    ("weight_map", "message"),
-    [
-        ({"a": "1.safetensors", "b": "1.safetensors"}, "b lies in no shard"),
-        ({"a": "1.safetensors", "b": "3.safetensors"}, "3.safetensors"),
-        ({"a": "1.safetensors", "b": "../2.safetensors"}, "outside its folder"),
-        ({"a": "1.safetensors", "b": "2.safetensors"}, "a lies in two shards"),
-        ({}, "no weight_map"),
-    ],
-)
-def test_shards_that_do_not_fit(weight_map, message, tmp_path):
-    a = np.ones(2, np.float32)
-    shard(tmp_path, {"1.safetensors": {"a": a}, "2.safetensors": {"a": a, "b": a}}, weight_map)
-    with pytest.raises(FileError, match=message):
-        read_weights(tmp_path)
-
-
-def test_folder_without_weights(tmp_path):
-    with pytest.raises(FileError, match="no weights; expected diffusion_pytorch_model.safetensors"):
-        read_weights(tmp_path)
-    with pytest.raises(FileError, match="no such folder"):
-        read_weights(tmp_path / "nowhere")
-
-
 def test_nothing_half_written(tmp_path):
     path = tmp_path / "deep" / "x.json"
     write_json(path, {"old": 1})
@@ -184,3 +144,22 @@ def test_dtype_without_a_name_is_refused(tmp_path):
     with pytest.raises(FileError, match="w has dtype complex64"):
         write_safetensors(tmp_path / "x", {"w": np.zeros(1, np.complex64)}, {})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a\nb\x1b[31m", "x" * 10**5, "a\ud800"])
+def test_names_of_a_file_cannot_write_to_the_terminal(name, tmp_path):
+    header = json.dumps({name: {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
+    with pytest.raises(FileError) as error:
+        read_header(tmp_path / "x.safetensors")
+    text = str(error.value)
+    assert text.isprintable() and len(text) < 600
+
+
+def test_a_large_header_with_a_name_twice_is_refused_at_once(tmp_path):
+    """Linear in the names: quadratic, these 200,000 take minutes."""
+    pairs = [f'"{i}":{{}}' for i in range(200_000)] + ['"7":{}']
+    header = ("{" + ",".join(pairs) + "}").encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(FileError, match="names 7 twice"):
+        read_header(tmp_path / "x.safetensors")
