@@ -6,11 +6,12 @@ table `embedding`. PyTorch has OIHW and (out, in), and calls them all `weight`.
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from convert.files import FileError, Tensors
+from convert.files import FileError, Tensors, shown
 from convert.keys import PLAIN, KeyTable
 
 _EMBEDDING = re.compile(r"(^|\.)\w*_embeddings?\.weight$")
@@ -42,6 +43,42 @@ def to_torch(key: str, array: np.ndarray) -> tuple[str, np.ndarray]:
     return key, array
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How a file's tensors fit a network: those that do, in our names and layouts; the names of those that do not."""
+
+    tree: Tensors
+    missing: list[str]
+    unknown: list[str]
+    misshaped: list[str]
+    ignored: list[str]
+    twice: list[str]
+
+
+def fit(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any], table: KeyTable = PLAIN) -> Fit:
+    """Match tensors by the file's key (PyTorch's layouts) to a network's shapes by ours; arrays are views."""
+    found: Tensors = {}
+    ignored, twice = [], []
+    for key, array in tensors.items():
+        here = table.here(key)
+        if here is None:
+            ignored.append(key)
+            continue
+        here, array = to_jax(here, array)
+        if here in found:
+            twice.append(here)
+        found[here] = _as_wanted(array, expected.get(here))
+    wrong = [key for key in expected if key in found and found[key].shape != tuple(expected[key].shape)]
+    return Fit(
+        tree={key: found[key] for key in expected if key in found and key not in wrong},
+        missing=[key for key in expected if key not in found],
+        unknown=[key for key in found if key not in expected],
+        misshaped=[f"{key} {found[key].shape} instead of {tuple(expected[key].shape)}" for key in wrong],
+        ignored=ignored,
+        twice=twice,
+    )
+
+
 def tree_from_torch(
     tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any], name: str, table: KeyTable = PLAIN
 ) -> Tensors:
@@ -56,37 +93,39 @@ def tree_from_torch(
     Returns views where possible, in the file's dtypes and `expected`'s order. Raises FileError that names the first
     missing, unknown and misshaped keys and counts the rest.
     """
-    found: Tensors = {}
-    for key, array in tensors.items():
-        here = table.here(key)
-        if here is None:
-            continue
-        here, array = to_jax(here, array)
-        if here in found:
-            raise FileError(f"{name}: holds {here} under two names")
-        found[here] = array
-    misshaped = [
-        f"{key} {found[key].shape} instead of {tuple(expected[key].shape)}"
-        for key in expected
-        if key in found and found[key].shape != tuple(expected[key].shape)
-    ]
+    found = fit(tensors, expected, table)
+    if found.twice:
+        raise FileError(f"{name}: holds {found.twice[0]} under two names")
     problems = [
-        _few("missing", [key for key in expected if key not in found]),
-        _few("unknown", [key for key in found if key not in expected]),
-        _few("of another shape", misshaped),
+        _few("missing", found.missing),
+        _few("unknown", found.unknown),
+        _few("of another shape", found.misshaped),
     ]
     if any(problems):
         raise FileError(f"{name}: weights do not fit the config: {'; '.join(filter(None, problems))}")
-    return {key: found[key] for key in expected}
+    return found.tree
 
 
-def tree_to_torch(params: Mapping[str, Any]) -> Tensors:
-    """A flat tree of arrays of ours in PyTorch's names and layouts, as NumPy arrays (views where possible)."""
-    return dict(to_torch(key, np.asarray(array)) for key, array in params.items())
+def tree_to_torch(params: Mapping[str, Any], table: KeyTable = PLAIN) -> Tensors:
+    """A flat tree of arrays of ours in PyTorch's layouts and a file's names, as NumPy arrays (views where possible)."""
+    tensors: Tensors = {}
+    for key, array in params.items():
+        ours, array = to_torch(key, np.asarray(array))
+        if array.ndim == 2 and re.fullmatch(table.convolutions, ours):
+            array = array[..., None, None]
+        tensors[table.there(ours)] = array
+    return tensors
 
 
-def _few(what: str, items: list[str], shown: int = 3) -> str:
+def _as_wanted(array: np.ndarray, wanted: Any) -> np.ndarray:
+    """A 1x1 convolution where a linear layer is wanted, or the other way round: the same numbers."""
+    if wanted is not None and {array.ndim, len(wanted.shape)} == {2, 4} and array.shape[-2:] == wanted.shape[-2:]:
+        return array.reshape(wanted.shape) if array.size == np.prod(wanted.shape) else array
+    return array
+
+
+def _few(what: str, items: list[str], few: int = 3) -> str:
     if not items:
         return ""
-    more = f" and {len(items) - shown} more" if len(items) > shown else ""
-    return f"{len(items)} {what} ({', '.join(items[:shown])}{more})"
+    more = f" and {len(items) - few} more" if len(items) > few else ""
+    return f"{len(items)} {what} ({', '.join(map(shown, items[:few]))}{more})"

@@ -96,6 +96,40 @@ class VAEConfig:
 
 
 @dataclass(frozen=True)
+class TinyVAEConfig:
+    """AutoencoderTiny (TAESD). Its latents are scaled already: `scaling_factor` is 1.
+
+    Convolutions between levels keep the width, so that all of an encoder's or a decoder's levels have the same.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    latent_channels: int = 4
+    scaling_factor: float = 1.0
+
+    def __post_init__(self):
+        levels = len(self.encoder_block_out_channels)
+        for part in ("decoder_block_out_channels", "num_encoder_blocks", "num_decoder_blocks"):
+            if len(getattr(self, part)) != levels:
+                raise ValueError(
+                    f"{part} has {len(getattr(self, part))} entries, encoder_block_out_channels has {levels}: "
+                    "they must agree"
+                )
+        for part in ("encoder_block_out_channels", "decoder_block_out_channels"):
+            if len(set(getattr(self, part))) != 1:
+                raise ValueError(f"{part}: {getattr(self, part)} must be one width throughout")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, on each side."""
+        return 2 ** (len(self.encoder_block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
 class CLIPTextConfig:
     """CLIP's text tower (causal, pre-norm)."""
 
@@ -127,10 +161,11 @@ class RobertaConfig:
     pad_token_id: int = 0
 
 
-Config = UNetConfig | BranchConfig | ControlNetConfig | VAEConfig | CLIPTextConfig | RobertaConfig
+Config = UNetConfig | BranchConfig | ControlNetConfig | VAEConfig | TinyVAEConfig | CLIPTextConfig | RobertaConfig
 
 SD15_UNET = UNetConfig()
 SD15_VAE = VAEConfig()
+TAESD = TinyVAEConfig()
 CLIP_L_TEXT = CLIPTextConfig()
 CHINESE_CLIP_H_TEXT = RobertaConfig()
 BDM_BRANCH = BranchConfig()
@@ -162,6 +197,7 @@ _ENCODER_TAKEN_FOR_GRANTED = {
     "time_cond_proj_dim": (None,),
     "controlnet_conditioning_channel_order": ("rgb",),
     "global_pool_conditions": (False,),
+    "is_xl": (False, None),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
 }
@@ -173,6 +209,15 @@ _VAE_TAKEN_FOR_GRANTED = {
     "shift_factor": (None,),
     "latents_mean": (None,),
     "latents_std": (None,),
+}
+_TINY_VAE_TAKEN_FOR_GRANTED = {
+    "act_fn": ("relu",),
+    "upsample_fn": ("nearest",),
+    "upsampling_scaling_factor": (2,),
+    "latent_magnitude": (3,),
+    "latent_shift": (0.5,),
+    "shift_factor": (0.0, None),
+    "force_upcast": (False,),
 }
 _CLIP_TAKEN_FOR_GRANTED = {"hidden_act": ("quick_gelu", "gelu")}
 _ROBERTA_TAKEN_FOR_GRANTED = {"position_embedding_type": ("absolute",), "hidden_act": ("gelu",)}
@@ -193,6 +238,9 @@ def to_json(config: Config) -> dict[str, Any]:
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,
         }
+    if isinstance(config, TinyVAEConfig):
+        granted = {key: accepted[0] for key, accepted in _TINY_VAE_TAKEN_FOR_GRANTED.items()}
+        return {"_class_name": "AutoencoderTiny", **values, **granted}
     if isinstance(config, CLIPTextConfig):
         return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **values}
     granted = {"hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -208,11 +256,18 @@ def from_json(values: dict[str, Any]) -> Config:
     name = values.get("_class_name") or values.get("model_type")
     if name == "UNet2DConditionModel":
         return _encoder_from_json(UNetConfig, values)
-    if name == "ControlNetModel":
-        return _encoder_from_json(BranchConfig if values.get("bdm_branch") else ControlNetConfig, values)
+    if name in ("ControlNetModel", "ControlNetModelBDM"):
+        branch = values.get("bdm_branch") or name == "ControlNetModelBDM"
+        return _encoder_from_json(BranchConfig if branch else ControlNetConfig, values)
     if name == "AutoencoderKL":
         _check(values, _VAE_TAKEN_FOR_GRANTED)
         return _pick(VAEConfig, values)
+    if name == "AutoencoderTiny":
+        _check(values, _TINY_VAE_TAKEN_FOR_GRANTED)
+        config = _pick(TinyVAEConfig, values)
+        widths = config.decoder_block_out_channels  # diffusers writes them twice
+        _check(values, {"block_out_channels": (list(widths), widths)})
+        return config
     if name in ("clip_text_model", "clip"):
         values = _text_config(values) if name == "clip" else values
         _check(values, _CLIP_TAKEN_FOR_GRANTED)
@@ -285,7 +340,7 @@ def _value(name: str, value: Any, kind: Any) -> Any:
         return float(value)
     elif kind is int and type(value) is int:
         least = 0 if name.endswith("_token_id") else 1
-        most = _MOST_LAYERS if "layers" in name else _LARGEST
+        most = _MOST_LAYERS if "layers" in name or name.endswith("_blocks") else _LARGEST
         if least <= value <= most:
             return value
     elif kind in (bool, str) and type(value) is kind:

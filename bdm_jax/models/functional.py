@@ -22,10 +22,12 @@ from bdm_jax.models.config import (
     Config,
     ControlNetConfig,
     RobertaConfig,
+    TinyVAEConfig,
     UNetConfig,
     VAEConfig,
 )
 from bdm_jax.models.roberta import Roberta
+from bdm_jax.models.taesd import TinyVAE
 from bdm_jax.models.unet import UNet
 from bdm_jax.models.vae import VAE
 
@@ -36,6 +38,7 @@ _NETWORKS = {
     BranchConfig: Branch,
     ControlNetConfig: ControlNet,
     VAEConfig: VAE,
+    TinyVAEConfig: TinyVAE,
     CLIPTextConfig: CLIPText,
     RobertaConfig: Roberta,
 }

@@ -63,9 +63,7 @@ def test_branch_and_backbone_equal_diffusers(
     residuals = apply(config, torch_params(branch, config, drop=HINT), chinese.latents, chinese.t, chinese.cond)
     ours = apply(unet_config, torch_params(unet, unet_config), english.latents, english.t, english.cond, residuals)
     skips, mid = run_torch(branch, chinese)
-    expected = unet(
-        *english.torch(), down_block_additional_residuals=skips, mid_block_additional_residual=mid
-    ).sample
+    expected = unet(*english.torch(), down_block_additional_residuals=skips, mid_block_additional_residual=mid).sample
     assert_parity(ours, nhwc(expected))
 
 
