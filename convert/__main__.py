@@ -1,0 +1,188 @@
+"""python -m convert inspect FILE | to-jax SRC DST | to-torch SRC DST"""
+
+import json
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import ml_dtypes
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from bdm_jax.components import contents_of
+from bdm_jax.conversion import to_jax, to_torch
+from bdm_jax.errors import UserError
+from bdm_jax.models.config import from_json
+from bdm_jax.models.functional import abstract
+from convert.detect import Contents, Part
+from convert.files import FileError
+from convert.layouts import fit
+from convert.weights import Weights
+
+Where = Annotated[Path, tyro.conf.Positional]
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Say what a weight file or component folder holds."""
+
+    path: Where
+    """file or folder"""
+    json: bool = False
+    """one JSON object for programs"""
+    variant: str | None = None
+    """which of a folder's weight files (fp16)"""
+    allow: tuple[str, ...] = ()
+    """patterns of keys that may be missing, unknown or misshaped"""
+
+
+@dataclass(frozen=True)
+class ToJax:
+    """Write a file or folder in this library's names and layouts (HWIO, in x out); a pipeline folder part by part."""
+
+    src: Where
+    """a weight file, a component folder or a pipeline folder"""
+    dst: Where
+    """what to write, of the same kind"""
+
+
+@dataclass(frozen=True)
+class ToTorch:
+    """Write a file or folder as PyTorch libraries read it."""
+
+    src: Where
+    """a weight file, a component folder or a pipeline folder, of any layout"""
+    dst: Where
+    """what to write: a folder for diffusers, a .safetensors file for ldm, else the same kind as SRC"""
+    layout: Literal["same", "diffusers", "ldm"] = "same"
+    """names to write"""
+    dtype: Literal["same", "float32", "float16", "bfloat16"] = "same"
+    """type to write"""
+
+
+def main(args: list[str] | None = None) -> int:
+    """0; 2 for bad input, and when `inspect` finds keys that are unknown, missing, misshaped, or values not finite."""
+    command = tyro.cli(Inspect | ToJax | ToTorch, args=args, prog="python -m convert", config=_CONFIG)
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
+    try:
+        if isinstance(command, Inspect):
+            return inspect(command)
+        if isinstance(command, ToJax):
+            written = to_jax(command.src, command.dst)
+        else:
+            written = to_torch(command.src, command.dst, command.layout, command.dtype)
+    except (UserError, FileError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(*written, sep="\n")
+    return 0
+
+
+def inspect(command: Inspect) -> int:
+    """Print what is there; 2 where a network is not whole."""
+    weights, contents = contents_of(command.path, command.variant)
+    report = describe(weights, contents, command.allow)
+    if command.json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        _print(report)
+    whole = all(not (part["missing"] or part["unknown"] or part["misshaped"]) for part in report["parts"])
+    return 0 if whole and (contents.parts or contents.others) and not report["not_finite"] else 2
+
+
+def describe(weights: Weights, contents: Contents, allow: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What is in a file, as plain values."""
+    tensors = weights.tensors
+    wrong = {key: count for key, array in tensors.items() if (count := _not_finite(array))}
+    return {
+        "path": str(weights.path),
+        "contents": contents.name,
+        "tensors": len(tensors),
+        "parameters": sum(array.size for array in tensors.values()),
+        "dtypes": sorted({array.dtype.name for array in tensors.values()}),
+        "not_finite": wrong,
+        "metadata": dict(weights.metadata),
+        "recognised": list(contents.others),
+        "parts": [_describe(part, weights, allow) for part in contents.parts],
+        "rest": _few([key for key in tensors if not any(key.startswith(part.prefix) for part in contents.parts)]),
+    }
+
+
+def _describe(part: Part, weights: Weights, allow: tuple[str, ...]) -> dict[str, Any]:
+    prefix = part.prefix
+    tensors = {key.removeprefix(prefix): array for key, array in weights.tensors.items() if key.startswith(prefix)}
+    about = {
+        "kind": part.kind,
+        "family": part.family,
+        "layout": part.layout,
+        "prefix": prefix,
+        "prediction": part.prediction or "not told",
+        "dtypes": sorted({array.dtype.name for array in tensors.values()}),
+        "parameters": sum(array.size for array in tensors.values()),
+    }
+    try:
+        expected = abstract(from_json(part.config))
+    except ValueError as error:
+        return about | {"supported": str(error), "matched": 0, "missing": [], "unknown": [], "misshaped": []}
+    found = fit(tensors, expected, part.table)
+    lists = {"missing": found.missing, "unknown": found.unknown, "misshaped": found.misshaped}
+    lists = {name: [key for key in keys if not _allowed(key, allow)] for name, keys in lists.items()}
+    lists |= {"ignored": found.ignored}
+    return about | {"supported": True, "matched": len(found.tree)} | {name: _few(keys) for name, keys in lists.items()}
+
+
+def _print(report: dict[str, Any]) -> None:
+    console = Console()
+    console.width = console.width if console.is_terminal else 110
+    console.print(f"{report['path']}: {report['contents']}", highlight=False, markup=False)
+    kinds = ", ".join(report["dtypes"])
+    console.print(f"{report['tensors']} tensors, {report['parameters']:,} parameters, {kinds}", highlight=False)
+    if report["parts"]:
+        table = Table("network", "family", "layout", "parameters", "matched", "missing", "unknown", "ignored")
+        for part in report["parts"]:
+            counts = [str(_length(part.get(name, []))) for name in ("missing", "unknown", "ignored")]
+            row = part["kind"], part["family"], part["layout"], f"{part['parameters']:,}", str(part["matched"])
+            table.add_row(*row, *counts)
+        console.print(table)
+    for part in report["parts"]:
+        if part["supported"] is not True:
+            console.print(f"{part['kind']}: not supported: {part['supported']}", highlight=False, markup=False)
+        for name in ("missing", "unknown", "misshaped"):
+            if part[name]:
+                console.print(f"{part['kind']}: {name}: {', '.join(part[name])}", highlight=False, markup=False)
+    for key, count in list(report["not_finite"].items())[:5]:
+        console.print(f"{key}: {count} values are NaN or infinite", highlight=False, markup=False)
+    if report["rest"]:
+        console.print(f"in no network: {', '.join(report['rest'])}", highlight=False, markup=False)
+
+
+def _allowed(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.fullmatch(pattern, key.split(" ")[0]) for pattern in patterns)
+
+
+def _few(keys: list[str], shown: int = 20) -> list[str]:
+    return keys if len(keys) <= shown else [*keys[:shown], f"and {len(keys) - shown} more"]
+
+
+def _length(shown: list[str]) -> int:
+    more = int(shown[-1].split()[1]) - 1 if shown and shown[-1].startswith("and ") else 0
+    return len(shown) + more
+
+
+def _not_finite(array: np.ndarray, chunk: int = 1 << 22) -> int:
+    """How many values are NaN or infinite; a piece at a time, so that the file is never in memory as a whole."""
+    if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
+        return 0
+    flat = array.reshape(-1)
+    return sum(int(np.count_nonzero(~np.isfinite(flat[i : i + chunk]))) for i in range(0, flat.size, chunk))
+
+
+_CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes)
+
+if __name__ == "__main__":
+    sys.exit(main())
