@@ -15,7 +15,7 @@ from bdm_jax.training.tasks import BackboneTask, BranchTask, TextTask, VAETask
 from convert.files import read_json, write_json
 
 # May differ between the legs of one run: how it is watched, when it pauses, on which devices and in which folder.
-_FREE_TO_CHANGE = {"minutes", "log_every", "sample_every", "checkpoint_every", "keep", "run", "mesh"}
+_FREE_TO_CHANGE = {"minutes", "export_only", "log_every", "sample_every", "checkpoint_every", "keep", "run", "mesh"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class MeshConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     """One run. `steps` is its whole length; `minutes` ends a leg early, at a checkpoint from which the next leg goes
-    on.
+    on. `export_only` trains nothing and writes export/ from the newest checkpoint.
     """
 
     task: VAETask | BackboneTask | TextTask | BranchTask
@@ -71,6 +71,7 @@ class TrainConfig:
     batch_size: int = 16
     seed: int = 0
     minutes: float | None = None
+    export_only: bool = False
     log_every: int = 20
     checkpoint_every: int = 500
     sample_every: int = 500

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdm_jax.components import Component
 from bdm_jax.data.records import Source, decode_image
 from bdm_jax.models.functional import bind
-from bdm_jax.pipeline import Component
 
 _BATCH = 16
 

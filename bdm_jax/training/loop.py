@@ -28,7 +28,8 @@ def train(config: TrainConfig) -> bool:
     """Run, or go on with, a training; returns whether it is finished (False: a leg ended, run it again to go on).
 
     Everything lies in `config.run`: config.json, checkpoints/, metrics.jsonl, tensorboard/, samples/, and at the end
-    export/. SIGINT and SIGTERM end the leg at the next logged step, with a checkpoint.
+    export/ (with `export_only` at once, from the newest checkpoint). SIGINT and SIGTERM end the leg at the next logged
+    step, with a checkpoint.
 
     Raises:
         UserError: settings or files that do not fit, or a loss that is not finite (the steps are named).
@@ -43,12 +44,16 @@ def train(config: TrainConfig) -> bool:
     with jax.set_mesh(mesh):
         leg = _Leg(config, mesh)
         try:
-            leg.run(deadline)
+            if not config.export_only:
+                leg.run(deadline)
         finally:
             leg.close()
-        if leg.at < config.steps:
+        if leg.at < config.steps and not config.export_only:
             return False
-        leg.job.export(leg.averaged(), config.run / "export", leg.source, leg.indices)
+        if not leg.at:
+            raise UserError(f"{config.run / 'checkpoints'}: no checkpoint to export yet")
+        told = {"bdm_jax.step": str(leg.at), "bdm_jax.config": config.digest()}
+        leg.job.export(leg.averaged(), config.run / "export", leg.source, leg.indices, told)
     return True
 
 

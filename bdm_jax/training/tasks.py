@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bdm_jax.components import Component, load_component, save_component
 from bdm_jax.data.captions import caption, name
 from bdm_jax.data.records import Source, decode_image
 from bdm_jax.diffusion import losses
@@ -32,7 +33,7 @@ from bdm_jax.models.config import (
 )
 from bdm_jax.models.functional import Params, bind, init
 from bdm_jax.paths import TOKENIZERS
-from bdm_jax.pipeline import BridgePipeline, Component, load_component, save_component
+from bdm_jax.pipeline import BridgePipeline
 from bdm_jax.text.encode import encode
 from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.text.windows import split
@@ -55,8 +56,10 @@ class Job(Protocol):
     def loss(self, params: Trees, frozen: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean loss of a batch and what else to log; pure."""
 
-    def export(self, params: Trees, folder: Path, source: Source, indices: np.ndarray) -> None:
-        """Write what came out as folders that `load_component` and diffusers read."""
+    def export(
+        self, params: Trees, folder: Path, source: Source, indices: np.ndarray, metadata: dict[str, str]
+    ) -> None:
+        """Write what came out as folders that `load_component` and diffusers read, `metadata` in what was trained."""
 
     def pictures(self, params: Trees, records: list[dict]) -> list[np.ndarray]:
         """Pictures (H,W,3) uint8 that show how far training is, one per record."""
@@ -114,11 +117,12 @@ class VAEJob:
         metrics = {"reconstruction": reconstruction, "kl": kl, "psnr": -10 * jnp.log10(error)}
         return reconstruction + self.task.kl_weight * kl, metrics
 
-    def export(self, params, folder, source, indices):
+    def export(self, params, folder, source, indices, metadata):
         """The folder `vae`, its scaling factor measured on the records: latents times it have unit variance."""
         moments = record_moments(Component(self.task.vae, params["vae"]), source, indices)
         means, _ = np.split(np.stack(list(moments.values())), 2, axis=-1)
-        save_component(folder / "vae", replace(self.task.vae, scaling_factor=float(1.0 / means.std())), params["vae"])
+        config = replace(self.task.vae, scaling_factor=float(1.0 / means.std()))
+        save_component(folder / "vae", config, params["vae"], metadata=metadata)
 
     def pictures(self, params, records):
         images = np.stack([decode_image(record["image"]) for record in records])
@@ -196,9 +200,9 @@ class _DiffusionJob(_CaptionJob):
         t = draw(key_t, count, lambda k: timestep(k, self.schedule.num_train_timesteps, self.task.timestep_bias))
         return self.schedule.add_noise(latents, noise, t), t, self.schedule.target(latents, noise, t)
 
-    def export(self, params, folder, source, indices):
+    def export(self, params, folder, source, indices, metadata):
         """A whole pipeline folder."""
-        self.pipeline(params).save_pretrained(folder)
+        self.pipeline(params).save_pretrained(folder, metadata=metadata)
 
     def pictures(self, params, records):
         texts = [name(record, self.task.language, self.task.style_in_caption) for record in records]
@@ -279,9 +283,10 @@ class TextJob(_CaptionJob):
         unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
         return unit(texts) @ unit(pictures).T
 
-    def export(self, params, folder, source, indices):
+    def export(self, params, folder, source, indices, metadata):
         """The folders `branch_text_encoder` and `branch_tokenizer`."""
-        save_component(folder / "branch_text_encoder", self.task.text_encoder, params["text_encoder"])
+        tower = folder / "branch_text_encoder"
+        save_component(tower, self.task.text_encoder, params["text_encoder"], metadata=metadata)
         self.tokenizer.save_pretrained(folder / "branch_tokenizer")
 
     def pictures(self, params, records):
@@ -343,9 +348,9 @@ class BranchJob(_DiffusionJob):
         prediction = unet(x, t, english, residuals)
         return jnp.mean(losses.denoising(prediction, target)), {}
 
-    def export(self, params, folder, source, indices):
+    def export(self, params, folder, source, indices, metadata):
         """A whole pipeline folder; frozen components are handed on file by file, in whatever type they came."""
-        super().export(params, folder, source, indices)
+        super().export(params, folder, source, indices, metadata)
         task = self.task
         frozen = {part: task.backbone / part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
         for part, origin in {**frozen, "branch_text_encoder": task.text_encoder}.items():

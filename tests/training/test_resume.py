@@ -10,6 +10,7 @@ import pytest
 from bdm_jax.errors import UserError
 from bdm_jax.training.config import remember
 from bdm_jax.training.loop import train
+from convert.files import DIFFUSERS_WEIGHTS, read_header
 
 FROZEN = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 PATIENCE = 600  # seconds for one process to start, compile and take a few steps, on a busy machine
@@ -45,6 +46,13 @@ def test_killed_run_continues_bit_for_bit_and_frozen_parts_stay(branch_run, back
     assert train(whole)
     kill_after(killed, step=3)
     assert not (killed.run / "export").exists()
+    assert train(replace(killed, export_only=True))
+    _, told = read_header(killed.run / "export" / "branch" / DIFFUSERS_WEIGHTS)
+    assert told["bdm_jax.step"] in ("2", "4") and told["bdm_jax.config"] == killed.digest()
+    assert (
+        files(killed.run / "export")["branch/" + DIFFUSERS_WEIGHTS]
+        != files(whole.run / "export")["branch/" + DIFFUSERS_WEIGHTS]
+    )
     assert train(killed)
 
     assert losses(killed.run) == losses(whole.run)

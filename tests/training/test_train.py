@@ -46,7 +46,7 @@ def test_every_config_is_valid_and_is_listed(run):
         (("emoji-vae", "--mesh.data", "7"), "does not fit"),
         (("emoji-vae", "--data.style", "oil"), "unknown style 'oil'"),
         (("emoji-vae", "--data.folder", "nowhere"), "nowhere is not a prepared data set"),
-        (("emoji-backbone", "--task.vae", "nowhere"), "nowhere: no such component folder"),
+        (("emoji-backbone", "--task.vae", "nowhere"), "nowhere: no such file or component folder"),
         (("emoji-branch", "--task.backbone", "nowhere"), "nowhere: no such model folder"),
     ],
 )
