@@ -48,7 +48,19 @@ class Arguments:
     bare: bool = False
     """Draw with the backbone alone, which reads English."""
     model: Path = DEMO
-    """Model folder."""
+    """Model: a pipeline folder, or a single file of UNet, VAE and text tower."""
+    backbone: Path | None = None
+    """Another English model in place of the model's own: a pipeline folder or a single file."""
+    vae: Path | None = None
+    """Another autoencoder: a component folder or a file."""
+    branch: Path | None = None
+    """Another branch: a component folder or a file."""
+    text_encoder: Path | None = None
+    """Another English text tower: a component folder or a file."""
+    branch_text_encoder: Path | None = None
+    """Another text tower for the branch: a component folder or a file."""
+    variant: str | None = None
+    """Which of a folder's weight files to read, as in fp16."""
     out: Path = Path("out")
     """Folder for the pictures."""
 
@@ -76,12 +88,14 @@ def check(arguments: Arguments) -> tuple[int, int] | None:
     """What can be known before JAX is loaded; returns (height, width). Raises UserError."""
     if not arguments.prompts:
         raise UserError('no prompts: give at least one, as in: python sample.py "红灯笼"')
+    if arguments.bare and (arguments.english or arguments.english_negative):
+        raise UserError("--bare draws the prompt itself, in English: leave out --english and --english-negative")
     if arguments.count < 1:
         raise UserError(f"--count {arguments.count} is less than 1")
     width, x, height = (arguments.size or "").partition("x")
     if arguments.size is not None and not (x and width.isdecimal() and height.isdecimal()):
         raise UserError(f"--size {arguments.size}: write it as WIDTHxHEIGHT, for example 512x512")
-    if not arguments.model.is_dir():
+    if not arguments.model.exists():
         raise UserError(f"{arguments.model}: no such model folder")
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -103,7 +117,9 @@ def draw(arguments: Arguments, size: tuple[int, int] | None, bar: Progress) -> l
     if arguments.sampler not in SAMPLERS:
         raise unknown("sampler", arguments.sampler, SAMPLERS)
     compile_cache.enable()
-    pipeline = BridgePipeline.from_pretrained(arguments.model)
+    others = ("backbone", "vae", "branch", "text_encoder", "branch_text_encoder", "variant")
+    parts = {name: getattr(arguments, name) for name in others}
+    pipeline = BridgePipeline.from_pretrained(arguments.model, **parts)
     size = size or default_size(pipeline)
     guidance = pipeline.guidance if arguments.guidance is None else arguments.guidance
     fixed = {name: getattr(arguments, name) for name in ("negative", "english", "english_negative")}
@@ -124,6 +140,7 @@ def draw(arguments: Arguments, size: tuple[int, int] | None, bar: Progress) -> l
         progress=progress,
     )
     more = {"height": size[0], "width": size[1], "bare": arguments.bare, "model": arguments.model.resolve().name}
+    more |= {name: Path(part).name for name, part in parts.items() if part is not None}
     first, kept, paths = next_index(arguments.out), [], []
     for index, (request, picture) in enumerate(zip(requests, pictures, strict=True)):
         paths.append(arguments.out / file_name(first + index, request.prompt, request.seed))
@@ -132,7 +149,7 @@ def draw(arguments: Arguments, size: tuple[int, int] | None, bar: Progress) -> l
     if len(kept) > 1:
         columns = arguments.count if 1 < arguments.count < len(kept) else None
         captions = [f"{r.prompt} {r.seed}" if arguments.count > 1 else r.prompt for r in requests]
-        paths.append(arguments.out / "contact-sheet.png")
+        paths.append(arguments.out / f"{first:04d}-contact-sheet.png")
         write_png(paths[-1], contact_sheet(kept, captions, columns))
     return paths
 

@@ -27,13 +27,14 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from rich.progress import track
 
+from bdm_jax.components import Component
 from bdm_jax.data import captions, records
 from bdm_jax.errors import UserError
 from bdm_jax.generate import Request, generate
 from bdm_jax.models.functional import bind
 from bdm_jax.paths import ASSETS, DEMO, EMOJI
 from bdm_jax.pictures import drawable
-from bdm_jax.pipeline import BridgePipeline, Component
+from bdm_jax.pipeline import BridgePipeline
 from convert.files import FileError, atomic_file, read_json, write_json
 
 REGIONS = 3
@@ -263,7 +264,7 @@ def _round_trip(vae: Component, pictures: list[np.ndarray], batch: int = 8) -> l
         return network.decode(network.encode(images)[0])
 
     out = []
-    dtype = vae.params["decoder.conv_in.kernel"].dtype
+    dtype = next(iter(vae.params.values())).dtype
     for start in range(0, len(pictures), batch):
         images = np.stack(pictures[start : start + batch]).astype(np.float32) / 127.5 - 1
         images = np.asarray(there_and_back(vae.params, images.astype(dtype)), np.float32)

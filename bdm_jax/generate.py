@@ -21,7 +21,7 @@ from bdm_jax.diffusion.schedule import Schedule
 from bdm_jax.errors import UserError, unknown
 from bdm_jax.models.branch import Residuals
 from bdm_jax.models.conditioning import Conditioning
-from bdm_jax.models.config import BranchConfig, UNetConfig, VAEConfig
+from bdm_jax.models.config import BranchConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from bdm_jax.models.functional import Params, bind
 from bdm_jax.pipeline import BridgePipeline
 from bdm_jax.text.encode import encode_ids, tokenize
@@ -299,9 +299,9 @@ def _twice(tree):
 
 
 @partial(jax.jit, static_argnums=0)
-def _decode(config: VAEConfig, params: Params, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _decode(config: VAEConfig | TinyVAEConfig, params: Params, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Latents (B,h,w,C) -> pictures (B,H,W,3) uint8, and whether each has finite values only (B,)."""
-    latents = (latents / config.scaling_factor).astype(params["post_quant_conv.kernel"].dtype)
+    latents = (latents / config.scaling_factor).astype(next(iter(params.values())).dtype)
     images = bind(config, params).decode(latents).astype(jnp.float32)
     finite = jnp.isfinite(images).all(axis=(1, 2, 3))
     return jnp.round(jnp.clip(images, -1.0, 1.0) * 127.5 + 127.5).astype(jnp.uint8), finite

@@ -7,52 +7,24 @@ with model_index.json beside them. Networks lie in safetensors under the names t
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
+from bdm_jax.components import KINDS, Component, choose, find, save_component
 from bdm_jax.diffusion import schedule as schedules
 from bdm_jax.diffusion.schedule import Schedule
-from bdm_jax.errors import UserError, unknown
-from bdm_jax.models.config import (
-    BranchConfig,
-    CLIPTextConfig,
-    Config,
-    RobertaConfig,
-    UNetConfig,
-    VAEConfig,
-    from_json,
-    to_json,
-)
-from bdm_jax.models.functional import Params, abstract
+from bdm_jax.errors import UserError
+from bdm_jax.models.config import TinyVAEConfig, VAEConfig, to_json
+from bdm_jax.paths import TOKENIZERS
 from bdm_jax.text.tokenizer import Tokenizer
-from convert.files import (
-    DIFFUSERS_WEIGHTS,
-    TRANSFORMERS_WEIGHTS,
-    read_json,
-    read_weights,
-    write_json,
-    write_safetensors,
-)
-from convert.keys import table_for
-from convert.layouts import tree_from_torch, tree_to_torch
+from convert.files import read_json, write_json
 
-DTYPES = ("float32", "bfloat16", "float16")
-
-_NETWORKS = {"unet": UNetConfig, "vae": VAEConfig, "text_encoder": CLIPTextConfig}
-_BRIDGE_NETWORKS = {"branch": BranchConfig, "branch_text_encoder": RobertaConfig}
-_SCHEDULE = Path("scheduler") / "scheduler_config.json"
+_NETWORKS = ("unet", "vae", "text_encoder")
+_BRIDGE_NETWORKS = ("branch", "branch_text_encoder")
+_SCHEDULE = "scheduler_config.json"
 _INDEX = "model_index.json"
 _GUIDANCE = "_bdm_guidance"
-
-
-class Component(NamedTuple):
-    """One network: its sizes and its weights."""
-
-    config: Config
-    params: Params
+# For networks that come without their tokenizer: words -> (bundled folder, tokens in a window).
+_BUNDLED = {49408: (TOKENIZERS / "clip", 77), 21128: (TOKENIZERS / "chinese", 52)}
 
 
 @dataclass(frozen=True)
@@ -77,65 +49,65 @@ class BridgePipeline:
         missing = [name for name, part in parts.items() if part is None]
         if 0 < len(missing) < len(parts):
             raise UserError(f"a bridge needs {', '.join(parts)}; missing: {', '.join(missing)}")
-        for name, kind in (_NETWORKS | _BRIDGE_NETWORKS).items():
+        for name in (*_NETWORKS, *_BRIDGE_NETWORKS):
             component = getattr(self, name)
-            if component is not None and not isinstance(component.config, kind):
-                raise UserError(f"{name}: {type(component.config).__name__} in place of {kind.__name__}")
+            if component is not None and not isinstance(component.config, KINDS[name]):
+                expected = " or ".join(kind.__name__ for kind in KINDS[name])
+                raise UserError(f"{name}: {type(component.config).__name__} in place of {expected}")
         self._check_widths()
         self._check_words("tokenizer", "text_encoder")
         if self.branch is not None:
             self._check_words("branch_tokenizer", "branch_text_encoder")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: str | None = None) -> "BridgePipeline":
-        """Read a pipeline folder.
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        dtype: str | None = None,
+        *,
+        backbone: str | Path | None = None,
+        vae: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        branch: str | Path | None = None,
+        branch_text_encoder: str | Path | None = None,
+        variant: str | None = None,
+    ) -> "BridgePipeline":
+        """Read a system: a pipeline folder, with other parts in place of its own.
 
-        `dtype` is the weights' type in memory: by default float32 on a CPU and bfloat16 on an accelerator.
+        Args:
+          model: a pipeline folder, or a single file that holds UNet, VAE and text tower (a bare backbone, then).
+          dtype: the weights' type in memory: by default float32 on a CPU and bfloat16 on an accelerator.
+          backbone: a pipeline folder or single file whose UNet, VAE and text tower (those it has) are taken.
+          vae, text_encoder, branch, branch_text_encoder: a component folder or a file.
+          variant: which of a folder's weight files to take ("fp16"), where it has several.
+
         Raises UserError or FileError that names the folder, file or weight that is missing or does not fit.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such model folder")
-        names = [*_NETWORKS, "tokenizer"]
-        if any((folder / name).is_dir() for name in (*_BRIDGE_NETWORKS, "branch_tokenizer")):
-            names += [*_BRIDGE_NETWORKS, "branch_tokenizer"]
-        if missing := [name for name in (*names, "scheduler") if not (folder / name).is_dir()]:
-            raise UserError(f"{folder}: not a whole model folder; missing: {', '.join(missing)}")
-        parts: dict[str, Any] = {
-            name: Tokenizer.from_pretrained(folder / name)
-            if name.endswith("tokenizer")
-            else load_component(folder / name, dtype)
-            for name in names
-        }
-        return cls(**parts, schedule=_load_schedule(folder / _SCHEDULE), guidance=_load_guidance(folder / _INDEX))
+        parts = _parts(Path(model), variant)
+        if backbone is not None:
+            parts = _replace_backbone(parts, _parts(Path(backbone), variant))
+        one = {"vae": vae, "text_encoder": text_encoder, "branch": branch, "branch_text_encoder": branch_text_encoder}
+        for name, path in one.items():
+            if path is not None:
+                parts |= _tokenizer_beside(name, Path(path)) | {name: choose(find(path, variant), path, name)}
+        return _assemble(Path(model), parts, dtype)
 
-    def save_pretrained(self, folder: str | Path, dtype: str = "float16") -> None:
-        """Write a folder that `from_pretrained` here and, component by component, diffusers' and transformers' read."""
+    def save_pretrained(
+        self, folder: str | Path, dtype: str = "float16", metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Write a folder that `from_pretrained` here and, component by component, diffusers' and transformers' read.
+
+        `metadata` goes into the header of every weights file.
+        """
         folder = Path(folder)
         for name in (*_NETWORKS, *_BRIDGE_NETWORKS):
             if component := getattr(self, name):
-                save_component(folder / name, *component, dtype)
+                save_component(folder / name, *component, dtype, metadata)
         for name in ("tokenizer", "branch_tokenizer"):
             if tokenizer := getattr(self, name):
                 tokenizer.save_pretrained(folder / name)
-        write_json(folder / _SCHEDULE, schedules.to_json(self.schedule))
-        write_json(folder / _INDEX, self._index())
-
-    def _index(self) -> dict[str, Any]:
-        """model_index.json; to diffusers, the backbone is a StableDiffusionPipeline, names with _ are nothing."""
-        return {
-            "_class_name": "StableDiffusionPipeline",
-            _GUIDANCE: self.guidance,
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": ["diffusers", "DDIMScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        }
+        write_json(folder / "scheduler" / _SCHEDULE, schedules.to_json(self.schedule))
+        write_json(folder / _INDEX, model_index(self.vae.config, self.guidance))
 
     def _check_widths(self) -> None:
         """Components that are each in order may still not belong together."""
@@ -165,74 +137,102 @@ class BridgePipeline:
             )
 
 
-def load_component(folder: str | Path, dtype: str | None = None) -> Component:
-    """Read one network's folder: config.json and safetensors weights (one file, or shards with their index).
-
-    Weights come as `dtype`, by default float32 on a CPU and bfloat16 on an accelerator, on JAX's default device.
-    Raises UserError or FileError that names what is missing, unknown or misshaped.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such component folder")
-    values = read_json(folder / "config.json")
-    try:
-        config = from_json(values)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder}: {error}") from error
-    path, tensors = read_weights(folder)
-    tree = tree_from_torch(tensors, abstract(config), str(path), table_for(values))
-    target = _dtype(dtype or default_dtype())
-    return Component(config, {key: jax.device_put(np.array(value, target, order="C")) for key, value in tree.items()})
+def model_index(vae: VAEConfig | TinyVAEConfig, guidance: float = BridgePipeline.guidance) -> dict[str, Any]:
+    """model_index.json; to diffusers, the backbone is a StableDiffusionPipeline, names with _ are nothing."""
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        _GUIDANCE: guidance,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", to_json(vae)["_class_name"]],
+    }
 
 
-def save_component(
-    folder: str | Path,
-    config: Config,
-    params: Params,
-    dtype: str = "float16",
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write one network's folder as diffusers or transformers reads it, weights first, config.json last.
-
-    `metadata` goes into the header of the weights file. Raises UserError when `params` are not those of `config`, or
-    when a finite weight is too large for `dtype`.
-    """
-    folder, target = Path(folder), _dtype(dtype)
-    if wrong := sorted(abstract(config).keys() ^ params.keys()):
-        raise UserError(f"{folder}: weights do not fit the config: {', '.join(wrong[:3])} ({len(wrong)} in all)")
-    values, name = to_json(config), DIFFUSERS_WEIGHTS
-    if isinstance(config, CLIPTextConfig | RobertaConfig):
-        values, name = {**values, "dtype": dtype}, TRANSFORMERS_WEIGHTS
-    tensors = tree_to_torch({key: _narrow(folder, key, np.asarray(value), target) for key, value in params.items()})
-    write_safetensors(folder / name, tensors, {"format": "pt", **(metadata or {})})
-    write_json(folder / "config.json", values)
+def bundled_tokenizer(words: int) -> Tokenizer | None:
+    """The tokenizer of a text tower with so many words, for towers that come without one; None where none fits."""
+    if words not in _BUNDLED:
+        return None
+    folder, length = _BUNDLED[words]
+    return Tokenizer.from_pretrained(folder, length)
 
 
-def default_dtype() -> str:
-    """The type of weights and computation unless asked: float32 on a CPU, bfloat16 on an accelerator."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def _dtype(name: str) -> np.dtype:
-    if name not in DTYPES:
-        raise unknown("dtype", name, DTYPES)
-    return jnp.dtype(name)
-
-
-def _narrow(folder: Path, key: str, array: np.ndarray, target: np.dtype) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        narrow = array.astype(target)
-    if not np.isfinite(narrow.astype(np.float32)).all() and np.isfinite(array.astype(np.float32)).all():
-        raise UserError(f"{folder}: {key} has values beyond {target.name}'s range; save as bfloat16 or float32")
-    return narrow
-
-
-def _load_schedule(path: Path) -> Schedule:
-    values = read_json(path)
+def load_schedule(folder: Path) -> Schedule:
+    """The noise schedule of a `scheduler` folder. Raises UserError or FileError that names its file."""
+    values = read_json(folder / _SCHEDULE)
     try:
         return schedules.from_json(values)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{folder / _SCHEDULE}: {error}") from error
+
+
+# What a system is put together from, by name: networks found but not yet in memory, a tokenizer's folder (None: the
+# bundled one that fits the tower), a schedule.
+_Parts = dict[str, Any]
+
+
+def _parts(model: Path, variant: str | None) -> _Parts:
+    """Everything in a pipeline folder, a component folder or a file."""
+    if not model.exists():
+        raise UserError(f"{model}: no such model folder")
+    if model.is_file() or (model / "config.json").is_file():
+        found = find(model, variant)
+        parts: _Parts = {**found, **({"tokenizer": None} if "text_encoder" in found else {})}
+        prediction = found["unet"].prediction if "unet" in found else None
+        if prediction is None and "text_encoder" in found:  # a whole SD1.x model that says nothing predicts epsilon
+            prediction = "epsilon"
+        return {**parts, **({"scheduler": Schedule(prediction_type=prediction)} if prediction else {})}
+    names = (*_NETWORKS, *_BRIDGE_NETWORKS)
+    parts = {name: choose(find(model / name, variant), model / name, name) for name in names if (model / name).is_dir()}
+    tokenizers = ("tokenizer", "branch_tokenizer")
+    parts |= {name: model / name for name in tokenizers if (model / name).is_dir()}
+    if (model / "scheduler").is_dir():
+        parts["scheduler"] = load_schedule(model / "scheduler")
+    if not parts:
+        raise UserError(f"{model}: not a whole model folder; missing: {', '.join((*names, *tokenizers, 'scheduler'))}")
+    return {**parts, "guidance": _load_guidance(model / _INDEX)}
+
+
+def _replace_backbone(parts: _Parts, others: _Parts) -> _Parts:
+    """The English half of `others` in place of that of `parts`; a text tower brings its tokenizer."""
+    english = {name: part for name, part in others.items() if not name.startswith("branch") and name != "guidance"}
+    return {**parts, **english, "guidance": others.get("guidance", BridgePipeline.guidance)}
+
+
+def _tokenizer_beside(tower: str, path: Path) -> _Parts:
+    """The tokenizer that a text tower's folder holds or has beside it; None (a bundled one) where it has none."""
+    if not tower.endswith("text_encoder"):
+        return {}
+    name = tower.replace("text_encoder", "tokenizer")
+    files = ("tokenizer.json", "vocab.txt", "vocab.json")
+    inside = path.is_dir() and any((path / file).is_file() for file in files)
+    beside = path.parent / name if path.name == tower else path / name
+    return {name: path if inside else beside if beside.is_dir() else None}
+
+
+def _assemble(model: Path, parts: _Parts, dtype: str | None) -> BridgePipeline:
+    for tower in ("text_encoder", "branch_text_encoder"):
+        name = tower.replace("text_encoder", "tokenizer")
+        if tower in parts and name in parts and parts[name] is None:
+            parts[name] = bundled_tokenizer(parts[tower].config().vocab_size)
+    names = (*_NETWORKS, "tokenizer", "scheduler")
+    bridge = (*_BRIDGE_NETWORKS, "branch_tokenizer")
+    names += bridge if any(name in parts for name in bridge) else ()
+    if missing := [name for name in names if parts.get(name) is None]:
+        raise UserError(f"{model}: not a whole model folder; missing: {', '.join(missing)}")
+    made: dict[str, Any] = {"schedule": parts["scheduler"], "guidance": parts.get("guidance", BridgePipeline.guidance)}
+    for name in names:
+        if name in _NETWORKS or name in _BRIDGE_NETWORKS:
+            made[name] = parts[name].load(dtype)
+        elif name != "scheduler":
+            part = parts[name]
+            made[name] = part if isinstance(part, Tokenizer) else Tokenizer.from_pretrained(part)
+    return BridgePipeline(**made)
 
 
 def _load_guidance(path: Path) -> float:

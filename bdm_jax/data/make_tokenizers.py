@@ -1,7 +1,8 @@
-"""Make the demo's tokenizer folders again: `python -m bdm_jax.data.make_tokenizers`.
+"""Make the bundled tokenizer folders again: `python -m bdm_jax.data.make_tokenizers`.
 
-The vocabularies are those of the real towers, so that words are split as there: the CLIP BPE cut to its first merges,
-and the full BERT vocabulary of Chinese-CLIP. They come from the packages open-clip-torch 3.3.0 and cn-clip 1.6.0
+`clip` is CLIP's own, for Stable-Diffusion files that come without one. The demo's vocabularies are those of the real
+towers, so that words are split as there: the CLIP BPE cut to its first merges (`english`), and the full BERT vocabulary
+of Chinese-CLIP (`chinese`). They come from the packages open-clip-torch 3.3.0 and cn-clip 1.6.0
 (`pip install --no-deps` is enough), or from the files given with --bpe and --vocab.
 """
 
@@ -17,6 +18,7 @@ from bdm_jax.errors import UserError
 from bdm_jax.paths import TOKENIZERS
 
 MERGES = 8000
+ALL_MERGES = 48894
 MAX_LENGTH = 16
 BPE = ("open-clip-torch", "open_clip/bpe_simple_vocab_16e6.txt.gz")
 BPE_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
@@ -26,8 +28,8 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write `english/` and `chinese/` below `--out`."""
-    parser = argparse.ArgumentParser(description="Make the demo's tokenizer folders again.")
+    """Write `clip/`, `english/` and `chinese/` below `--out`."""
+    parser = argparse.ArgumentParser(description="Make the bundled tokenizer folders again.")
     parser.add_argument("--bpe", type=Path, help=f"CLIP's {Path(BPE[1]).name} (default: from {BPE[0]})")
     parser.add_argument("--vocab", type=Path, help=f"Chinese-CLIP's vocab.txt (default: from {VOCAB[0]})")
     parser.add_argument("--out", type=Path, default=TOKENIZERS, help="default: %(default)s")
@@ -39,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_english(arguments.out / "english", gzip.decompress(bpe).decode("utf-8"), arguments.merges)
+    bpe = gzip.decompress(bpe).decode("utf-8")
+    write_english(arguments.out / "clip", bpe, ALL_MERGES, 77)
+    write_english(arguments.out / "english", bpe, arguments.merges)
     write_chinese(arguments.out / "chinese", vocab)
     return 0
 

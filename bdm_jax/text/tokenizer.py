@@ -42,8 +42,11 @@ class Tokenizer:
         self._unknown = tokenizer.unk_token_id if isinstance(tokenizer, BertTokenizer) else None
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Read a tokenizer folder in transformers' layout. Raises UserError that names what it lacks."""
+    def from_pretrained(cls, folder: str | Path, length: int | None = None) -> "Tokenizer":
+        """Read a tokenizer folder in transformers' layout; windows of `length` tokens, or of as many as it says.
+
+        Raises UserError that names what the folder lacks.
+        """
         folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"{folder}: no such tokenizer folder")
@@ -53,12 +56,12 @@ class Tokenizer:
         kind = str(values.get("tokenizer_class") or likely)
         if kind.removesuffix("Fast") not in _KINDS:
             raise UserError(f"{path}: tokenizer_class {kind!r} is not one of {', '.join(_KINDS)}")
-        make, choices, length = _KINDS[kind.removesuffix("Fast")]
+        make, choices, usual = _KINDS[kind.removesuffix("Fast")]
         if not any(all((folder / name).is_file() for name in names) for names in choices):
             raise UserError(f"{folder}: no vocabulary; expected {' or '.join('+'.join(names) for names in choices)}")
         tokenizer = make.from_pretrained(folder, local_files_only=True)
-        if tokenizer.model_max_length < _NO_WINDOW:
-            length = int(tokenizer.model_max_length)
+        if length is None:
+            length = int(tokenizer.model_max_length) if tokenizer.model_max_length < _NO_WINDOW else usual
         if length < 3:
             raise UserError(f"{path}: model_max_length {length} leaves no room for a prompt")
         return cls(tokenizer, length)

@@ -5,11 +5,12 @@ import pytest
 from safetensors.torch import load_file
 from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPTextModel
 
+from bdm_jax.components import Component
 from bdm_jax.diffusion.schedule import Schedule
 from bdm_jax.models import functional
 from bdm_jax.models.config import BranchConfig, CLIPTextConfig, RobertaConfig, UNetConfig, VAEConfig
 from bdm_jax.paths import TOKENIZERS
-from bdm_jax.pipeline import BridgePipeline, Component
+from bdm_jax.pipeline import BridgePipeline
 from bdm_jax.text.tokenizer import Tokenizer
 
 

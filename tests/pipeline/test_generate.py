@@ -11,9 +11,10 @@ import torch
 import transformers
 
 from bdm_jax import generate as module
+from bdm_jax.components import Component
 from bdm_jax.errors import UserError
 from bdm_jax.generate import Request, generate
-from bdm_jax.pipeline import BridgePipeline, Component
+from bdm_jax.pipeline import BridgePipeline
 
 PROMPTS = ("红灯笼", "一只猫", "雪山")
 

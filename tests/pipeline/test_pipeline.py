@@ -14,10 +14,11 @@ import torch
 import transformers
 from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPTextModel
 
+from bdm_jax.components import load_component, save_component
 from bdm_jax.errors import UserError
 from bdm_jax.models.conditioning import Conditioning
 from bdm_jax.models.functional import bind
-from bdm_jax.pipeline import BridgePipeline, load_component, save_component
+from bdm_jax.pipeline import BridgePipeline
 from convert.files import FileError, read_safetensors, write_safetensors
 
 NETWORKS = ("unet", "vae", "text_encoder", "branch", "branch_text_encoder")

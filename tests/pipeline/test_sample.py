@@ -89,7 +89,7 @@ def test_prompts_times_count_and_a_contact_sheet(run, tiny_folder, tmp_path):
     status, out, err = run(*arguments)
     assert status == 0, err
     assert "note: the prompt '龙☃' has characters that the vocabulary lacks: ☃" in err
-    names = ["0001-猫-seed0", "0002-猫-seed1", "0003-龙-seed0", "0004-龙-seed1", "contact-sheet"]
+    names = ["0001-contact-sheet", "0001-猫-seed0", "0002-猫-seed1", "0003-龙-seed0", "0004-龙-seed1"]
     assert sorted(path.stem for path in (tmp_path / "here").iterdir()) == names
     assert run(*arguments)[0] == 0
     assert (tmp_path / "here" / "0005-猫-seed0.png").read_bytes() == (
@@ -105,6 +105,8 @@ def test_prompts_times_count_and_a_contact_sheet(run, tiny_folder, tmp_path):
         (("猫", "--size", "36x32"), "size 36x32: width and height must be multiples of 8"),
         (("猫", "--size", "big"), "--size big: write it as WIDTHxHEIGHT"),
         (("猫", "--model", "nowhere"), "nowhere: no such model folder"),
+        (("猫", "--vae", "nowhere"), "nowhere: no such file or component folder"),
+        (("猫", "--bare", "--english", "a cat"), "--bare draws the prompt itself"),
         (("猫", "--out", "file/out"), "file/out: cannot be written"),
         (("猫", "--count", 0), "--count 0"),
         (("猫", "--steps", 0), "steps 0 is outside"),
@@ -127,7 +129,10 @@ def test_unknown_flag_offers_the_nearest(run):
 
 def test_help_names_every_flag(run):
     status, out, _ = run("--help")
-    flags = "negative english english-negative seed count steps guidance sampler size batch-size bare model out".split()
+    flags = (
+        "negative english english-negative seed count steps guidance sampler size batch-size bare model backbone vae "
+        "branch text-encoder branch-text-encoder variant out"
+    ).split()
     assert status == 0 and all(f"--{flag}" in out for flag in flags)
 
 
