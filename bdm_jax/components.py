@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from bdm_jax.errors import UserError, unknown
 from bdm_jax.models.config import (
+    SD15_UNET,
     BranchConfig,
     CLIPTextConfig,
     Config,
@@ -27,7 +28,7 @@ from bdm_jax.models.config import (
 from bdm_jax.models.functional import Params, abstract
 from convert.detect import Contents, Part, detect
 from convert.files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, read_json, write_json, write_safetensors
-from convert.keys import KeyTable, table_for
+from convert.keys import KeyTable, ldm_unet, table_for
 from convert.layouts import tree_from_torch, tree_to_torch
 from convert.weights import Weights, is_taesd, read_weights
 
@@ -99,7 +100,7 @@ def find(path: str | Path, variant: str | None = None) -> dict[str, Found]:
 
 def contents_of(path: str | Path, variant: str | None = None) -> tuple[Weights, Contents]:
     """What is in a file or component folder, by its tensors; what they cannot tell, by a folder's config.json."""
-    weights, config = read_weights(path, variant), Path(path) / "config.json"
+    weights, config = _without_ema(read_weights(path, variant), variant), Path(path) / "config.json"
     told = json.dumps(read_json(config)) if config.is_file() else None
     metadata = {**weights.metadata, **({f"bdm_jax.{kind}": told for kind in KINDS} if told else {})}
     return weights, detect({key: array.shape for key, array in weights.tensors.items()}, metadata)
@@ -164,6 +165,25 @@ def narrow(name: str, array: Any, target: np.dtype) -> np.ndarray:
     if not np.isfinite(result.astype(np.float32)).all() and np.isfinite(array.astype(np.float32)).all():
         raise UserError(f"{name} has values beyond {target.name}'s range; save as bfloat16 or float32")
     return result
+
+
+def _without_ema(weights: Weights, variant: str | None) -> Weights:
+    """A file that trained with an average (LDM's `model_ema`, whose names have lost their dots), with one UNet in it.
+
+    The average takes the place of the UNet where the file has no other, or where the variant "ema" is asked for.
+    """
+    averaged = {key: array for key, array in weights.tensors.items() if key.startswith("model_ema.")}
+    if not averaged:
+        return weights
+    tensors = {key: array for key, array in weights.tensors.items() if key not in averaged}
+    unet = "model.diffusion_model."
+    if variant == "ema" or not any(key.startswith(unet) for key in tensors):
+        shapes = {key: np.broadcast_to(0, leaf.shape) for key, leaf in abstract(SD15_UNET).items()}
+        names = tree_to_torch(shapes, ldm_unet(SD15_UNET.attention_levels, SD15_UNET.layers_per_block))
+        dotless = {f"model_ema.{(unet.removeprefix('model.') + name).replace('.', '')}": unet + name for name in names}
+        tensors = {key: array for key, array in tensors.items() if not key.startswith(unet)}
+        tensors |= {dotless[key]: array for key, array in averaged.items() if key in dotless}
+    return replace(weights, tensors=tensors)
 
 
 def _in_folder(folder: Path, variant: str | None) -> dict[str, Found]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import diffusers
 import ml_dtypes
@@ -13,9 +14,13 @@ import transformers
 from bdm_jax.components import contents_of, find, load_component, noted
 from bdm_jax.conversion import to_jax, to_torch
 from bdm_jax.errors import UserError
+from bdm_jax.models.config import UNetConfig
+from bdm_jax.models.functional import init
 from bdm_jax.pipeline import BridgePipeline
 from convert.__main__ import main
 from convert.files import FileError, read_header, write_safetensors
+from convert.keys import ldm_unet
+from convert.layouts import tree_to_torch
 from convert.weights import read_weights
 
 PARTS = ("unet", "vae", "text_encoder")
@@ -195,6 +200,45 @@ def test_inpainting_model_is_named(tiny_folder, tmp_path):
     with pytest.raises(UserError, match="UNet inpainting unet; this library has the networks of SD1.x"):
         find(tmp_path / "x.safetensors")
     assert contents_of(tmp_path / "x.safetensors")[1].parts[0].family == "UNet inpainting"
+
+
+def test_averaged_weights_of_a_training_checkpoint(tmp_path):
+    """LDM's EMA keeps names without dots: read where there is nothing else, or where asked for."""
+    config = UNetConfig(block_out_channels=(8, 8, 8, 8), num_heads=2, norm_num_groups=4, cross_attention_dim=8)
+    params = init(config, 0)
+    names = tree_to_torch(params, ldm_unet(config.attention_levels, config.layers_per_block))
+    plain = {f"model.diffusion_model.{name}": np.ascontiguousarray(array) for name, array in names.items()}
+    dotless = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in plain}
+    average = {dotless[name]: 2 * array for name, array in plain.items()} | {"model_ema.decay": np.float32([0.999])}
+    write_safetensors(tmp_path / "ema.safetensors", average, noted(config))
+    write_safetensors(tmp_path / "both.safetensors", plain | average, noted(config))
+
+    def first(name, **kind):
+        component = find(tmp_path / name, **kind)["unet"].load()
+        assert component.config == config
+        return component.params["conv_in.kernel"]
+
+    np.testing.assert_array_equal(first("both.safetensors"), params["conv_in.kernel"])
+    np.testing.assert_array_equal(first("both.safetensors", variant="ema"), 2 * params["conv_in.kernel"])
+    np.testing.assert_array_equal(first("ema.safetensors"), 2 * params["conv_in.kernel"])
+
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("lora/cloneofsimo/lora_disney.safetensors", "LoRA (cloneofsimo), Textual Inversion"),
+        ("lora/cloneofsimo/analog_svd_rank4.safetensors", "LoRA (cloneofsimo)"),
+        ("textual-inversion/fastai-diffusion-nbs.learned_embeds.bin", "Textual Inversion"),
+        ("taesd", "TAESD vae (original)"),
+    ],
+)
+def test_real_files_are_recognised(file, words):
+    if not (SHARED / file).exists():
+        pytest.skip(f"needs {SHARED / file}")
+    assert contents_of(SHARED / file)[1].name == words
 
 
 @pytest.mark.parametrize("command", ["to-jax", "to-torch"])
