@@ -21,20 +21,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 from rich.progress import track
 
-from bdm_jax.components import Component
 from bdm_jax.data import captions, records
 from bdm_jax.errors import UserError
 from bdm_jax.generate import Request, generate
-from bdm_jax.models.functional import bind
 from bdm_jax.paths import ASSETS, DEMO, EMOJI
 from bdm_jax.pictures import drawable
 from bdm_jax.pipeline import BridgePipeline
+from bdm_jax.training.latents import round_trip
 from convert.files import FileError, atomic_file, read_json, write_json
 
 REGIONS = 3
@@ -148,7 +146,7 @@ def evaluate(settings: Settings, features: Features | None = None) -> tuple[dict
         requests = [_request(gallery.rows[i], language, phrased, settings.seed + i) for i in wanted]
         return gallery.search(wanted, _pictures(pipeline, requests, settings, name, branch=language == "zh"))
 
-    results = {"ceiling": gallery.search(chosen, _round_trip(pipeline.vae, [gallery.artwork[i] for i in chosen]))}
+    results = {"ceiling": gallery.search(chosen, round_trip(pipeline.vae, [gallery.artwork[i] for i in chosen]))}
     drawn = {"branch": (chosen, "zh"), "branch_zh_only": (chinese, "zh")}
     drawn |= {"backbone_zh_only": (chinese, "en"), "backbone": (others, "en")}
     results |= {name: draw(name, wanted, language) for name, (wanted, language) in drawn.items() if wanted}
@@ -253,23 +251,6 @@ def _pictures(
         branch=branch,
     )
     return list(track(pictures, description=f"{name:17}", total=len(requests)))
-
-
-def _round_trip(vae: Component, pictures: list[np.ndarray], batch: int = 8) -> list[np.ndarray]:
-    """Pictures (H,W,3) uint8 through the VAE's mean and back."""
-
-    @jax.jit
-    def there_and_back(params, images):
-        network = bind(vae.config, params)
-        return network.decode(network.encode(images)[0])
-
-    out = []
-    dtype = next(iter(vae.params.values())).dtype
-    for start in range(0, len(pictures), batch):
-        images = np.stack(pictures[start : start + batch]).astype(np.float32) / 127.5 - 1
-        images = np.asarray(there_and_back(vae.params, images.astype(dtype)), np.float32)
-        out += list(np.clip(np.round(images * 127.5 + 127.5), 0, 255).astype(np.uint8))
-    return out
 
 
 def _nearest(found: np.ndarray, known: np.ndarray) -> np.ndarray:

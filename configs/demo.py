@@ -23,7 +23,7 @@ from bdm_jax.errors import UserError
 from bdm_jax.paths import DEMO, EMOJI
 from bdm_jax.training.config import TrainConfig, check
 from bdm_jax.training.loop import select, train
-from convert.files import FileError
+from convert.files import FileError, new_folder
 
 MORE_LEGS = 3
 
@@ -82,7 +82,6 @@ def assemble(runs: list[TrainConfig], out: Path) -> None:
         file = f"{name}.safetensors"
         if (backbone / file).read_bytes() != (branch / file).read_bytes():
             raise UserError(f"{branch / file} differs from the frozen {backbone / file}")
-    shutil.copytree(branch, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("done"))
     source = open_source(EMOJI)
     indices = select(source, runs[-1].data, "zh")
     record = {
@@ -96,7 +95,12 @@ def assemble(runs: list[TrainConfig], out: Path) -> None:
     for run in record["runs"]:  # folders of the machine that trained say nothing to others
         run["data"].pop("folder")
         run["task"] = {name: value for name, value in run["task"].items() if name not in _folders(run["task"])}
-    (out / "training.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    with new_folder(out.with_name(f"{out.name}.new")) as folder:
+        shutil.copytree(branch, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("done"))
+        (folder / "training.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    if out.exists():
+        shutil.rmtree(out)
+    out.with_name(f"{out.name}.new").rename(out)
 
 
 def _folders(task: dict[str, object]) -> list[str]:

@@ -45,7 +45,7 @@ def model(tmp_path, rows, pictures, monkeypatch):
     pipeline = SimpleNamespace(branch=object(), vae=None, guidance=3.0)
     monkeypatch.setattr(evaluate.BridgePipeline, "from_pretrained", lambda folder: pipeline)
     monkeypatch.setattr(evaluate, "generate", generate)
-    monkeypatch.setattr(evaluate, "_round_trip", lambda vae, pictures: pictures)
+    monkeypatch.setattr(evaluate, "round_trip", lambda vae, pictures: pictures)
     monkeypatch.setattr(evaluate, "efficientnet_lite0", lambda: thumbnails)
     concepts = [row["id"] for row in rows if row["zh_only"]] + [row["id"] for row in rows[::20] if not row["zh_only"]]
     (tmp_path / "training.json").write_text(json.dumps({"concepts": concepts, "style": "fluent"}))

@@ -1,6 +1,9 @@
-"""The autoencoder's latents of a set that fits into memory, computed once per run."""
+"""Pictures through the autoencoder: the latents of a set that fits into memory, and the way there and back."""
 
 import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import jax
@@ -9,7 +12,8 @@ import numpy as np
 
 from bdm_jax.components import Component
 from bdm_jax.data.records import Source, decode_image
-from bdm_jax.models.functional import bind
+from bdm_jax.models.config import TinyVAEConfig, VAEConfig
+from bdm_jax.models.functional import Params, bind
 
 _BATCH = 16
 
@@ -36,21 +40,39 @@ def record_moments(
             if str(stored["digest"]) == digest.hexdigest():
                 return dict(zip(keys, stored["moments"], strict=True))
 
-    @jax.jit
-    def encode(params, images):
-        mean, logvar = bind(vae.config, params).encode(images.astype(jnp.float32) / 127.5 - 1.0)
-        return jnp.concatenate([mean, logvar], axis=-1).astype(jnp.float32)
-
-    moments = []
-    for begin in range(0, len(records), _BATCH):
-        images = [decode_image(r["image"], name=record_key(r)) for r in records[begin : begin + _BATCH]]
-        missing = _BATCH - len(images)
-        rows = encode(vae.params, np.stack(images + images[-1:] * missing))
-        moments.append(np.asarray(rows)[: _BATCH - missing])
-    moments = np.concatenate(moments)
+    pictures = (decode_image(record["image"], name=record_key(record)) for record in records)
+    moments = np.stack(list(_through(_moments, vae, pictures)))
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         unfinished = cache.with_suffix(".partial.npz")
         np.savez(unfinished, moments=moments, digest=digest.hexdigest())
         unfinished.replace(cache)
     return dict(zip(keys, moments, strict=True))
+
+
+def round_trip(vae: Component, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Pictures (H,W,3) uint8 through the autoencoder's mean and back."""
+    return list(_through(_there_and_back, vae, pictures))
+
+
+def _through(function: Callable, vae: Component, pictures: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """`function(config, params, images)` of every picture, in batches of one size."""
+    rest = iter(pictures)
+    while images := list(islice(rest, _BATCH)):  # itertools.batched came with Python 3.12
+        filled = np.stack([*images, *images[-1:] * (_BATCH - len(images))])
+        yield from np.asarray(function(vae.config, vae.params, filled))[: len(images)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _moments(config: VAEConfig | TinyVAEConfig, params: Params, images: jax.Array) -> jax.Array:
+    """(B,H,W,3) uint8 -> mean and log-variance (B,h,w,2C) fp32."""
+    mean, logvar = bind(config, params).encode(images.astype(jnp.float32) / 127.5 - 1.0)
+    return jnp.concatenate([mean, logvar], axis=-1).astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnums=0)
+def _there_and_back(config: VAEConfig | TinyVAEConfig, params: Params, images: jax.Array) -> jax.Array:
+    """(B,H,W,3) uint8 -> the same, as the autoencoder gives it back."""
+    network, dtype = bind(config, params), next(iter(params.values())).dtype
+    decoded = network.decode(network.encode(images.astype(dtype) / 127.5 - 1.0)[0]).astype(jnp.float32)
+    return jnp.round(jnp.clip(decoded, -1.0, 1.0) * 127.5 + 127.5).astype(jnp.uint8)

@@ -37,7 +37,7 @@ from bdm_jax.pipeline import BridgePipeline
 from bdm_jax.text.encode import encode
 from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.text.windows import split
-from bdm_jax.training.latents import record_key, record_moments
+from bdm_jax.training.latents import record_key, record_moments, round_trip
 
 Trees = dict[str, Params]  # component name -> its parameters
 TimestepBias = Literal["none", "later"]
@@ -125,15 +125,8 @@ class VAEJob:
         save_component(folder / "vae", config, params["vae"], metadata=metadata)
 
     def pictures(self, params, records):
-        images = np.stack([decode_image(record["image"]) for record in records])
-
-        @jax.jit
-        def round_trip(params, images):
-            vae = bind(self.task.vae, params)
-            return vae.decode(vae.encode(images)[0])
-
-        decoded = np.asarray(round_trip(params["vae"], images.astype(np.float32) / 127.5 - 1.0))
-        return list(np.clip((decoded + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8))
+        vae = Component(self.task.vae, params["vae"])
+        return round_trip(vae, [decode_image(record["image"]) for record in records])
 
 
 # ------------------------------------------------------------------------------------------------------- the backbone
