@@ -8,7 +8,7 @@ import numpy as np
 from transformers import BertTokenizer, CLIPTokenizer
 
 from bdm_jax.errors import UserError
-from bdm_jax.text.windows import split
+from bdm_jax.text.windows import cut, split
 from convert.files import read_json
 
 
@@ -30,6 +30,7 @@ class Tokenizer:
     Attributes:
       length: tokens in a window, both ends included (77 for CLIP, 52 for Chinese-CLIP).
       start, end, pad: ids around and after the content.
+      byte_pairs: CLIP's kind, which spells anything; a list of words (BERT's, Chinese) otherwise.
     """
 
     def __init__(self, tokenizer: CLIPTokenizer | BertTokenizer, length: int):
@@ -38,8 +39,7 @@ class Tokenizer:
         self.start = _first(tokenizer.bos_token_id, tokenizer.cls_token_id)
         self.end = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
         self.pad = _first(tokenizer.pad_token_id, self.end)
-        # Byte-pair encoding spells anything; only a word list can lack a character.
-        self._unknown = tokenizer.unk_token_id if isinstance(tokenizer, BertTokenizer) else None
+        self.byte_pairs = not isinstance(tokenizer, BertTokenizer)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, length: int | None = None) -> "Tokenizer":
@@ -79,44 +79,55 @@ class Tokenizer:
         """Number of ids, added tokens included."""
         return len(self._tokenizer)
 
-    def content(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text without start and end, nothing cut off.
+    def content(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> list[list[int]]:
+        """Ids of each text without start and end, nothing cut off. Brackets are characters like others here.
 
-        Warns with PromptWarning, naming the characters, where a text has some that the vocabulary lacks.
+        Warns with PromptWarning, naming the characters, where a text has some that the vocabulary lacks; `prompts` are
+        the names that the texts go by there, the texts themselves if None.
         """
         if not texts:
             return []
-        offsets = self._unknown is not None
+        offsets = not self.byte_pairs
         rows = self._tokenizer(
             list(texts), add_special_tokens=False, return_offsets_mapping=offsets, verbose=False, truncation=False
         )
         if offsets:
-            self._name_unknown(texts, rows["input_ids"], rows["offset_mapping"])
+            self._name_unknown(texts, rows["input_ids"], rows["offset_mapping"], prompts or texts)
         return rows["input_ids"]
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """One window per text: (B, length) int32, padded. Warns with PromptWarning where a text is cut off."""
-        rows = [self.fit(text, ids, 1) for text, ids in zip(texts, self.content(texts), strict=True)]
+        contents = (cut([ids], self.length) for ids in self.content(texts))
+        rows = [self.fit(text, content, 1) for text, content in zip(texts, contents, strict=True)]
         return np.concatenate(rows) if rows else np.zeros((0, self.length), np.int32)
 
-    def fit(self, text: str, ids: list[int], windows: int) -> np.ndarray:
-        """Content ids in (windows, length) int32; warns with PromptWarning, naming the words, where they do not fit."""
-        room = windows * (self.length - 2)
-        if len(ids) > room:
-            lost = self._tokenizer.decode(ids[room:])
-            warnings.warn(
-                f"the prompt {_short(text)!r} has {len(ids)} tokens, {room} are read; cut off: {_short(lost, 200)!r}",
-                PromptWarning,
-                stacklevel=2,
-            )
-        return split(ids, windows, self.length, self.start, self.end, self.pad)
+    def fit(self, text: str, contents: Sequence[Sequence[int]], windows: int) -> np.ndarray:
+        """Contents of windows (see `cut`) in (windows, length) int32.
 
-    def _name_unknown(self, texts: Sequence[str], rows: list[list[int]], offsets: list[list[tuple[int, int]]]) -> None:
-        for text, ids, spans in zip(texts, rows, offsets, strict=True):
-            if lost := [text[begin:end] for id_, (begin, end) in zip(ids, spans, strict=True) if id_ == self._unknown]:
-                names = " ".join(dict.fromkeys(lost))
-                message = f"the prompt {_short(text)!r} has characters that the vocabulary lacks: {names}"
-                warnings.warn(message, PromptWarning, stacklevel=3)
+        Warns with PromptWarning, naming the words, where there are more than `windows`.
+        """
+        if lost := [id_ for content in contents[windows:] for id_ in content]:
+            kept = sum(map(len, contents[:windows]))
+            words = _short(self._tokenizer.decode(lost), 200)
+            message = f"the prompt {_short(text)!r} has {kept + len(lost)} tokens, {kept} are read; cut off: {words!r}"
+            warnings.warn(message, PromptWarning, stacklevel=2)
+        return split(contents, windows, self.length, self.start, self.end, self.pad)
+
+    def _name_unknown(
+        self,
+        texts: Sequence[str],
+        rows: Sequence[Sequence[int]],
+        offsets: Sequence[Sequence[tuple[int, int]]],
+        prompts: Sequence[str],
+    ) -> None:
+        unknown, lost = self._tokenizer.unk_token_id, {}
+        for text, ids, spans, prompt in zip(texts, rows, offsets, prompts, strict=True):
+            for id_, (begin, end) in zip(ids, spans, strict=True):
+                if id_ == unknown:
+                    lost.setdefault(prompt, {})[text[begin:end]] = None
+        for prompt, names in lost.items():
+            message = f"the prompt {_short(prompt)!r} has characters that the vocabulary lacks: {' '.join(names)}"
+            warnings.warn(message, PromptWarning, stacklevel=3)
 
 
 def _first(*ids: int | None) -> int:

@@ -13,22 +13,32 @@ import numpy as np
 MAX_WINDOWS = 5
 
 
-def windows_needed(lengths: Iterable[int], length: int) -> int:
-    """Windows that hold contents of these lengths, all rows alike: at least 1, at most 5."""
-    return min(max(1, -(-max(lengths, default=0) // (length - 2))), MAX_WINDOWS)
+def cut(parts: Iterable[Sequence], length: int) -> list[Sequence]:
+    """Contents of a prompt's parts -> contents of its windows, as many as they take.
 
-
-def split(content: Sequence[int], windows: int, length: int, start: int, end: int, pad: int) -> np.ndarray:
-    """Content ids -> (windows, length) int32, every window a well-formed text: start, content, end, padding.
-
-    A window beyond the content is an empty text. What exceeds the last window is left out. The reference writes the
-    Chinese windows so; for CLIP, whose padding is the end token, it is the same as its fill with end tokens.
+    Every part begins a new window; one without content takes none.
     """
     size = length - 2
-    rows = np.full((windows, length), pad, np.int32)
-    for index, row in enumerate(rows):
-        part = content[index * size : (index + 1) * size]
-        row[: len(part) + 2] = [start, *part, end]
+    return [part[begin : begin + size] for part in parts for begin in range(0, len(part), size)]
+
+
+def windows_needed(counts: Iterable[int]) -> int:
+    """Windows for prompts of which each would take so many, all rows alike: at least 1, at most 5."""
+    return min(max(counts, default=1) or 1, MAX_WINDOWS)
+
+
+def split(
+    contents: Sequence[Sequence], windows: int, length: int, start: float, end: float, pad: float, dtype=np.int32
+) -> np.ndarray:
+    """Contents of windows -> (windows, length), every window a well-formed text: start, content, end, padding.
+
+    A window beyond the contents is an empty text; contents beyond the last window are left out. The reference writes
+    the Chinese windows so; for CLIP, whose padding is the end token, it is the same as its fill with end tokens.
+    """
+    rows = np.full((windows, length), pad, dtype)
+    rows[:, :2] = start, end
+    for row, content in zip(rows, contents, strict=False):
+        row[: len(content) + 2] = [start, *content, end]
     return rows
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bdm_jax.text.windows import join, split, windows_needed
+from bdm_jax.text.windows import cut, join, split, windows_needed
 
 CHINESE = dict(start=101, end=102, pad=0)
 ENGLISH = dict(start=49406, end=49407, pad=49407)
@@ -32,16 +32,17 @@ def test_windows_are_the_references(length, language, rng):
     k = length - 2
     for size in {0, 1, k - 1, k, k + 1, 2 * k, 2 * k + 3, 4 * k + 1, 5 * k, 5 * k + 9}:
         content = rng.integers(1000, 2000, size).tolist()
-        needed = windows_needed([size], length)
+        contents = cut([content], length)
+        needed = windows_needed([len(contents)])
         assert needed == max(1, min(5, -(-size // k)))
         for windows in range(needed, 6):
-            rows = split(content, windows, length, **language)
+            rows = split(contents, windows, length, **language)
             assert rows.dtype == np.int32
             np.testing.assert_array_equal(rows, reference_rows(content, windows, length, **language))
 
 
 def test_full_window_ends_in_its_last_place_and_an_empty_one_is_an_empty_text():
-    rows = split(range(1000, 1050), 2, 52, **CHINESE)
+    rows = split(cut([range(1000, 1050)], 52), 2, 52, **CHINESE)
     assert rows[0, 0] == 101 and rows[0, -1] == 102 and 0 not in rows[0]
     assert rows[1].tolist() == [101, 102] + [0] * 50
 
@@ -62,7 +63,15 @@ def test_join_drops_the_ends_between_windows():
     assert join(states[:, :1])[0, :, 0].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_every_part_begins_a_window_and_an_empty_one_takes_none():
+    assert cut([[1, 2], [], [3, 4, 5, 6], []], 5) == [[1, 2], [3, 4, 5], [6]]
+    assert cut([[1, 2, 3], [4]], 5) == [[1, 2, 3], [4]]
+    assert cut([], 5) == cut([[]], 5) == []
+    rows = split(cut([[1, 2], [3]], 6), 3, 6, **CHINESE)
+    assert rows.tolist() == [[101, 1, 2, 102, 0, 0], [101, 3, 102, 0, 0, 0], [101, 102, 0, 0, 0, 0]]
+
+
 def test_the_longest_decides_and_five_are_the_most():
-    assert windows_needed([], 52) == windows_needed([0], 52) == 1
-    assert windows_needed([3, 51, 7], 52) == 2
-    assert windows_needed([999], 52) == 5
+    assert windows_needed([]) == windows_needed([0]) == 1
+    assert windows_needed([1, 2, 1]) == 2
+    assert windows_needed([99]) == 5

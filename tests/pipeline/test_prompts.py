@@ -1,0 +1,53 @@
+"""Weighted prompts and the reference's reading of them, through to the picture."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bdm_jax import generate as module
+from bdm_jax.generate import Request, generate
+
+
+def pictures(pipeline, requests, **settings):
+    return list(generate(pipeline, requests, **{"steps": 2, "guidance": 5.0, **settings}))
+
+
+@pytest.mark.parametrize(
+    ("weighted", "text"),
+    [
+        (Request("(红:1.5)灯笼"), Request("红灯笼")),
+        (Request("红", "低（质量）"), Request("红", "低质量")),
+        (Request("红", english="a (cat)"), Request("红", english="a cat")),
+        (
+            Request("红", english="cat", english_negative="(cat:1.5)"),
+            Request("红", english="cat", english_negative="cat"),
+        ),
+    ],
+)
+def test_weights_count_and_change_no_neighbour(tiny, weighted, text):
+    alone = pictures(tiny, [text, text])
+    one, other = pictures(tiny, [weighted, text])
+    assert not np.array_equal(one, other)
+    assert np.abs(other.astype(int) - alone[1]).max() <= 1  # one English prompt for both halves is another program
+
+
+def test_weights_compile_nothing_anew(tiny):
+    pictures(tiny, [Request("红灯笼", english="cat")])
+    programs = module._denoise._cache_size()
+    pictures(tiny, [Request("(红:1.2)灯[笼]", "（雪）", english="a (cat)")])
+    assert module._denoise._cache_size() == programs
+
+
+def test_reference_pads_a_batch_to_its_longest_prompt_and_drops_the_branchs_weights(tiny):
+    long = Request("猫" * 20, "(低:1.5)质量", english="a (cat)")
+    short = replace(long, prompt="猫")
+    assert [module._job(tiny, request).windows for request in (long, short)] == [(1, 2), (1, 1)]
+    jobs = module._jobs(tiny, [long, short], reference=True)
+    assert [job.windows for job in jobs] == [(1, 2)] * 2
+    assert all((job.chinese_weights == 1).all() and (job.english_weights[1] != 1).any() for job in jobs)
+    with_weight, without = (
+        pictures(tiny, [Request(prompt), long], reference=True) for prompt in ("(红:1.5)灯笼", "红灯笼")
+    )
+    np.testing.assert_array_equal(with_weight[0], without[0])
+    assert len(pictures(tiny, [long, short, short], reference=True, batch_size=2)) == 3
