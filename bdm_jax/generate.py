@@ -24,7 +24,7 @@ from bdm_jax.models.conditioning import Conditioning
 from bdm_jax.models.config import BranchConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from bdm_jax.models.functional import Params, bind
 from bdm_jax.pipeline import BridgePipeline
-from bdm_jax.text.encode import encode_ids, tokenize
+from bdm_jax.text.encode import Tokens, encode_tokens, read
 
 STEPS_PER_CALL = 5
 
@@ -37,7 +37,7 @@ class Request:
 
     `prompt` and `negative` are the branch's (Chinese), `english` and `english_negative` the backbone's; the paper's way
     is to leave the English ones empty. A bare backbone reads its English prompts or, where they are empty, the others.
-    The seed is in [0, 2**32).
+    All may hold weights, as in "(red:1.3) lantern" (see `text.grammar`). The seed is in [0, 2**32).
     """
 
     prompt: str
@@ -57,6 +57,7 @@ def generate(
     size: tuple[int, int] | None = None,
     batch_size: int = 8,
     branch: bool = True,
+    reference: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[np.ndarray]:
     """Pictures in the order of the requests, each (H,W,3) uint8, yielded as soon as their batch is done.
@@ -71,6 +72,9 @@ def generate(
       sampler: a name in `diffusion.samplers.SAMPLERS`.
       size: (height, width) in pixels, multiples of the VAE's factor; the size that the UNet was trained at where None.
       branch: False draws with the bare backbone.
+      reference: True reads prompts as BDM's reference implementation does (see `text.encode.read`): weights in the
+        branch's prompts have no effect, and all prompts of a batch take as many windows as its longest, so that a
+        picture then depends on its batch.
       progress: called with (steps done, steps in all) over all batches, first with 0.
 
     Raises UserError, before anything is computed, for settings that cannot be; and when pictures come out as NaN.
@@ -85,7 +89,9 @@ def generate(
         table = SAMPLERS[sampler](pipeline.schedule, steps)
     if not all(np.isfinite(column).all() for column in jax.tree.leaves(table)):
         raise UserError(f"{steps} steps are too many for {sampler}: some would fall on one timestep; take fewer")
-    return _generate(pipeline, requests, table, guidance, size, batch_size, progress or (lambda done, total: None))
+    return _generate(
+        pipeline, requests, table, guidance, size, batch_size, reference, progress or (lambda done, total: None)
+    )
 
 
 def default_size(pipeline: BridgePipeline) -> tuple[int, int]:
@@ -139,15 +145,21 @@ class _Networks:
 
 @dataclass(frozen=True)
 class _Job:
-    """A request with its ids, each (2, windows, length): negative prompt, then positive."""
+    """A request with its ids and their weights, each (2, windows, length): negative prompt, then positive."""
 
     request: Request
     english: np.ndarray
-    chinese: np.ndarray | None
+    english_weights: np.ndarray
+    chinese: np.ndarray | None = None
+    chinese_weights: np.ndarray | None = None
 
     @property
     def windows(self) -> tuple[int, int]:
         return len(self.english[0]), 0 if self.chinese is None else len(self.chinese[0])
+
+    @property
+    def one_english(self) -> bool:
+        return np.array_equal(*self.english) and np.array_equal(*self.english_weights)
 
 
 def _bare(pipeline: BridgePipeline) -> BridgePipeline:
@@ -166,9 +178,14 @@ def _generate(
     guidance: float,
     size: tuple[int, int],
     batch_size: int,
+    reference: bool,
     progress: Progress,
 ) -> Iterator[np.ndarray]:
-    batches = _batches([_job(pipeline, request) for request in requests], batch_size)
+    if reference:
+        starts = range(0, len(requests), batch_size)
+        batches = [_jobs(pipeline, requests[begin : begin + batch_size], reference=True) for begin in starts]
+    else:
+        batches = _batches([_job(pipeline, request) for request in requests], batch_size)
     rows = min(batch_size, len(requests))
     steps = len(table.t)
     progress(0, steps * len(batches))
@@ -191,10 +208,23 @@ def _report(progress: Progress, before: int, total: int, done: int) -> None:
 
 
 def _job(pipeline: BridgePipeline, request: Request) -> _Job:
-    english = tokenize(pipeline.tokenizer, [request.english_negative, request.english])
-    if pipeline.branch is None:
-        return _Job(request, english, None)
-    return _Job(request, english, tokenize(pipeline.branch_tokenizer, [request.negative, request.prompt]))
+    (job,) = _jobs(pipeline, [request])
+    return job
+
+
+def _jobs(pipeline: BridgePipeline, requests: list[Request], *, reference: bool = False) -> list[_Job]:
+    """Jobs whose prompts of one language all take as many windows as the longest."""
+    english = [text for request in requests for text in (request.english_negative, request.english)]
+    parts = _pairs(read(pipeline.tokenizer, english, reference=reference))
+    if pipeline.branch is not None:
+        chinese = [text for request in requests for text in (request.negative, request.prompt)]
+        parts += _pairs(read(pipeline.branch_tokenizer, chinese, reference=reference))
+    return [_Job(request, *pairs) for request, *pairs in zip(requests, *parts, strict=True)]
+
+
+def _pairs(tokens: Tokens) -> list[np.ndarray]:
+    """Ids and weights of 2B prompts, each (B, 2, windows, length)."""
+    return [part.reshape(-1, 2, *part.shape[1:]) for part in tokens]
 
 
 def _batches(jobs: list[_Job], batch_size: int) -> list[list[_Job]]:
@@ -212,28 +242,36 @@ def _latents(
     report: Callable[[int], None],
 ) -> jax.Array:
     """All steps for one batch: clean latents (B,h,w,C)."""
-    one_english = all(np.array_equal(*job.english) for job in jobs)
+    one_english = all(job.one_english for job in jobs)
     networks = _Networks(
         pipeline.unet.config, pipeline.branch and pipeline.branch.config, pipeline.schedule, one_english
     )
     params = {"unet": pipeline.unet.params}
-    english = _stack([job.english for job in jobs])
-    english = encode_ids(*pipeline.text_encoder, english[len(jobs) :] if one_english else english)
+    english = _stack([job.english for job in jobs]), _stack([job.english_weights for job in jobs])
+    english = [part[len(jobs) :] for part in english] if one_english else english
+    english = encode_tokens(*pipeline.text_encoder, Tokens(*english))
     chinese = None
     if pipeline.branch is not None:
         params["branch"] = pipeline.branch.params
-        chinese = encode_ids(*pipeline.branch_text_encoder, _stack([job.chinese for job in jobs]))
+        tokens = Tokens(_stack([job.chinese for job in jobs]), _stack([job.chinese_weights for job in jobs]))
+        chinese = encode_tokens(*pipeline.branch_text_encoder, tokens)
     factor = pipeline.vae.config.factor
     shape = (size[0] // factor, size[1] // factor, pipeline.unet.config.in_channels)
-    state = samplers.start(_noise(shape, np.array([job.request.seed for job in jobs], np.uint32)))
+    seeds = np.array([job.request.seed for job in jobs], np.uint32)
+    state = samplers.start(_noise(shape, seeds), table)
     steps = len(table.t)
     for begin in range(0, steps, STEPS_PER_CALL):
         count = min(STEPS_PER_CALL, steps - begin)
-        rows = jax.tree.map(lambda c, b=begin: np.resize(c[b : b + STEPS_PER_CALL], STEPS_PER_CALL), table)
-        state = _denoise(networks, params, state, rows, count, english, chinese, np.float32(guidance))
+        rows = jax.tree.map(lambda column, begin=begin: _chunk(column, begin), table)
+        state = _denoise(networks, params, state, seeds, rows, count, english, chinese, np.float32(guidance))
         jax.block_until_ready(state)
         report(begin + count)
     return state.latents
+
+
+def _chunk(column: np.ndarray, begin: int) -> np.ndarray:
+    """STEPS_PER_CALL rows of a column of the table; after its end, any."""
+    return np.resize(column[begin : begin + STEPS_PER_CALL], (STEPS_PER_CALL, *column.shape[1:]))
 
 
 def _stack(pairs: list[np.ndarray]) -> np.ndarray:
@@ -252,6 +290,7 @@ def _denoise(
     networks: _Networks,
     params: dict[str, Params],
     state: SamplerState,
+    seeds: jax.Array,
     rows: Steps,
     count: jax.Array,
     english: Conditioning,
@@ -264,7 +303,8 @@ def _denoise(
         row = jax.tree.map(lambda column: column[index], rows)
         prediction = _predict(networks, params, state.latents, row.t, english, chinese)
         negative, positive = jnp.split(prediction.astype(jnp.float32), 2)
-        return samplers.advance(state, classifier_free(negative, positive, guidance), row, networks.schedule)
+        noise = samplers.row_noise(seeds, row.row, state.latents.shape[1:])
+        return samplers.advance(state, classifier_free(negative, positive, guidance), row, noise)
 
     rows = jax.tree.map(jnp.asarray, rows)
     return jax.lax.fori_loop(0, count, step, state)

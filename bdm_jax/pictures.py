@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from bdm_jax.diffusion.samplers import canonical
 from bdm_jax.paths import ASSETS
 from convert.files import atomic_file
 
@@ -20,7 +21,20 @@ _FONT = ASSETS / "fonts" / "NotoSansSC-subset.ttf"
 _MAX_CELL = 256
 _CAPTION_LINES = 2
 _NO_GLYPH = "\U0010ffff"  # a code point that no font draws: it shows what a missing glyph looks like
-_WEB_UI_SAMPLERS = {"ddim": "DDIM", "dpmpp-2m": "DPM++ 2M"}
+_WEB_UI_SAMPLERS = {
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "pndm": "PLMS",
+    "lcm": "LCM",
+    "euler-a": "Euler a",
+    "lms": "LMS",
+    "euler": "Euler",
+    "heun": "Heun",
+    "dpmpp-2m": "DPM++ 2M",
+    "dpmpp-2m-sde": "DPM++ 2M SDE",
+    "dpmpp-sde": "DPM++ SDE",
+    "unipc": "UniPC",
+}
 
 
 def write_png(path: str | Path, pixels: np.ndarray, settings: Mapping[str, Any] | None = None) -> None:
@@ -43,7 +57,7 @@ def web_ui_parameters(settings: Mapping[str, Any]) -> str:
     """The settings of a picture as web UIs write them: prompt, negative prompt, one line of named values."""
     names = {
         "Steps": settings["steps"],
-        "Sampler": _WEB_UI_SAMPLERS.get(settings["sampler"], settings["sampler"]),
+        "Sampler": _web_ui_sampler(settings["sampler"]),
         "CFG scale": settings["guidance"],
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
@@ -54,6 +68,15 @@ def web_ui_parameters(settings: Mapping[str, Any]) -> str:
     lines = [settings["prompt"], f"Negative prompt: {settings['negative']}" if settings["negative"] else ""]
     values = [f"{name}: {_quoted(str(value))}" for name, value in names.items() if value != ""]
     return "\n".join(filter(None, [*lines, ", ".join(values)]))
+
+
+def _web_ui_sampler(name: str) -> str:
+    """`dpmpp-2m-karras` -> `DPM++ 2M Karras`; a name that web UIs do not know stays as it is."""
+    ours = canonical(name)
+    for end, suffix in {"": "", "-karras": " Karras", "-exponential": " Exponential"}.items():
+        if ours.endswith(end) and ours.removesuffix(end) in _WEB_UI_SAMPLERS:
+            return _WEB_UI_SAMPLERS[ours.removesuffix(end)] + suffix
+    return name
 
 
 def file_name(index: int, prompt: str, seed: int) -> str:

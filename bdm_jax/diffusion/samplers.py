@@ -1,93 +1,127 @@
-"""Samplers as tables of coefficients: every step is  x' = x_coef x + x0_coef x0 + previous_coef x0_previous.
+"""Samplers as tables of small matrices: every row is one evaluation of the network, followed by
 
-DDIM (Song et al. 2021) and DPM-Solver++ 2M (Lu et al. 2022) are both of this form, x0 being the clean latents that the
-network's prediction implies. A sampler only fills the table, in float64 on the host; `advance` is the pure step.
+    (latents, memory 1, 2, 3)  <-  matrix (4,6) @ (latents, memory 1, 2, 3, prediction, noise).
+
+All samplers in use are linear in what they have seen, so this is all of them: multistep ones keep past predictions in
+the memory, two-evaluation ones the latents that they return to. Only the numbers differ, so one compiled loop runs
+them all. `advance` is the pure step; the recipes that fill the tables are in `recipes.py`.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from bdm_jax.diffusion import recipes
+from bdm_jax.diffusion.recipes import MEMORY, SPACINGS, Steps
 from bdm_jax.diffusion.schedule import Schedule
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Steps:
-    """One row per step, each field (N,): the timestep given to the network, its alpha and sigma, and the
-    coefficients.
-    """
-
-    t: jax.Array
-    alpha: jax.Array
-    sigma: jax.Array
-    x: jax.Array
-    x0: jax.Array
-    previous: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
 class SamplerState:
-    """Latents (B,H,W,C) fp32 and the clean latents of the step before."""
+    """Latents (B,H,W,C) fp32 as the network sees them, and what the sampler remembers (3,B,H,W,C)."""
 
     latents: jax.Array
-    previous_x0: jax.Array
+    memory: jax.Array
 
 
-def start(noise: jax.Array) -> SamplerState:
-    """Unit noise (B,H,W,C) -> the state before the first step."""
-    return SamplerState(noise, jnp.zeros_like(noise))
+def start(noise: jax.Array, steps: Steps) -> SamplerState:
+    """Unit noise (B,H,W,C) -> the state before the first row of the table."""
+    return SamplerState(steps.initial[0] * noise, jnp.zeros((len(MEMORY), *noise.shape), noise.dtype))
 
 
-def advance(state: SamplerState, prediction: jax.Array, step: Steps, schedule: Schedule) -> SamplerState:
-    """One step: `prediction` is the network's output at `state.latents` and `step.t`; `step` is one row of the
-    table.
+def advance(state: SamplerState, prediction: jax.Array, row: Steps, noise: jax.Array) -> SamplerState:
+    """One row of the table. `prediction` is the network's output at `state.latents` and `row.t`, `noise` is unit noise
+    that only the stochastic samplers use; both (B,H,W,C).
     """
-    x0 = schedule.to_x0(prediction.astype(jnp.float32), state.latents, step.alpha, step.sigma)
-    latents = step.x * state.latents + step.x0 * x0 + step.previous * state.previous_x0
-    return SamplerState(latents, x0)
+    seen = jnp.stack([prediction.astype(jnp.float32), noise])
+    seen = jnp.concatenate([state.latents[None], state.memory, seen])
+    new = jnp.tensordot(row.matrix, seen, axes=1, precision=jax.lax.Precision.HIGHEST)
+    return SamplerState(new[0], new[1:])
 
 
-def ddim(schedule: Schedule, count: int) -> Steps:
-    """DDIM with eta 0, "leading" timesteps (diffusers' DDIMScheduler as Stable Diffusion configures it)."""
-    stride = schedule.num_train_timesteps // count
-    t = (np.arange(count) * stride)[::-1] + schedule.steps_offset
-    final = 1.0 if schedule.set_alpha_to_one else schedule.alphas_cumprod[0]
-    squared = schedule.alphas_cumprod[np.minimum(t, schedule.num_train_timesteps - 1)]
-    before = np.where(t >= stride, schedule.alphas_cumprod[np.maximum(t - stride, 0)], final)
-    alpha, sigma = np.sqrt(squared), np.sqrt(1 - squared)
-    alpha_to, sigma_to = np.sqrt(before), np.sqrt(1 - before)
-    ratio = sigma_to / sigma
-    return _steps(t, alpha, sigma, ratio, alpha_to - ratio * alpha, np.zeros(count))
+def row_noise(seeds: jax.Array, row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Unit noise (B, *shape) fp32 for one row of the table: each sample's depends on its seed (B,) and the row only."""
+
+    def one(seed: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(jax.random.key(seed), row), shape, jnp.float32)
+
+    return jax.vmap(one)(seeds)
 
 
-def dpmpp_2m(schedule: Schedule, count: int, final_sigma_zero: bool = True) -> Steps:
-    """DPM-Solver++ 2M, midpoint, "linspace" timesteps (diffusers' DPMSolverMultistepScheduler).
+Sampler = Callable[[Schedule, int], Steps]
 
-    `final_sigma_zero=False` ends at the sigma of timestep 0 as diffusers 0.24 did, and with it BDM's reference.
+
+class Samplers(Mapping[str, Sampler]):
+    """Samplers by name. A key is found however users write it: `DPM++ 2M Karras`, `k_euler`, `euler_ancestral`, and
+    with another timestep spacing where `-leading`, `-linspace` or `-trailing` is added: `ddim-trailing`.
+
+    Iterating gives the plain names.
     """
-    t = np.linspace(0, schedule.num_train_timesteps - 1, count + 1).round()[::-1][:-1].astype(np.int64)
-    squared = schedule.alphas_cumprod[t]
-    last = 1.0 if final_sigma_zero else schedule.alphas_cumprod[0]
-    alphas, sigmas = np.sqrt(np.append(squared, last)), np.sqrt(1 - np.append(squared, last))
-    with np.errstate(divide="ignore"):
-        log_snr = np.log(alphas) - np.log(sigmas)
-    x, x0, previous = np.zeros(count), np.zeros(count), np.zeros(count)
-    for i in range(count):
-        step = log_snr[i + 1] - log_snr[i]
-        gain = -alphas[i + 1] * np.expm1(-step)
-        first_order = i == 0 or (i == count - 1 and (final_sigma_zero or count < 15))
-        extra = 0.0 if first_order else step / (2 * (log_snr[i] - log_snr[i - 1]))
-        x[i], x0[i], previous[i] = sigmas[i + 1] / sigmas[i], gain * (1 + extra), -gain * extra
-    return _steps(t, alphas[:-1], sigmas[:-1], x, x0, previous)
+
+    def __init__(self, samplers: Mapping[str, Sampler]):
+        self._samplers = dict(samplers)
+
+    def __getitem__(self, name: str) -> Sampler:
+        name, spacing = canonical(name), None
+        base, _, last = name.rpartition("-")
+        if last in SPACINGS:
+            name, spacing = base, last
+        sampler = self._samplers[name]
+        if spacing is None:
+            return sampler
+        if name == "lcm":
+            raise KeyError(f"{name}-{spacing}")  # its timesteps are those it was distilled at
+        return partial(sampler, spacing=spacing)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._samplers)
+
+    def __len__(self) -> int:
+        return len(self._samplers)
 
 
-def _steps(t, *columns) -> Steps:
-    return Steps(np.asarray(t, np.int32), *(np.asarray(column, np.float32) for column in columns))
+def canonical(name: str) -> str:
+    """A sampler's name as other programs write it -> the library's: `DPM++ 2M SDE Karras` -> `dpmpp-2m-sde-karras`."""
+    name = re.sub(r"[\s_-]+", "-", name.strip().lower().replace("++", "pp"))
+    name = re.sub(r"^(k|sample)-", "", name)
+    for pattern, plain in _ALIASES:
+        name = re.sub(rf"^{pattern}(?=-|$)", plain, name)
+    return name
 
 
-SAMPLERS: dict[str, Callable[[Schedule, int], Steps]] = {"ddim": ddim, "dpmpp-2m": dpmpp_2m}
+_ALIASES = (
+    ("dpm-?solver(pp)?|dpmpp2m|dpmpp-2m-v2", "dpmpp-2m"),
+    ("dpmpp-?2m-?sde(-gpu)?", "dpmpp-2m-sde"),
+    ("dpmpp-?sde(-gpu)?", "dpmpp-sde"),
+    ("euler-ancestral|eulera", "euler-a"),
+    ("uni-pc", "unipc"),
+    ("plms", "pndm"),
+)
+
+SAMPLERS = Samplers(
+    {
+        "ddim": recipes.ddim,
+        "ddpm": recipes.ddpm,
+        "pndm": recipes.pndm,
+        "lcm": recipes.lcm,
+        "euler-a": recipes.euler_ancestral,
+        **{
+            f"{name}-{sigmas}" if sigmas else name: partial(recipe, sigmas=sigmas) if sigmas else recipe
+            for name, recipe in {
+                "lms": recipes.lms,
+                "euler": recipes.euler,
+                "heun": recipes.heun,
+                "dpmpp-2m": recipes.dpmpp_2m,
+                "dpmpp-2m-sde": partial(recipes.dpmpp_2m, stochastic=True),
+                "dpmpp-sde": recipes.dpmpp_sde,
+                "unipc": recipes.unipc,
+            }.items()
+            for sigmas in (None, "karras", "exponential")
+        },
+    }
+)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Schedule:
     prediction_type: str = "epsilon"
     steps_offset: int = 1
     set_alpha_to_one: bool = False
+    rescale_betas_zero_snr: bool = False
 
     def __post_init__(self):
         if self.prediction_type not in PREDICTION_TYPES:
@@ -40,7 +41,11 @@ class Schedule:
             betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_train_timesteps) ** 2
         else:
             betas = np.linspace(self.beta_start, self.beta_end, self.num_train_timesteps)
-        return np.cumprod(1.0 - betas)
+        squared = np.cumprod(1.0 - betas)
+        if not self.rescale_betas_zero_snr:
+            return squared
+        alpha = np.sqrt(squared)  # Lin et al. 2305.08891, algorithm 1: the first stays, the last becomes 0
+        return np.square((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1]))
 
     def alpha_sigma(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Integer timesteps (B,) -> alpha and sigma, each (B,1,1,1) fp32."""
@@ -53,9 +58,11 @@ class Schedule:
         return alpha * x0 + sigma * noise
 
     def target(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """What the network should predict: the noise, or v = alpha noise - sigma x0."""
+        """What the network should predict: the noise, v = alpha noise - sigma x0, or x0."""
         if self.prediction_type == "epsilon":
             return noise
+        if self.prediction_type == "sample":
+            return x0
         alpha, sigma = self.alpha_sigma(t)
         return alpha * noise - sigma * x0
 
@@ -63,6 +70,8 @@ class Schedule:
         """The clean latents that a prediction at (alpha, sigma) implies."""
         if self.prediction_type == "epsilon":
             return (x - sigma * prediction) / alpha
+        if self.prediction_type == "sample":
+            return prediction
         return alpha * x - sigma * prediction
 
 
@@ -78,7 +87,7 @@ def from_json(values: dict[str, Any]) -> Schedule:
     Raises:
         ValueError: betas or a prediction type that are not implemented (named).
     """
-    if values.get("trained_betas") is not None or values.get("rescale_betas_zero_snr"):
-        raise ValueError("scheduler_config.json: trained_betas and rescale_betas_zero_snr are not implemented")
+    if values.get("trained_betas") is not None:
+        raise ValueError("scheduler_config.json: trained_betas is not implemented")
     known = {f.name for f in fields(Schedule)}
     return Schedule(**{key: value for key, value in values.items() if key in known})

@@ -175,7 +175,7 @@ class _CaptionJob:
         if rng.random() < self.task.caption_dropout:
             content = []
         special = (self.tokenizer.start, self.tokenizer.end, self.tokenizer.pad)
-        ids = split(content, 1, self.tokenizer.length, *special)
+        ids = split([content], 1, self.tokenizer.length, *special)
         return {"moments": self.moments[record_key(record)], "ids": ids[0]}
 
 

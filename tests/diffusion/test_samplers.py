@@ -1,77 +1,195 @@
-"""Whole sampling trajectories against diffusers' schedulers, around a random linear model."""
+"""Whole sampling trajectories against diffusers' schedulers, around a small nonlinear model and on the same noise."""
 
+import importlib
+import sys
+import types
 from functools import partial
 
 import jax
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from bdm_jax.diffusion import samplers
-from bdm_jax.diffusion.guidance import classifier_free
-from bdm_jax.diffusion.samplers import SAMPLERS, dpmpp_2m
+from bdm_jax.diffusion.guidance import classifier_free, rescale
+from bdm_jax.diffusion.recipes import dpmpp_2m
+from bdm_jax.diffusion.samplers import SAMPLERS
 from bdm_jax.diffusion.schedule import Schedule, to_json
+from bdm_jax.errors import UserError
 
-COUNTS = (1, 2, 3, 5, 14, 15, 20, 30, 50)  # fewer than 15 steps end in first order; 3, 14, 15, 30 do not divide 1000
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+
+COUNTS = (1, 2, 5, 20, 50)
+MORE_COUNTS = (3, 14, 15, 30)  # fewer than 15 steps end in first order; 3, 14, 15, 30 do not divide 1000
 TOLERANCE = 1e-4  # fp32 on both sides, of the largest number in the trajectory
+SHAPE = (2, 3, 5, 4)
 
-
-def dpm(config, **settings):
-    return DPMSolverMultistepScheduler.from_config({**config, "timestep_spacing": "linspace", **settings})
-
-
-CASES = {
-    "ddim": (SAMPLERS["ddim"], DDIMScheduler.from_config),
-    "dpmpp-2m": (SAMPLERS["dpmpp-2m"], dpm),
-    "dpmpp-2m as in diffusers 0.24": (
-        partial(dpmpp_2m, final_sigma_zero=False),
-        partial(dpm, final_sigmas_type="sigma_min"),
+# name: diffusers' scheduler, its settings, whether it holds latents / alpha ("variance exploding")
+SCHEDULERS = {
+    "ddim": ("ddim.DDIMScheduler", {}, False),
+    "ddpm": ("ddpm.DDPMScheduler", {}, False),
+    "pndm": ("pndm.PNDMScheduler", {"skip_prk_steps": True}, False),
+    "lcm": ("lcm.LCMScheduler", {}, False),
+    "euler": ("euler_discrete.EulerDiscreteScheduler", {}, True),
+    "euler-a": ("euler_ancestral_discrete.EulerAncestralDiscreteScheduler", {}, True),
+    "lms": ("lms_discrete.LMSDiscreteScheduler", {}, True),
+    "heun": ("heun_discrete.HeunDiscreteScheduler", {}, True),
+    "dpmpp-sde": ("dpmsolver_sde.DPMSolverSDEScheduler", {}, True),
+    "dpmpp-2m": ("dpmsolver_multistep.DPMSolverMultistepScheduler", {}, False),
+    "dpmpp-2m-sde": (
+        "dpmsolver_multistep.DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++"},
+        False,
     ),
+    "unipc": ("unipc_multistep.UniPCMultistepScheduler", {}, False),
 }
+DEFAULT_SPACING = {name: "leading" if name in ("ddim", "ddpm", "pndm", "lcm") else "linspace" for name in SCHEDULERS}
+WITHOUT = {("pndm", "sample"), ("euler-a", "sample"), ("dpmpp-sde", "sample")}  # diffusers refuses them
+ZERO_SNR = ("ddim", "ddpm", "lcm", "euler", "euler-a", "dpmpp-2m", "dpmpp-2m-sde", "unipc")
+SIGMAS = [name for name in SAMPLERS if name.endswith(("-karras", "-exponential"))]
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", CASES)
-def test_trajectory_equals_diffusers(name, prediction_type, rng):
-    ours, theirs = CASES[name]
+class Theirs:
+    """A scheduler of diffusers whose noise is given."""
+
+    def __init__(self, name, schedule, monkeypatch, spacing=None, **settings):
+        base = name.removesuffix("-karras").removesuffix("-exponential")
+        where, fixed, self.exploding = SCHEDULERS[base]
+        module, cls = where.split(".")
+        if base == "dpmpp-sde":  # it needs torchsde only to draw the Brownian path that the test draws itself
+            monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
+        module = importlib.import_module(f"diffusers.schedulers.scheduling_{module}")
+        draw = lambda *_, **__: torch.from_numpy(self.noise)  # noqa: E731
+        if hasattr(module, "randn_tensor"):
+            monkeypatch.setattr(module, "randn_tensor", draw)
+        if base == "dpmpp-sde":
+            monkeypatch.setattr(module, "BrownianTreeNoiseSampler", lambda *_, **__: BrownianPath(self))
+        spacing = {"timestep_spacing": spacing or DEFAULT_SPACING[base]}
+        sigmas = {f"use_{name.rpartition('-')[2]}_sigmas": True} if name != base else {}
+        config = {**to_json(schedule), **spacing, **fixed, **sigmas, **settings}
+        del config["_class_name"]
+        self.scheduler = getattr(module, cls).from_config(config)
+
+    def trajectory(self, model, noise, count, noises):
+        """Timesteps, and latents of unit variance after each evaluation."""
+        scheduler = self.scheduler
+        scheduler.set_timesteps(count)
+        if scheduler.config.get("use_exponential_sigmas") and not self.exploding:
+            assert 998 <= scheduler.timesteps[0] <= 999  # 999 - 1e-5, cut: the only timestep that is not diffusers'
+            scheduler.timesteps[0] = 999
+        x, latents = torch.from_numpy(noise) * scheduler.init_noise_sigma, []
+        for i, t in enumerate(scheduler.timesteps):
+            self.noise = noises[i]
+            scaled = scheduler.scale_model_input(x, t)
+            prediction = torch.from_numpy(model(scaled.numpy().astype(np.float32), float(t)))
+            x = scheduler.step(prediction, t, x).prev_sample.float()
+            latents.append(x.numpy() * (self._alpha(scheduler.step_index) if self.exploding else 1.0))
+        return scheduler.timesteps.numpy(), np.stack(latents)
+
+    def _alpha(self, index):
+        sigma = float(self.scheduler.sigmas[index])
+        middle = getattr(self.scheduler, "mid_point_sigma", None)
+        return (float(middle if middle is not None else sigma) ** 2 + 1) ** -0.5
+
+
+class BrownianPath:
+    """W(to) - W(from), in units of its deviation, where each new place adds the noise of the row."""
+
+    def __init__(self, theirs):
+        self.theirs, self.path = theirs, {}
+
+    def __call__(self, begin, end):
+        begin, end = float(begin), float(end)
+        key, last = round(end, 5), min(self.path, default=None)
+        if last is None:
+            last = round(begin, 5)
+            self.path[last] = np.zeros_like(self.theirs.noise)
+        self.path[key] = self.path[last] + np.sqrt(last - end) * self.theirs.noise
+        return torch.from_numpy((self.path[key] - self.path[round(begin, 5)]) / np.float32(np.sqrt(begin - end)))
+
+
+def our_trajectory(sampler, schedule, model, noise, count, noises):
+    steps = sampler(schedule, count)
+    state, latents = samplers.start(noise, steps), []
+    for i in range(len(steps.t)):
+        row = jax.tree.map(lambda column, i=i: column[i], steps)
+        state = _advance(state, model(np.asarray(state.latents), float(row.t)), row, noises[i])
+        latents.append(np.asarray(state.latents))
+    return steps.t, np.stack(latents)
+
+
+_advance = jax.jit(samplers.advance)
+
+
+def model(x, t):
+    """Bounded, nonlinear in the latents, mixing channels, different at every timestep."""
+    gain = np.float32(np.cos(t / 300))
+    return (np.tanh(x + np.float32(0.3) * np.roll(x, 1, axis=-1)) * gain + np.float32(0.4) * np.sin(2 * x)).astype(
+        np.float32
+    )
+
+
+def worst(sampler, theirs, schedule, counts, rng):
+    """Largest difference over the counts, of the largest latent."""
+    found = []
+    for count in counts:
+        noise = rng.standard_normal(SHAPE, dtype=np.float32)
+        noises = rng.standard_normal((2 * count + 1, *SHAPE), dtype=np.float32)
+        expected_t, expected = theirs.trajectory(model, noise, count, noises)
+        t, actual = our_trajectory(sampler, schedule, model, noise, count, noises)
+        np.testing.assert_allclose(t, expected_t, atol=2e-3)  # k-diffusion's are interpolated in fp32
+        assert np.isfinite(actual).all() and actual.shape == expected.shape
+        found.append(np.abs(actual - expected).max() / np.abs(expected).max())
+    print(", ".join(f"{count} steps: {value:.1e}" for count, value in zip(counts, found, strict=True)))
+    return max(found)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_trajectory_equals_diffusers(name, prediction_type, rng, monkeypatch):
+    if (name, prediction_type) in WITHOUT:
+        pytest.skip("diffusers has no such trajectory")
     schedule = Schedule(prediction_type=prediction_type)
-    model = random_linear_model(rng)
-    noise = rng.standard_normal((2, 3, 5, 4), dtype=np.float32)
-    for count in COUNTS:
-        reference = theirs(to_json(schedule))
-        reference.set_timesteps(count)
-        steps = ours(schedule, count)
-        np.testing.assert_array_equal(steps.t, reference.timesteps.numpy())
-
-        expected, x = [], torch.from_numpy(noise)
-        for t in reference.timesteps:
-            x = reference.step(torch.from_numpy(model(x.numpy(), int(t))), t, x).prev_sample
-            expected.append(x.numpy())
-        state, actual = samplers.start(noise), []
-        for index in range(count):
-            step = jax.tree.map(lambda column, index=index: column[index], steps)
-            state = samplers.advance(state, model(np.asarray(state.latents), int(step.t)), step, schedule)
-            actual.append(np.asarray(state.latents))
-        expected, actual = np.stack(expected), np.stack(actual)
-        assert np.isfinite(actual).all()
-        difference = np.abs(actual - expected).max() / np.abs(expected).max()
-        print(f"{count} steps: relative difference {difference:.1e}")
-        assert difference <= TOLERANCE
+    theirs = Theirs(name, schedule, monkeypatch)
+    assert worst(SAMPLERS[name], theirs, schedule, COUNTS + MORE_COUNTS, rng) <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", SIGMAS)
+def test_noise_levels_equal_diffusers(name, rng, monkeypatch):
+    schedule = Schedule()
+    assert worst(SAMPLERS[name], Theirs(name, schedule, monkeypatch), schedule, COUNTS, rng) <= TOLERANCE
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "lcm"])
+def test_timestep_spacings_equal_diffusers(name, spacing, rng, monkeypatch):
+    schedule = Schedule()
+    theirs = Theirs(name, schedule, monkeypatch, spacing)
+    assert worst(SAMPLERS[f"{name}-{spacing}"], theirs, schedule, (1, 2, 7, 20), rng) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ZERO_SNR)
+def test_zero_terminal_snr_equals_diffusers(name, rng, monkeypatch):
+    """1e-3 where diffusers holds latents / alpha: 4096 times the latents, of which fp32 keeps 5e-4."""
+    schedule = Schedule(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    spacing = None if name == "lcm" else "trailing"
+    theirs = Theirs(name, schedule, monkeypatch, spacing)
+    sampler = SAMPLERS[name if spacing is None else f"{name}-{spacing}"]
+    assert worst(sampler, theirs, schedule, (1, 2, 5, 20), rng) <= (1e-3 if theirs.exploding else TOLERANCE)
+
+
+def test_dpmpp_2m_as_in_diffusers_0_24(rng, monkeypatch):
+    schedule = Schedule()
+    theirs = Theirs("dpmpp-2m", schedule, monkeypatch, final_sigmas_type="sigma_min")
+    ours = partial(dpmpp_2m, final_sigma_zero=False)
+    assert worst(ours, theirs, schedule, COUNTS + MORE_COUNTS, rng) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm"])
 @pytest.mark.parametrize("settings", [{"set_alpha_to_one": True}, {"steps_offset": 0}])
-def test_ddim_follows_its_settings(settings, rng):
+def test_the_schedules_end_is_followed(name, settings, rng, monkeypatch):
     schedule = Schedule(**settings)
-    reference = DDIMScheduler.from_config(to_json(schedule))
-    reference.set_timesteps(7)
-    steps = SAMPLERS["ddim"](schedule, 7)
-    np.testing.assert_array_equal(steps.t, reference.timesteps.numpy())
-    x, prediction = rng.standard_normal((2, 1, 3, 5, 4), dtype=np.float32)
-    last = jax.tree.map(lambda column: column[-1], steps)
-    ours = samplers.advance(samplers.start(x), prediction, last, schedule).latents
-    expected = reference.step(torch.from_numpy(prediction), reference.timesteps[-1], torch.from_numpy(x)).prev_sample
-    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+    assert worst(SAMPLERS[name], Theirs(name, schedule, monkeypatch), schedule, (7, 20), rng) <= TOLERANCE
 
 
 def test_reference_timesteps_and_final_sigma():
@@ -82,25 +200,84 @@ def test_reference_timesteps_and_final_sigma():
     sigma = np.sqrt((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod)
     assert sigma[999] == pytest.approx(14.6147, abs=1e-4)
     assert sigma[0] == pytest.approx(0.02917, abs=5e-6)
-    noise_kept = np.sqrt(1 - schedule.alphas_cumprod[0])
-    assert steps.x[-1] * steps.sigma[-1] == pytest.approx(noise_kept, rel=1e-5)
-    assert steps.previous[0] == 0 and steps.previous[-1] != 0
+    previous_x0 = steps.matrix[:, 0, 1]
+    assert previous_x0[0] == 0 and previous_x0[-1] != 0
 
 
-def test_a_compiled_scan_takes_the_same_steps(rng):
+@pytest.mark.parametrize("name", ["pndm", "dpmpp-sde", "unipc"])
+def test_a_compiled_loop_takes_the_same_steps(name, rng):
     """The sampler is used inside one compiled program: rows of the table are what lax.scan walks over."""
     schedule = Schedule()
-    noise = rng.standard_normal((1, 4, 4, 4), dtype=np.float32)
-    steps = SAMPLERS["dpmpp-2m"](schedule, 6)
+    noise = rng.standard_normal((2, 4, 4, 4), dtype=np.float32)
+    steps = SAMPLERS[name](schedule, 6)
+    seeds = np.array([3, 4], np.uint32)
 
-    def advance(state, step):
-        return samplers.advance(state, 0.5 * state.latents, step, schedule), None
+    @jax.jit
+    def advance(state, row):
+        fresh = samplers.row_noise(seeds, row.row, noise.shape[1:])
+        return samplers.advance(state, 0.5 * state.latents, row, fresh), None
 
-    scanned, _ = jax.jit(lambda x: jax.lax.scan(advance, samplers.start(x), steps))(noise)
-    state = samplers.start(noise)
-    for index in range(6):
+    scanned, _ = jax.jit(lambda x: jax.lax.scan(advance, samplers.start(x, steps), steps))(noise)
+    state = samplers.start(noise, steps)
+    for index in range(len(steps.t)):
         state, _ = advance(state, jax.tree.map(lambda column, index=index: column[index], steps))
     np.testing.assert_allclose(scanned.latents, state.latents, rtol=1e-4, atol=1e-5)
+
+
+def test_tables_of_all_samplers_have_one_shape():
+    """One compiled loop for all: columns differ in their length only."""
+    kinds = {
+        tuple((column.dtype, column.shape[1:]) for column in jax.tree.leaves(SAMPLERS[name](Schedule(), 4)))
+        for name in SAMPLERS
+    }
+    assert len(kinds) == 1
+
+
+def test_noise_is_a_function_of_seed_and_row():
+    shape = (16, 16, 4)
+    draw = jax.jit(lambda seeds, row: samplers.row_noise(seeds, row, shape))
+    both = np.asarray(draw(np.array([5, 6], np.uint32), 2))
+    np.testing.assert_array_equal(draw(np.array([6, 5], np.uint32), 2), both[::-1])
+    np.testing.assert_array_equal(draw(np.array([6], np.uint32), 2), both[1:])
+    beginning = jax.jit(lambda: jax.random.normal(jax.random.key(5), shape))()
+    others = [*both, *draw(np.array([5, 6], np.uint32), 3), beginning]
+    assert len({np.asarray(noise).tobytes() for noise in others}) == 5
+    assert abs(both.mean()) < 0.1 and abs(both.std() - 1) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("DPM++ 2M", "dpmpp-2m"),
+        ("dpm++ 2m karras", "dpmpp-2m-karras"),
+        ("DPM++ 2M SDE Karras", "dpmpp-2m-sde-karras"),
+        ("DPM++ SDE Exponential", "dpmpp-sde-exponential"),
+        ("dpmpp_2m_sde_gpu", "dpmpp-2m-sde"),
+        ("k_euler", "euler"),
+        ("Euler a", "euler-a"),
+        ("euler_a", "euler-a"),
+        ("k_euler_ancestral", "euler-a"),
+        ("k_dpmpp_2m", "dpmpp-2m"),
+        ("dpmsolver++", "dpmpp-2m"),
+        ("PLMS", "pndm"),
+        ("uni_pc", "unipc"),
+        ("k_lms", "lms"),
+        ("LMS Karras", "lms-karras"),
+        (" DDIM ", "ddim"),
+    ],
+)
+def test_names_of_other_programs(name, plain):
+    assert name in SAMPLERS and SAMPLERS[name] is SAMPLERS[plain]
+
+
+@pytest.mark.parametrize("name", ["dpmpp-3m", "euler-a-karras", "ddim-karras", "lcm-trailing", "ddim-sideways", ""])
+def test_names_that_are_none(name):
+    assert name not in SAMPLERS
+
+
+def test_lcm_takes_no_more_steps_than_it_was_distilled_at():
+    with pytest.raises(UserError, match="lcm takes at most 50 steps"):
+        SAMPLERS["lcm"](Schedule(), 51)
 
 
 def test_guidance_of_one_is_the_positive_prompt_and_more_goes_beyond_it(rng):
@@ -111,8 +288,11 @@ def test_guidance_of_one_is_the_positive_prompt_and_more_goes_beyond_it(rng):
     )
 
 
-def random_linear_model(rng):
-    """x -> x @ weight * gain(t) + bias: bounded, different in every channel and at every timestep."""
-    weight = (0.5 * rng.standard_normal((4, 4))).astype(np.float32)
-    bias = rng.standard_normal(4).astype(np.float32)
-    return lambda x, t: x @ weight * np.float32(np.cos(t / 300)) + bias
+def test_rescaled_guidance_has_the_contrast_of_the_positive_prompt(rng):
+    """The whole of it; a part is the mean of both (2305.08891, equations 15 and 16)."""
+    guided, positive = rng.standard_normal((2, 3, 4, 5, 4), dtype=np.float32)
+    guided = 5 * guided * np.arange(1, 4, dtype=np.float32)[:, None, None, None]
+    whole = np.asarray(rescale(guided, positive, 1.0))
+    np.testing.assert_allclose(whole.std(axis=(1, 2, 3)), positive.std(axis=(1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(rescale(guided, positive, 0.7), 0.7 * whole + 0.3 * guided, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(rescale(guided, positive, 0.0), guided, rtol=1e-6)

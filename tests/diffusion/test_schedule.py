@@ -11,10 +11,12 @@ SCHEDULES = [
     Schedule(),
     Schedule(num_train_timesteps=400, beta_start=1e-4, beta_end=0.02, beta_schedule="linear"),
     Schedule(prediction_type="v_prediction", steps_offset=0, set_alpha_to_one=True),
+    Schedule(prediction_type="sample"),
+    Schedule(prediction_type="v_prediction", rescale_betas_zero_snr=True),
 ]
 
 
-@pytest.fixture(params=SCHEDULES, ids=["sd15", "linear", "v"])
+@pytest.fixture(params=SCHEDULES, ids=["sd15", "linear", "v", "sample", "zero SNR"])
 def schedule(request):
     return request.param
 
@@ -26,6 +28,7 @@ def reference(schedule):
         beta_start=schedule.beta_start,
         beta_end=schedule.beta_end,
         beta_schedule=schedule.beta_schedule,
+        rescale_betas_zero_snr=schedule.rescale_betas_zero_snr,
     )
 
 
@@ -39,8 +42,9 @@ def sample(schedule, rng):
 
 
 def test_alphas_equal_diffusers(schedule, reference):
-    """1e-5: diffusers multiplies a thousand factors in fp32, we in fp64."""
-    np.testing.assert_allclose(schedule.alphas_cumprod, reference.alphas_cumprod.numpy(), rtol=1e-5)
+    """1e-5: diffusers multiplies a thousand factors in fp32, we in fp64. Near zero SNR it subtracts them, too."""
+    rtol, atol = (1e-3, 1e-7) if schedule.rescale_betas_zero_snr else (1e-5, 0)
+    np.testing.assert_allclose(schedule.alphas_cumprod, reference.alphas_cumprod.numpy(), rtol=rtol, atol=atol)
 
 
 def test_noisy_latents_equal_diffusers(schedule, reference, sample, assert_parity):
@@ -52,7 +56,7 @@ def test_noisy_latents_equal_diffusers(schedule, reference, sample, assert_parit
 def test_target_equals_diffusers(schedule, reference, sample, assert_parity):
     x0, noise, t = sample
     velocity = reference.get_velocity(*map(torch.from_numpy, sample)).numpy()
-    expected = velocity if schedule.prediction_type == "v_prediction" else noise
+    expected = {"epsilon": noise, "v_prediction": velocity, "sample": x0}[schedule.prediction_type]
     assert_parity(schedule.target(x0, noise, t), expected, tolerance=1e-5)
 
 
@@ -70,10 +74,9 @@ def test_scheduler_config_survives_diffusers(schedule):
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"prediction_type": "sample"}, "sample"),
+        ({"prediction_type": "flow_prediction"}, "flow_prediction"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "squaredcos_cap_v2"),
         ({"trained_betas": [0.1]}, "trained_betas"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(values, named):

@@ -1,0 +1,361 @@
+"""How each sampler fills its table, in float64 on the host.
+
+A recipe is written as the sampler's own step, on symbols: `LATENTS`, `MEMORY`, `PREDICTION` and `NOISE` are unit
+vectors, so what a step returns is the matrix that does it. Latents always have the variance that the network was
+trained with, x = alpha x0 + sigma noise; the papers' and diffusers' variance-exploding samplers hold x / alpha, whose
+noise is `k` = sigma / alpha. A table takes the trajectory of the diffusers scheduler that its recipe names, and a
+comment says where that is a quirk.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from bdm_jax.diffusion.schedule import Schedule
+from bdm_jax.errors import UserError
+
+LATENTS, *MEMORY, PREDICTION, NOISE = np.eye(6)
+SPACINGS = ("leading", "linspace", "trailing")
+
+_LCM_STEPS = 50  # at which latent consistency models are distilled
+_NEARLY_ZERO = 2.0**-24  # alpha^2 of diffusers' zero terminal SNR where a sampler or an epsilon divides by alpha
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Steps:
+    """A sampler's table; N rows, one for every evaluation of the network (some samplers take two per step)."""
+
+    row: jax.Array  # (N,) int32: its own number
+    t: jax.Array  # (N,) fp32: the timestep given to the network; some samplers ask between the trained ones
+    alpha: jax.Array  # (N,) fp32: latents at this row are alpha x0 + sigma noise
+    sigma: jax.Array
+    initial: jax.Array  # (N,) fp32: what unit noise is multiplied with to begin here
+    matrix: jax.Array  # (N,4,6) fp32: (latents, memory) from (latents, memory, prediction, noise)
+
+
+def ddim(schedule: Schedule, count: int, spacing: str = "leading") -> Steps:
+    """DDIM with eta 0 (Song et al. 2021; diffusers' DDIMScheduler, without clipping)."""
+    at, stride = _trained(schedule), schedule.num_train_timesteps // count
+    rows = []
+    for t in _timesteps(schedule, count, spacing).round():
+        x0, noise = _meaning(schedule, *at(t))
+        alpha_to, sigma_to = at(t - stride)  # diffusers' stride under every spacing, though only "leading" has it
+        rows.append((t, *at(t), [alpha_to * x0 + sigma_to * noise]))
+    return _table(rows)
+
+
+def ddpm(schedule: Schedule, count: int, spacing: str = "leading") -> Steps:
+    """Ancestral sampling with the smaller variance (Ho et al. 2020; diffusers' DDPMScheduler, without clipping)."""
+    at = _trained(schedule)
+    times = _timesteps(schedule, count, spacing).round()
+    rows = []
+    for i, t in enumerate(times):
+        alpha, sigma = at(t)
+        alpha_to, sigma_to = at(times[i + 1]) if i + 1 < count else (1.0, 0.0)
+        x0, _ = _meaning(schedule, alpha, sigma)
+        kept = alpha / alpha_to
+        beta = 1 - kept**2
+        mean = alpha_to * beta / sigma**2 * x0 + kept * sigma_to**2 / sigma**2 * LATENTS
+        rows.append((t, alpha, sigma, [mean + sigma_to / sigma * np.sqrt(beta) * NOISE]))
+    return _table(rows)
+
+
+def pndm(schedule: Schedule, count: int, spacing: str = "leading") -> Steps:
+    """Pseudo linear multistep, "PLMS" (Liu et al. 2022; diffusers' PNDMScheduler with skip_prk_steps): count + 1 rows.
+
+    The second row takes the first step again, with the mean of its two ends.
+    """
+    at, stride = _trained(schedule, _NEARLY_ZERO), schedule.num_train_timesteps // count
+    times = _timesteps(schedule, count, spacing).round()
+    v = schedule.prediction_type == "v_prediction"  # diffusers averages v itself and turns it into noise afterwards
+    rows = []
+    for i, t in enumerate([*times[:2], *times[1:]]):
+        begin, end = (t + stride, t) if i == 1 else (t, t - stride)
+        alpha, sigma = at(begin)
+        alpha_to, sigma_to = at(end)
+        last = PREDICTION if v else _meaning(schedule, *at(t))[1]
+        latents, history = LATENTS, [last, *MEMORY]
+        if i == 0:
+            mean, memory = last, [last, LATENTS]
+        elif i == 1:
+            mean, latents, memory = (last + MEMORY[0]) / 2, MEMORY[1], [MEMORY[0]]
+        else:
+            weights = ((3, -1), (23, -16, 5), (55, -59, 37, -9))[min(i, 4) - 2]
+            mean = sum(w * h for w, h in zip(weights, history, strict=False)) / sum(weights)
+            memory = history[:3]
+        noise = alpha * mean + sigma * latents if v else mean
+        rows.append((t, *at(t), [alpha_to * (latents - sigma * noise) / alpha + sigma_to * noise, *memory]))
+    return _table(rows)
+
+
+def lcm(schedule: Schedule, count: int) -> Steps:
+    """Latent consistency models (Luo et al. 2023; diffusers' LCMScheduler): to the clean latents and back to less
+    noise, at the timesteps that the model was distilled at.
+    """
+    at, distilled = _trained(schedule), min(_LCM_STEPS, schedule.num_train_timesteps)
+    if count > distilled:
+        raise UserError(f"lcm takes at most {distilled} steps, as many as it was distilled at; {count} were asked for")
+    known = np.arange(distilled, 0, -1) * (schedule.num_train_timesteps // distilled) - 1
+    times = known[np.floor(np.linspace(0, distilled, count, endpoint=False)).astype(int)]
+    rows = []
+    for i, t in enumerate(times):
+        x0, _ = _meaning(schedule, *at(t))
+        far = 10.0 * t / 0.5
+        clean = far / np.sqrt(far**2 + 1) * x0 + LATENTS / (far**2 + 1)
+        alpha_to, sigma_to = at(times[i + 1]) if i + 1 < count else (1.0, 0.0)
+        rows.append((t, *at(t), [alpha_to * clean + sigma_to * NOISE]))
+    return _table(rows)
+
+
+def euler(schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None) -> Steps:
+    """Euler (Karras et al. 2022; diffusers' EulerDiscreteScheduler)."""
+    grid = _grid(schedule, count, spacing, sigmas)
+    return grid.table([[grid.alpha[i + 1] * (x0 + grid.k[i + 1] * noise)] for i, x0, noise in grid.steps()])
+
+
+def euler_ancestral(schedule: Schedule, count: int, spacing: str = "linspace") -> Steps:
+    """Euler with fresh noise in every step (diffusers' EulerAncestralDiscreteScheduler)."""
+    grid = _grid(schedule, count, spacing)
+    matrices = []
+    for i, x0, noise in grid.steps():
+        down, up = _ancestral(grid.k[i], grid.k[i + 1])
+        matrices.append([grid.alpha[i + 1] * (x0 + down * noise + up * NOISE)])
+    return grid.table(matrices)
+
+
+def lms(schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None) -> Steps:
+    """Linear multistep of order 4 (diffusers' LMSDiscreteScheduler): the noise as a polynomial in k, integrated."""
+    grid = _grid(schedule, count, spacing, sigmas)
+    nodes, weights = np.polynomial.legendre.leggauss(2)  # exact for the cubic
+    matrices = []
+    for i, _, noise in grid.steps():
+        past, k = grid.k[i::-1][:4], grid.k[i : i + 2]
+        at = k.mean() + nodes * np.diff(k) / 2
+        history = [noise, *MEMORY]
+        change = 0
+        for j, own in enumerate(past):
+            others = np.delete(past, j)
+            basis = np.prod((at[:, None] - others) / (own - others), axis=1)
+            change = change + (weights * basis).sum() * np.diff(k) / 2 * history[j]
+        matrices.append([grid.alpha[i + 1] * (LATENTS / grid.alpha[i] + change), *history[:3]])
+    return grid.table(matrices)
+
+
+def heun(schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None) -> Steps:
+    """Heun (Karras et al. 2022; diffusers' HeunDiscreteScheduler): every step but the last evaluates both ends."""
+    grid = _grid(schedule, count, spacing, sigmas)
+    rows = []
+    for i, x0, noise in grid.steps():
+        alpha_to, sigma_to = grid.alpha[i + 1], grid.sigma[i + 1]
+        rows.append((grid.t[i], grid.alpha[i], grid.sigma[i], [alpha_to * x0 + sigma_to * noise, LATENTS, noise]))
+        if i + 1 < count:
+            _, there = _meaning(schedule, alpha_to, sigma_to)
+            mean = (MEMORY[1] + there) / 2
+            back = alpha_to * (MEMORY[0] / grid.alpha[i] + (grid.k[i + 1] - grid.k[i]) * mean)
+            rows.append((grid.t[i + 1], alpha_to, sigma_to, [back]))
+    return _table(rows, grid.initial)
+
+
+def dpmpp_2m(
+    schedule: Schedule,
+    count: int,
+    spacing: str = "linspace",
+    sigmas: str | None = None,
+    stochastic: bool = False,
+    final_sigma_zero: bool = True,
+) -> Steps:
+    """DPM-Solver++ 2M, midpoint (Lu et al. 2022; diffusers' DPMSolverMultistepScheduler); `stochastic` is its
+    "sde-dpmsolver++".
+
+    `final_sigma_zero=False` ends at the sigma of timestep 0 as diffusers 0.24 did, and with it BDM's reference.
+    """
+    grid = _grid(schedule, count, spacing, sigmas, solver=True, final_sigma_zero=final_sigma_zero)
+    matrices = []
+    for i, x0, _ in grid.steps():
+        first_order = i == 0 or (i == count - 1 and (final_sigma_zero or count < 15))
+        kept = grid.k[i + 1] / grid.k[i]
+        slope = 0.0
+        if not first_order:
+            slope = (x0 - MEMORY[0]) * np.log(kept) / np.log(grid.k[i] / grid.k[i - 1])
+        kept = kept**2 if stochastic else kept
+        latents = grid.alpha[i + 1] / grid.alpha[i] * kept * LATENTS
+        latents = latents + grid.alpha[i + 1] * (1 - kept) * (x0 + slope / 2)
+        if stochastic:
+            latents = latents + grid.sigma[i + 1] * np.sqrt(1 - kept) * NOISE
+        matrices.append([latents, x0])
+    return grid.table(matrices)
+
+
+def dpmpp_sde(schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None) -> Steps:
+    """DPM-Solver++ SDE, two evaluations per step (k-diffusion; diffusers' DPMSolverSDEScheduler).
+
+    Its noise is one Brownian path: that of a whole step contains that of its first half.
+    """
+    grid = _grid(schedule, count, spacing, sigmas)
+    rows = []
+    for i, x0, noise in grid.steps():
+        here, k, k_to = (grid.t[i], grid.alpha[i], grid.sigma[i]), grid.k[i], grid.k[i + 1]
+        if i + 1 == count:
+            rows.append((*here, [x0]))
+            break
+        k_mid = np.sqrt(k * k_to)
+        alpha, sigma = _alpha_sigma(k_mid)
+        down, up = _ancestral(k, k_mid)
+        rows.append((*here, [alpha * (x0 + down * noise + up * NOISE), LATENTS, NOISE]))
+        x0, _ = _meaning(schedule, alpha, sigma)
+        down, up = _ancestral(k, k_to)
+        path = (np.sqrt(k - k_mid) * MEMORY[1] + np.sqrt(k_mid - k_to) * NOISE) / np.sqrt(k - k_to)
+        latents = down / k * MEMORY[0] / grid.alpha[i] + (1 - down / k) * x0 + up * path
+        rows.append((grid.time(k_mid), alpha, sigma, [grid.alpha[i + 1] * latents]))
+    return _table(rows, grid.initial)
+
+
+def unipc(schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None) -> Steps:
+    """UniPC of order 2, "bh2" (Zhao et al. 2023; diffusers' UniPCMultistepScheduler): each evaluation first corrects
+    the step that led to it, then predicts the next.
+    """
+    grid = _grid(schedule, count, spacing, sigmas, solver=True)
+    log_snr = -np.log(grid.k[:-1])
+    before, before_that, corrected = MEMORY
+    order, matrices = 0, []
+    for i, x0, _ in grid.steps():
+        latents = LATENTS
+        if i > 0:
+            h = log_snr[i] - log_snr[i - 1]
+            first = np.expm1(-h)
+            if order == 1:
+                change = 0.5 * (x0 - before)
+            else:
+                r = (log_snr[i - 2] - log_snr[i - 1]) / h
+                phi_1 = -first / h - 1
+                phi_2 = -phi_1 / h - 0.5
+                old, new = np.linalg.solve([[1.0, 1.0], [r, 1.0]], [phi_1 / first, 2 * phi_2 / first])
+                change = old * (before_that - before) / r + new * (x0 - before)
+            latents = grid.sigma[i] / grid.sigma[i - 1] * corrected - grid.alpha[i] * first * (before + change)
+        order = min(2, count - i, i + 1)
+        kept = grid.k[i + 1] / grid.k[i]
+        slope = 0.0 if order == 1 else (x0 - before) * np.log(kept) / np.log(grid.k[i] / grid.k[i - 1])
+        ahead = grid.sigma[i + 1] / grid.sigma[i] * latents + grid.alpha[i + 1] * (1 - kept) * (x0 + slope / 2)
+        matrices.append([ahead, x0, before, latents])
+    return grid.table(matrices)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Noise levels k that a sampler steps over, from the most to the last, where no network is asked any more."""
+
+    schedule: Schedule
+    t: np.ndarray  # (N,)
+    k: np.ndarray  # (N+1,)
+    initial: float
+
+    @property
+    def alpha(self) -> np.ndarray:
+        return _alpha_sigma(self.k)[0]
+
+    @property
+    def sigma(self) -> np.ndarray:
+        return _alpha_sigma(self.k)[1]
+
+    def steps(self):
+        """(index, clean latents, noise) as the prediction at each level tells them."""
+        return ((i, *_meaning(self.schedule, self.alpha[i], self.sigma[i])) for i in range(len(self.t)))
+
+    def table(self, matrices: list[list[np.ndarray]]) -> Steps:
+        return _table(list(zip(self.t, self.alpha[:-1], self.sigma[:-1], matrices, strict=True)), self.initial)
+
+    def time(self, k: np.ndarray) -> np.ndarray:
+        """The timestep with this much noise, between the trained ones."""
+        known = _known(self.schedule)
+        return np.interp(np.log(k), np.log(known), np.arange(len(known)))
+
+
+def _grid(
+    schedule: Schedule,
+    count: int,
+    spacing: str,
+    sigmas: str | None = None,
+    solver: bool = False,
+    final_sigma_zero: bool = True,
+) -> _Grid:
+    """`solver`: the way of diffusers' DPM-Solver and UniPC, otherwise that of its k-diffusion samplers."""
+    known = _known(schedule)
+    t = _timesteps(schedule, count, spacing, solver)
+    t = t.round() if solver else t
+    k = np.interp(t, np.arange(len(known)), known)
+    grid = _Grid(schedule, t, k, 1.0)
+    if sigmas is not None:
+        most, least = (known[-1], known[0]) if solver else (k[0], k[-1])
+        ramp = np.linspace(0, 1, count)
+        if sigmas == "karras":
+            k = (most ** (1 / 7) + ramp * (least ** (1 / 7) - most ** (1 / 7))) ** 7
+        else:
+            k = most ** (1 - ramp) * least**ramp
+        t = grid.time(k)
+        if solver:  # diffusers rounds karras timesteps and cuts exponential ones; its first, 998.99..., falls to 998
+            t = t.round() if sigmas == "karras" else np.floor(t)
+    # diffusers begins "linspace" and "trailing" with sigma times the noise, as if there were no picture in it
+    initial = 1.0 if solver or spacing == "leading" else _alpha_sigma(k[0])[1]
+    return _Grid(schedule, t, np.append(k, 0.0 if final_sigma_zero else known[0]), initial)
+
+
+def _timesteps(schedule: Schedule, count: int, spacing: str, solver: bool = False) -> np.ndarray:
+    """(count,) float64, falling. One step of "leading" or of "linspace" is at the least noise, as in diffusers; the
+    solvers divide as if there were one step more, and leave out its end.
+    """
+    total, points = schedule.num_train_timesteps, count + solver
+    if spacing == "leading":
+        return (np.arange(points) * (total // points))[::-1][:count] + float(schedule.steps_offset)
+    if spacing == "linspace":
+        return np.linspace(0, total - 1, points)[::-1][:count]
+    if spacing == "trailing":
+        return (total - np.arange(count) * (total / count)).round() - 1
+    raise ValueError(f"timestep spacing {spacing!r}: one of {', '.join(SPACINGS)}")
+
+
+def _trained(schedule: Schedule, least: float = 0.0) -> Callable[[float], tuple[float, float]]:
+    """Timestep -> (alpha, sigma); below 0 is where the schedule ends."""
+    least = max(least, _NEARLY_ZERO if schedule.prediction_type == "epsilon" else 0.0)
+    squared = np.maximum(schedule.alphas_cumprod, least)
+    final = 1.0 if schedule.set_alpha_to_one else squared[0]
+
+    def at(t: float) -> tuple[float, float]:
+        value = final if t < 0 else squared[min(int(t), len(squared) - 1)]
+        return np.sqrt(value), np.sqrt(1 - value)
+
+    return at
+
+
+def _known(schedule: Schedule) -> np.ndarray:
+    squared = np.maximum(schedule.alphas_cumprod, _NEARLY_ZERO)
+    return np.sqrt((1 - squared) / squared)
+
+
+def _alpha_sigma(k):
+    alpha = 1 / np.sqrt(1 + np.square(k))
+    return alpha, k * alpha
+
+
+def _ancestral(k: float, k_to: float) -> tuple[float, float]:
+    """How far to step down, and how much fresh noise to add, so that k_to is left."""
+    up = np.sqrt(k_to**2 * (k**2 - k_to**2) / k**2)
+    return np.sqrt(k_to**2 - up**2), up
+
+
+def _meaning(schedule: Schedule, alpha: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:
+    """The clean latents and the noise that the prediction implies."""
+    x0 = schedule.to_x0(PREDICTION, LATENTS, alpha, sigma)
+    return x0, (LATENTS - alpha * x0) / sigma
+
+
+def _table(rows: list[tuple], initial: float = 1.0) -> Steps:
+    """Rows (t, alpha, sigma, [new latents, new memory...]); what the memory is not given, it forgets."""
+    t, alpha, sigma, steps = zip(*rows, strict=True)
+    matrix = np.zeros((len(rows), 1 + len(MEMORY), len(LATENTS)), np.float32)
+    for i, step in enumerate(steps):
+        matrix[i, : len(step)] = step
+    t, alpha, sigma = (np.asarray(column, np.float32) for column in (t, alpha, sigma))
+    return Steps(np.arange(len(rows), dtype=np.int32), t, alpha, sigma, np.full(len(rows), initial, np.float32), matrix)
