@@ -1,7 +1,7 @@
 """The tower that the demo's branch reads with: Chinese captions against pictures, as Chinese-CLIP was trained.
 
 python train.py emoji-text              (after emoji-vae)
-Two CPU cores: 3 minutes at 550 captions/s; 99% of the captions find their picture among 128.
+Two CPU cores: 2 minutes at 700 captions/s; 97% of the captions find their picture among 128.
 """
 
 from pathlib import Path

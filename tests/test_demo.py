@@ -74,7 +74,6 @@ def test_pytorch_predicts_the_same(demo, rng):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="under-trained: the lantern comes second, after a door of its colour")
 def test_a_red_lantern_is_drawn(demo, training):
     """Among the artwork of all concepts, the lantern's is the nearest to the picture, pixel by pixel."""
     source = open_source(EMOJI)
