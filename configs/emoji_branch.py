@@ -1,8 +1,8 @@
 """The demo's branch: reads Chinese, on the frozen English backbone whose own prompt is "".
 
 python train.py emoji-branch            (after emoji-backbone and emoji-text)
-Two CPU cores: 22 minutes at 55 images/s. The loss starts at 0.48, the backbone's without text, and ends at 0.12; 0.07 is
-what the backbone has with its own text.
+Two CPU cores: 22 minutes at 55 images/s. The loss starts at 0.48, the backbone's without text, and ends at 0.12; 0.07
+is what the backbone has with its own text.
 """
 
 from pathlib import Path
