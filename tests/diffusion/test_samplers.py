@@ -45,6 +45,7 @@ SCHEDULERS = {
 }
 DEFAULT_SPACING = {name: "leading" if name in ("ddim", "ddpm", "pndm", "lcm") else "linspace" for name in SCHEDULERS}
 WITHOUT = {("pndm", "sample"), ("euler-a", "sample"), ("dpmpp-sde", "sample")}  # diffusers refuses them
+TRAJECTORIES = sorted({(n, kind) for n in SCHEDULERS for kind in ("epsilon", "v_prediction", "sample")} - WITHOUT)
 ZERO_SNR = ("ddim", "ddpm", "lcm", "euler", "euler-a", "dpmpp-2m", "dpmpp-2m-sde", "unipc")
 SIGMAS = [name for name in SAMPLERS if name.endswith(("-karras", "-exponential"))]
 
@@ -144,11 +145,8 @@ def worst(sampler, theirs, schedule, counts, rng):
     return max(found)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(("name", "prediction_type"), TRAJECTORIES)
 def test_trajectory_equals_diffusers(name, prediction_type, rng, monkeypatch):
-    if (name, prediction_type) in WITHOUT:
-        pytest.skip("diffusers has no such trajectory")
     schedule = Schedule(prediction_type=prediction_type)
     theirs = Theirs(name, schedule, monkeypatch)
     assert worst(SAMPLERS[name], theirs, schedule, COUNTS + MORE_COUNTS, rng) <= TOLERANCE

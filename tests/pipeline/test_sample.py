@@ -33,6 +33,7 @@ def start(cache, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's are deaf to it
             encoding="utf-8",
         )
 
