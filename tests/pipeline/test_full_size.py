@@ -194,6 +194,26 @@ def sd15_backbone(sd15, tmp_path):
     return folder
 
 
+def test_diffusers_opens_the_single_file_and_the_folder(sd15, tmp_path):
+    """diffusers' own StableDiffusionPipeline, from both, with the weights that were there before."""
+    (single,) = to_torch(sd15_backbone(sd15, tmp_path), tmp_path / "sd15.safetensors", "ldm")
+    to_torch(single, tmp_path / "folder", "diffusers")
+    kind = {"torch_dtype": torch.float16, "local_files_only": True}
+    for theirs in (
+        diffusers.StableDiffusionPipeline.from_single_file(str(single), config=str(tmp_path / "folder"), **kind),
+        diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "folder", **kind),
+    ):
+        for part in ("unet", "vae", "text_encoder"):
+            before = read_weights(sd15 / part).tensors
+            before = {key.removeprefix("text_model."): array for key, array in before.items()}
+            after = {
+                key.removeprefix("text_model."): value for key, value in getattr(theirs, part).state_dict().items()
+            }
+            assert before.keys() == after.keys()
+            for key, value in after.items():
+                np.testing.assert_array_equal(value.numpy(), before[key], err_msg=key)
+
+
 LOAD = """
 import sys
 from bdm_jax.components import load_component
