@@ -27,7 +27,7 @@ from bdm_jax.models.config import (
 )
 from bdm_jax.models.functional import Params, abstract
 from convert.detect import Contents, Part, detect
-from convert.files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, read_json, write_json, write_safetensors
+from convert.files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, Tensors, read_json, write_json, write_safetensors
 from convert.keys import KeyTable, ldm_unet, table_for
 from convert.layouts import tree_from_torch, tree_to_torch
 from convert.weights import Weights, is_taesd, read_weights
@@ -67,10 +67,7 @@ class Found:
 
     def config(self) -> Config:
         """Its sizes. Raises UserError for what these networks do not implement."""
-        try:
-            return from_json(self.values)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{self.path}: {error}") from error
+        return _config(self.path, self.values)
 
     def load(self, dtype: str | None = None) -> Component:
         """Read it, tensor by tensor. Raises FileError that names missing, unknown and misshaped weights."""
@@ -138,16 +135,17 @@ def save_component(
 ) -> None:
     """Write one network's folder as diffusers or transformers reads it, weights first, config.json last.
 
-    `metadata` goes into the header of the weights file. Raises UserError when `params` are not those of `config`, or
-    when a finite weight is too large for `dtype`.
+    `dtype` "same" keeps every weight's. `metadata` goes into the header of the weights file. Raises UserError when
+    `params` are not those of `config`, or when a finite weight is too large for `dtype`.
     """
-    folder, target = Path(folder), _dtype(dtype)
+    folder = Path(folder)
     if wrong := sorted(abstract(config).keys() ^ params.keys()):
         raise UserError(f"{folder}: weights do not fit the config: {', '.join(wrong[:3])} ({len(wrong)} in all)")
     values, name = to_json(config), DIFFUSERS_WEIGHTS
     if isinstance(config, CLIPTextConfig | RobertaConfig):
-        values, name = {**values, "dtype": dtype}, TRANSFORMERS_WEIGHTS
-    tensors = tree_to_torch({key: narrow(f"{folder}: {key}", value, target) for key, value in params.items()})
+        written = next(iter(params.values())).dtype.name if dtype == "same" else dtype
+        values, name = {**values, "dtype": written}, TRANSFORMERS_WEIGHTS
+    tensors = as_dtype(tree_to_torch(params), dtype, str(folder))
     write_safetensors(folder / name, tensors, {"format": "pt", **(metadata or {})})
     write_json(folder / "config.json", values)
 
@@ -157,9 +155,19 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def narrow(name: str, array: Any, target: np.dtype) -> np.ndarray:
-    """The array in another floating-point type. Raises UserError when a finite value would become infinite."""
-    array = np.asarray(array)
+def as_dtype(tensors: Tensors, dtype: str, name: str) -> Tensors:
+    """Floating-point tensors in another type ("same": as they are), the others as they are.
+
+    Raises UserError, with `name` and the key, when a finite value would become infinite.
+    """
+    if dtype == "same":
+        return tensors
+    target = _dtype(dtype)
+    floats = {key for key, array in tensors.items() if jnp.issubdtype(array.dtype, jnp.floating)}
+    return {key: _narrow(f"{name}: {key}", a, target) if key in floats else a for key, a in tensors.items()}
+
+
+def _narrow(name: str, array: np.ndarray, target: np.dtype) -> np.ndarray:
     with np.errstate(over="ignore"):
         result = array.astype(target)
     if not np.isfinite(result.astype(np.float32)).all() and np.isfinite(array.astype(np.float32)).all():
@@ -188,20 +196,26 @@ def _without_ema(weights: Weights, variant: str | None) -> Weights:
 
 def _in_folder(folder: Path, variant: str | None) -> dict[str, Found]:
     values = read_json(folder / "config.json")
-    try:
-        config = from_json(values)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder}: {error}") from error
-    kind = next(kind for kind, classes in KINDS.items() if isinstance(config, classes))
+    kind = _kind(_config(folder, values))
     weights = read_weights(folder, variant)
     return {kind: Found(weights.path, kind, values, weights.tensors, table_for(values, weights.tensors))}
+
+
+def _config(path: Path, values: dict[str, Any]) -> Config:
+    try:
+        return from_json(values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _kind(config: Config) -> str:
+    return next(kind for kind, classes in KINDS.items() if isinstance(config, classes))
 
 
 def _part(weights: Weights, part: Part) -> Found:
     if part.family.startswith(_FAMILIES_REFUSED) or "inpainting" in part.family or "pix2pix" in part.family:
         raise UserError(f"{weights.path}: {part.family} {part.kind}; this library has the networks of SD1.x")
-    prefix = part.prefix
-    tensors = {key.removeprefix(prefix): array for key, array in weights.tensors.items() if key.startswith(prefix)}
+    tensors = part.of(weights.tensors)
     return Found(weights.path, part.kind, part.config, tensors, part.table, part.prediction)
 
 
@@ -213,8 +227,7 @@ def _dtype(name: str) -> np.dtype:
 
 def noted(config: Config) -> dict[str, str]:
     """Metadata from which `convert.detect` finds what weights cannot tell of these sizes."""
-    kind = next(kind for kind, classes in KINDS.items() if isinstance(config, classes))
     values = to_json(config)
     told = ("attention_head_dim", "norm_num_groups", "sample_size", "scaling_factor", "num_attention_heads")
     told += ("hidden_act", "bos_token_id", "eos_token_id", "pad_token_id", "norm_eps", "layer_norm_eps")
-    return {f"bdm_jax.{kind}": json.dumps({key: values[key] for key in told if key in values})}
+    return {f"bdm_jax.{_kind(config)}": json.dumps({key: values[key] for key in told if key in values})}

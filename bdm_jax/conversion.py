@@ -6,23 +6,19 @@ this library's layout says so in its header, with the names that its tensors cam
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
-from bdm_jax.components import DTYPES, Found, find, narrow, noted
+from bdm_jax.components import DTYPES, Found, as_dtype, find, noted, save_component
 from bdm_jax.diffusion import schedule as schedules
 from bdm_jax.errors import UserError, unknown
 from bdm_jax.models.config import (
     CLIPTextConfig,
     Config,
     ControlNetConfig,
-    RobertaConfig,
     UNetConfig,
     VAEConfig,
-    to_json,
 )
 from bdm_jax.models.functional import abstract
 from bdm_jax.pipeline import bundled_tokenizer, load_schedule, model_index
@@ -137,7 +133,7 @@ def _ours(key: str, array: np.ndarray, parts: tuple[Part, ...]) -> tuple[str, np
 def _same_file(weights: Weights, path: Path, dtype: str) -> list[Path]:
     told = {key: value for key, value in weights.metadata.items() if key != SOURCE_KEYS}
     tensors = {weights.names.get(key, key): array for key, array in weights.tensors.items()}
-    write_safetensors(path, _as_dtype(tensors, dtype, str(weights.path)), {**told, "format": "pt"})
+    write_safetensors(path, as_dtype(tensors, dtype, str(weights.path)), {**told, "format": "pt"})
     return [path]
 
 
@@ -192,16 +188,11 @@ def _networks(src: Path) -> dict[str, tuple[Found, Config, Tensors]]:
 
 def _component_folder(folder: Path, network: tuple[Found, Config, Tensors], dtype: str) -> None:
     part, config, tree = network
-    text = isinstance(config, CLIPTextConfig | RobertaConfig)
-    tensors = _as_dtype(tree_to_torch(tree), dtype, str(part.path))
-    told = {"format": "pt", "source": part.path.name}
-    write_safetensors(folder / (TRANSFORMERS_WEIGHTS if text else DIFFUSERS_WEIGHTS), tensors, told)
-    write_json(folder / "config.json", to_json(config))
+    save_component(folder, config, tree, dtype, {"source": part.path.name})
 
 
 def _pipeline_folder(folder: Path, src: Path, networks: dict[str, tuple[Found, Config, Tensors]], dtype: str) -> None:
     for kind, network in networks.items():
-        (folder / kind).mkdir()
         _component_folder(folder / kind, network, dtype)
     if src.is_dir():
         for name in ("tokenizer", "branch_tokenizer", "scheduler"):
@@ -224,7 +215,7 @@ def _ldm_file(networks: dict[str, tuple[Found, Config, Tensors]], dst: Path, dty
     for part, config, tree in networks.values():
         prefix, table = _ldm_names(part, config)
         named = {prefix + key: array for key, array in tree_to_torch(tree, table).items()}
-        tensors |= _as_dtype(named, dtype, str(part.path))
+        tensors |= as_dtype(named, dtype, str(part.path))
         told |= noted(config) | {f"source.{part.kind}": part.path.name}
     write_safetensors(dst, tensors, told)
     return [dst]
@@ -248,11 +239,3 @@ def _ldm_names(part: Found, config: Config) -> tuple[str, KeyTable]:
         hints = 2 * (len(config.conditioning_embedding_out_channels) - 1)
         return "control_model.", ldm_controlnet(config.attention_levels, config.layers_per_block, hints)
     raise UserError(f"{part.path}: a {part.kind} has no LDM layout; write --layout diffusers")
-
-
-def _as_dtype(tensors: Mapping[str, np.ndarray], dtype: str, name: str) -> Tensors:
-    """Floating-point tensors in another type, the others as they are."""
-    if dtype == "same":
-        return dict(tensors)
-    floats = {key for key, array in tensors.items() if jnp.issubdtype(array.dtype, jnp.floating)}
-    return {key: narrow(f"{name}: {key}", a, jnp.dtype(dtype)) if key in floats else a for key, a in tensors.items()}

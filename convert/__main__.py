@@ -20,7 +20,7 @@ from bdm_jax.errors import UserError
 from bdm_jax.models.config import from_json
 from bdm_jax.models.functional import abstract
 from convert.detect import Contents, Part
-from convert.files import FileError
+from convert.files import FileError, shown
 from convert.layouts import fit
 from convert.weights import Weights
 
@@ -109,18 +109,17 @@ def describe(weights: Weights, contents: Contents, allow: tuple[str, ...] = ()) 
         "metadata": dict(weights.metadata),
         "recognised": list(contents.others),
         "parts": [_describe(part, weights, allow) for part in contents.parts],
-        "rest": _few([key for key in tensors if not any(key.startswith(part.prefix) for part in contents.parts)]),
+        "rest": [key for key in tensors if not any(key.startswith(part.prefix) for part in contents.parts)],
     }
 
 
 def _describe(part: Part, weights: Weights, allow: tuple[str, ...]) -> dict[str, Any]:
-    prefix = part.prefix
-    tensors = {key.removeprefix(prefix): array for key, array in weights.tensors.items() if key.startswith(prefix)}
+    tensors = part.of(weights.tensors)
     about = {
         "kind": part.kind,
         "family": part.family,
         "layout": part.layout,
-        "prefix": prefix,
+        "prefix": part.prefix,
         "prediction": part.prediction or "not told",
         "dtypes": sorted({array.dtype.name for array in tensors.values()}),
         "parameters": sum(array.size for array in tensors.values()),
@@ -133,7 +132,7 @@ def _describe(part: Part, weights: Weights, allow: tuple[str, ...]) -> dict[str,
     lists = {"missing": found.missing, "unknown": found.unknown, "misshaped": found.misshaped}
     lists = {name: [key for key in keys if not _allowed(key, allow)] for name, keys in lists.items()}
     lists |= {"ignored": found.ignored}
-    return about | {"supported": True, "matched": len(found.tree)} | {name: _few(keys) for name, keys in lists.items()}
+    return about | {"supported": True, "matched": len(found.tree)} | lists
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -145,7 +144,7 @@ def _print(report: dict[str, Any]) -> None:
     if report["parts"]:
         table = Table("network", "family", "layout", "parameters", "matched", "missing", "unknown", "ignored")
         for part in report["parts"]:
-            counts = [str(_length(part.get(name, []))) for name in ("missing", "unknown", "ignored")]
+            counts = [str(len(part.get(name, []))) for name in ("missing", "unknown", "ignored")]
             row = part["kind"], part["family"], part["layout"], f"{part['parameters']:,}", str(part["matched"])
             table.add_row(*row, *counts)
         console.print(table)
@@ -154,24 +153,20 @@ def _print(report: dict[str, Any]) -> None:
             console.print(f"{part['kind']}: not supported: {part['supported']}", highlight=False, markup=False)
         for name in ("missing", "unknown", "misshaped"):
             if part[name]:
-                console.print(f"{part['kind']}: {name}: {', '.join(part[name])}", highlight=False, markup=False)
+                console.print(f"{part['kind']}: {name}: {_few(part[name])}", highlight=False, markup=False)
     for key, count in list(report["not_finite"].items())[:5]:
         console.print(f"{key}: {count} values are NaN or infinite", highlight=False, markup=False)
     if report["rest"]:
-        console.print(f"in no network: {', '.join(report['rest'])}", highlight=False, markup=False)
+        console.print(f"in no network: {_few(report['rest'])}", highlight=False, markup=False)
 
 
 def _allowed(key: str, patterns: tuple[str, ...]) -> bool:
     return any(re.fullmatch(pattern, key.split(" ")[0]) for pattern in patterns)
 
 
-def _few(keys: list[str], shown: int = 20) -> list[str]:
-    return keys if len(keys) <= shown else [*keys[:shown], f"and {len(keys) - shown} more"]
-
-
-def _length(shown: list[str]) -> int:
-    more = int(shown[-1].split()[1]) - 1 if shown and shown[-1].startswith("and ") else 0
-    return len(shown) + more
+def _few(keys: list[str], most: int = 20) -> str:
+    more = [f"and {len(keys) - most} more"] if len(keys) > most else []
+    return ", ".join([*map(shown, keys[:most]), *more])
 
 
 def _not_finite(array: np.ndarray, chunk: int = 1 << 22) -> int:

@@ -9,10 +9,11 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from convert.keys import CHINESE_TEXT, CLIP_TEXT, OLD_VAE, PLAIN, TAESD, KeyTable, ldm_controlnet, ldm_unet, ldm_vae
 
+T = TypeVar("T")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -37,6 +38,10 @@ class Part:
     table: KeyTable
     config: dict[str, Any]
     prediction: str | None = None
+
+    def of(self, file: Mapping[str, T]) -> dict[str, T]:
+        """What of a file (tensors or shapes by name) is this network's, by the name without its prefix."""
+        return _below(self.prefix, file)
 
 
 @dataclass(frozen=True)
@@ -80,11 +85,6 @@ def detect(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> Content
             others.append(f"damaged {find.__name__.removeprefix('_find_')} ({error})")
     others += [name for name, pattern in _OTHERS if any(re.fullmatch(pattern, key) for key in shapes)]
     return Contents(tuple(parts), tuple(others))
-
-
-def part_shapes(shapes: Shapes, part: Part) -> Shapes:
-    """Names without the part's prefix -> shapes, of the keys that are the part's."""
-    return {key.removeprefix(part.prefix): shape for key, shape in shapes.items() if key.startswith(part.prefix)}
 
 
 # ---------------------------------------------------------------------------------------------------------- finders
@@ -190,8 +190,7 @@ def _find_clip(shapes: Shapes, metadata: dict[str, str]) -> list[Part]:
     for prefix in ("cond_stage_model.transformer.", "text_encoder.", ""):
         for inner in ("text_model.", ""):
             if f"{prefix}{inner}embeddings.token_embedding.weight" in shapes:
-                part = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-                ours = _ours(part, "", CLIP_TEXT)
+                ours = _ours(shapes, prefix, CLIP_TEXT)
                 layout = "ldm" if prefix.startswith("cond") else "transformers"
                 return [_clip_part(ours, layout, prefix, metadata)]
     return []
@@ -279,8 +278,12 @@ def _ldm_structure(shapes: Shapes, prefix: str) -> tuple[list[bool], int]:
     return [f"{prefix}input_blocks.{i}.1.norm.weight" in shapes for i in starts], layers
 
 
+def _below(prefix: str, file: Mapping[str, T]) -> dict[str, T]:
+    return {key.removeprefix(prefix): value for key, value in file.items() if key.startswith(prefix)}
+
+
 def _ours(shapes: Shapes, prefix: str, table: KeyTable) -> dict[str, tuple[int, ...]]:
-    found = ((table.here(key.removeprefix(prefix)), shape) for key, shape in shapes.items() if key.startswith(prefix))
+    found = ((table.here(key), shape) for key, shape in _below(prefix, shapes).items())
     return {key: shape for key, shape in found if key is not None}
 
 
