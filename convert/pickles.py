@@ -277,9 +277,15 @@ def _interpret(code: bytes, storage: Callable[[Any], np.ndarray]) -> Any:
                 if _expect(function, Opaque).name not in _CALLS:
                     raise _Refused(f"would run {function.name}: not a plain checkpoint, refused")
                 stack.append(_CALLS[function.name](*_expect(arguments, tuple)))
+            case "NEWOBJ":
+                kind, _ = take(2)
+                if _expect(kind, Opaque).name != _PARAMETERS:
+                    raise _Refused(f"would make a {kind.name}: not a plain checkpoint, refused")
+                stack.append(_Parameters())
             case "BUILD":
-                take(1)  # attributes, such as a state dict's `_metadata`: nothing that is made here has any
-                _expect(stack[-1], dict, Opaque)
+                (state,) = take(1)  # attributes, such as a state dict's `_metadata`: only one class here has any
+                if isinstance(_expect(stack[-1], dict, Opaque), _Parameters):
+                    stack[-1].update(_expect(_expect(state, dict).get("_parameters"), dict))
             case "STOP":
                 return stack.pop()
             case "PROTO" if value <= 5:
@@ -288,6 +294,10 @@ def _interpret(code: bytes, storage: Callable[[Any], np.ndarray]) -> Any:
                 pass
             case _:
                 raise _Refused(f"its pickle uses {opcode.name}, which torch.save does not write: refused")
+
+
+class _Parameters(dict):
+    """A torch.nn.ParameterDict, in which the original Textual Inversion keeps its vectors, as the dict that it is."""
 
 
 _FRESH = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False}
@@ -357,11 +367,21 @@ def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, meta
     return np.ndarray(shape, storage.dtype, storage.view(np.uint8), offset * storage.itemsize, strides)
 
 
+def _empty_set(parts: Any) -> Opaque:
+    """A module keeps one among its attributes."""
+    if _expect(parts, list):
+        raise _Refused("would run builtins.set: not a plain checkpoint, refused")
+    return Opaque("set")
+
+
 # What a pickle may call, by the names that it uses; nothing under these names is imported. The class and the NumPy
 # names occur in the training state of Stable Diffusion 1.x checkpoints (`callbacks`, `best_model_score`).
-_CLASSES = {"pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"}
+_PARAMETERS = "torch.nn.modules.container.ParameterDict"
+_CLASSES = {"pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", _PARAMETERS}
 _CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": lambda: {},
+    "__builtin__.set": _empty_set,
+    "builtins.set": _empty_set,
     "torch.Size": lambda sizes: _expect(sizes, tuple),
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,

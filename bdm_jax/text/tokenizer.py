@@ -1,7 +1,11 @@
 """Prompts to token ids: CLIP's byte-pair and BERT's Chinese tokenizers behind one small class."""
 
+import copy
+import re
+import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,8 @@ _KINDS = {
     "CLIPTokenizer": (CLIPTokenizer, (("tokenizer.json",), ("vocab.json", "merges.txt")), 77),
     "BertTokenizer": (BertTokenizer, (("tokenizer.json",), ("vocab.txt",)), 52),
 }
+# Letters and digits of scripts that set blanks between words; Chinese, Japanese and Korean do not, or glue parts on.
+_LETTER = r"[^\W\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]"
 _NO_WINDOW = 512  # a model_max_length from here on is BERT's number of positions, or "no limit"; not a window
 
 
@@ -40,6 +46,8 @@ class Tokenizer:
         self.end = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
         self.pad = _first(tokenizer.pad_token_id, self.end)
         self.byte_pairs = not isinstance(tokenizer, BertTokenizer)
+        self._added: dict[str, tuple[int, ...]] = {}
+        self._pattern: re.Pattern | None = None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, length: int | None = None) -> "Tokenizer":
@@ -67,7 +75,13 @@ class Tokenizer:
         return cls(tokenizer, length)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that `from_pretrained` here and transformers' read."""
+        """Write a folder that `from_pretrained` here and transformers' read.
+
+        Raises UserError for a tokenizer with added tokens, which no such folder can hold as they are read here.
+        """
+        if self._added:
+            names = ", ".join(map(_short, self._added))
+            raise UserError(f"{folder}: the added tokens {names} cannot be saved; save the tokenizer without them")
         self._tokenizer.model_max_length = self.length
         try:
             self._tokenizer.save_pretrained(folder)
@@ -77,7 +91,41 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
-        return len(self._tokenizer)
+        return max([len(self._tokenizer), *(id_ + 1 for ids in self._added.values() for id_ in ids)])
+
+    @property
+    def added(self) -> dict[str, tuple[int, ...]]:
+        """The tokens of `with_tokens` and their ids."""
+        return dict(self._added)
+
+    def with_tokens(self, tokens: Mapping[str, Sequence[int]]) -> "Tokenizer":
+        """A tokenizer that reads each of these tokens as its ids, beyond the vocabulary; this one stays as it is.
+
+        A token is found in a text whatever its case, as these tokenizers read all text. Where it begins or ends with a
+        letter or digit, none may adjoin it ("easy" is not in "uneasy"; a Chinese token needs no blanks around it);
+        where it begins or ends otherwise ("<cat>"), anything may. Of several that begin at one place the longest is
+        taken. So it is found wherever AUTOMATIC1111's interface or transformers' added tokens find a whole word, but
+        not in parts of words, where either may. The grammar's brackets in a token are escaped in a prompt.
+
+        Raises UserError for an empty token, one with blanks or control characters, and one that is there already.
+        """
+        added = dict(self._added)
+        known = {name.casefold() for name in self._tokenizer.get_vocab()}
+        taken = {name.casefold() for name in added}
+        for token, ids in tokens.items():
+            name = unicodedata.normalize("NFC", token)
+            if not name.isprintable() or name.split() != [name]:
+                raise UserError(f"token {_short(name)!r}: a token is one word without blanks; give it another name")
+            if not known.isdisjoint((name.casefold(), f"{name.casefold()}</w>")):
+                raise UserError(f"token {_short(name)!r}: a word of the vocabulary already; give it another name")
+            if name.casefold() in taken:
+                raise UserError(f"token {_short(name)!r}: added already; give it another name")
+            taken.add(name.casefold())
+            added[name] = tuple(ids)
+        result = copy.copy(self)
+        result._added = dict(sorted(added.items(), key=lambda item: -len(item[0])))
+        result._pattern = re.compile("|".join(map(_whole, result._added)), re.IGNORECASE) if added else None
+        return result
 
     def content(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> list[list[int]]:
         """Ids of each text without start and end, nothing cut off. Brackets are characters like others here.
@@ -87,13 +135,17 @@ class Tokenizer:
         """
         if not texts:
             return []
+        parts = [self._parts(text) for text in texts]
+        plain = [(part, prompt) for row, prompt in zip(parts, prompts or texts, strict=True) for part in row[::2]]
+        texts, prompts = zip(*plain, strict=True)
         offsets = not self.byte_pairs
         rows = self._tokenizer(
             list(texts), add_special_tokens=False, return_offsets_mapping=offsets, verbose=False, truncation=False
         )
         if offsets:
-            self._name_unknown(texts, rows["input_ids"], rows["offset_mapping"], prompts or texts)
-        return rows["input_ids"]
+            self._name_unknown(texts, rows["input_ids"], rows["offset_mapping"], prompts)
+        found = iter(rows["input_ids"])
+        return [[id_ for i, part in enumerate(row) for id_ in (part if i % 2 else next(found))] for row in parts]
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """One window per text: (B, length) int32, padded. Warns with PromptWarning where a text is cut off."""
@@ -108,10 +160,26 @@ class Tokenizer:
         """
         if lost := [id_ for content in contents[windows:] for id_ in content]:
             kept = sum(map(len, contents[:windows]))
-            words = _short(self._tokenizer.decode(lost), 200)
+            words = _short(self._words(lost), 200)
             message = f"the prompt {_short(text)!r} has {kept + len(lost)} tokens, {kept} are read; cut off: {words!r}"
             warnings.warn(message, PromptWarning, stacklevel=2)
         return split(contents, windows, self.length, self.start, self.end, self.pad)
+
+    def _parts(self, text: str) -> list:
+        """A text's parts: plain texts at even places, and between them the ids of added tokens."""
+        if self._pattern is None:
+            return [text]
+        parts, ids, begin = [], list(self._added.values()), 0
+        text = unicodedata.normalize("NFC", text)
+        for match in self._pattern.finditer(text):
+            parts += [text[begin : match.start()], ids[match.lastindex - 1]]
+            begin = match.end()
+        return [*parts, text[begin:]]
+
+    def _words(self, ids: Sequence[int]) -> str:
+        """Ids as text."""
+        names = {id_: name for name, row in self._added.items() for id_ in row}
+        return " ".join(name or self._tokenizer.decode(list(run)) for name, run in groupby(ids, names.get))
 
     def _name_unknown(
         self,
@@ -135,6 +203,13 @@ def _first(*ids: int | None) -> int:
     if found is None:
         raise UserError("the tokenizer lacks its start, end or padding token")
     return found
+
+
+def _whole(token: str) -> str:
+    """The pattern of a token as a whole word, in a group."""
+    before = f"(?<!{_LETTER})" if re.match(_LETTER, token) else ""
+    after = f"(?!{_LETTER})" if re.match(_LETTER, token[-1]) else ""
+    return f"{before}({re.escape(token)}){after}"
 
 
 def _short(text: str, limit: int = 60) -> str:

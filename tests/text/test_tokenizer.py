@@ -78,6 +78,86 @@ def test_brackets_and_literal_specials_do_not_break_a_prompt(chinese):
     assert chinese(["(红)[灯]"])[0, 0] == 101
 
 
+NEW = {"<cat>": [60000], "<cat>_two": [60001, 60002], "birb-style": [60003], "梵高风": [60004]}
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a <cat>, red", ["a", 60000, ", red"]),
+        ("a<Cat>s", ["a", 60000, "s"]),
+        ("<cat><cat>_two <cat>_twos", [60000, 60001, 60002, 60000, "_twos"]),
+        (
+            "Birb-Style birb-styles 2birb-style birb-style_ birb-style.",
+            [60003, "birb-styles 2birb-style birb-style_", 60003, "."],
+        ),
+        ("一张梵高风画a梵高风b", ["一张", 60004, "画a", 60004, "b"]),
+        ("birb-style画", [60003, "画"]),
+        ("", []),
+    ],
+)
+def test_added_tokens(text, parts, chinese, english):
+    for tokenizer in (chinese, english):
+        expected = [i for part in parts for i in ([part] if isinstance(part, int) else tokenizer.content([part])[0])]
+        assert tokenizer.with_tokens(NEW).content([text]) == [expected]
+        assert tokenizer.with_tokens(dict(reversed(NEW.items()))).content([text, text]) == [expected] * 2
+
+
+def test_added_tokens_change_nothing_else(chinese, english):
+    for tokenizer in (chinese, english):
+        before, texts = tokenizer.vocab_size, ["a red cat, 红灯笼", "", " <cat "]
+        larger = tokenizer.with_tokens({"<cat>": [60000]}).with_tokens({"<dog>": [60002, 60001]})
+        assert larger.vocab_size == 60003 and larger.added == {"<cat>": (60000,), "<dog>": (60002, 60001)}
+        assert tokenizer.vocab_size == before and tokenizer.added == {}
+        assert larger.content(texts) == tokenizer.content(texts)
+        assert 60000 not in tokenizer.content(["<cat>"])[0]
+
+
+def test_added_tokens_in_another_normal_form(english):
+    larger = english.with_tokens({"caf\u00e9-look": [60000]})
+    assert larger.content(["cafe\u0301-look"]) == [[60000]]
+    assert english.with_tokens({"cafe\u0301-look": [60000]}).content(["CAF\u00c9-look"]) == [[60000]]
+
+
+def test_added_tokens_that_are_cut_off_are_named(chinese, english):
+    for tokenizer in (chinese, english):
+        with pytest.warns(PromptWarning, match="has 17 tokens, 14 are read; cut off: '<cat> [a龙]"):
+            ids = tokenizer.with_tokens({"<cat>": [60000, 60001]})(
+                ["<cat>" * 8 + ("a" if tokenizer is english else "龙")]
+            )
+        assert ids[0, 1:-1].tolist() == [60000, 60001] * 7
+
+
+def test_characters_without_a_token_beside_an_added_one(chinese):
+    with pytest.warns(PromptWarning, match="'龙<cat>☃' has characters that the vocabulary lacks: ☃"):
+        chinese.with_tokens({"<cat>": [60000]}).content(["龙<cat>☃"])
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        ("", "without blanks"),
+        ("a cat", "'a cat': a token is one word without blanks"),
+        (" <cat>", "without blanks"),
+        ("a\u3000b", "without blanks"),
+        ("a\nb", "without blanks"),
+        ("Red", "'Red': a word of the vocabulary already"),
+        ("<CAT>", "'<CAT>': added already"),
+    ],
+)
+def test_tokens_that_cannot_be_added(token, message, chinese, english):
+    for tokenizer in (chinese, english):
+        word = "灯" if token == "Red" and tokenizer is chinese else token
+        with pytest.raises(UserError, match=message.replace("Red", word)):
+            tokenizer.with_tokens({"<cat>": [60000]}).with_tokens({word: [60001]})
+
+
+def test_added_tokens_are_not_lost_in_a_folder(chinese, tmp_path):
+    with pytest.raises(UserError, match="the added tokens <cat> cannot be saved"):
+        chinese.with_tokens({"<cat>": [60000]}).save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
