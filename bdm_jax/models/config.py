@@ -161,6 +161,46 @@ class RobertaConfig:
     pad_token_id: int = 0
 
 
+@dataclass(frozen=True)
+class T2IAdapterConfig:
+    """A T2I-Adapter for SD1.x: `full_adapter`, or the small `light_adapter`, whose last level is one more of the last
+    width.
+    """
+
+    in_channels: int = 3
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    num_res_blocks: int = 2
+    downscale_factor: int = 8
+    adapter_type: str = "full_adapter"
+
+    def __post_init__(self):
+        if self.adapter_type not in ("full_adapter", "light_adapter"):
+            raise ValueError(f"adapter_type {self.adapter_type!r} is not implemented (full_adapter or light_adapter)")
+
+
+@dataclass(frozen=True)
+class ImageProjectionConfig:
+    """IP-Adapter's base: one vector of a picture becomes a few tokens of context."""
+
+    image_embed_dim: int = 1024
+    cross_attention_dim: int = 768
+    num_image_text_embeds: int = 4
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """IP-Adapter Plus: `num_queries` tokens of context from the tokens of a picture; `hidden_dims` wide inside."""
+
+    embed_dims: int = 1280
+    output_dims: int = 768
+    hidden_dims: int = 768
+    depth: int = 4
+    dim_head: int = 64
+    heads: int = 12
+    num_queries: int = 16
+    ffn_ratio: int = 4
+
+
 Config = UNetConfig | BranchConfig | ControlNetConfig | VAEConfig | TinyVAEConfig | CLIPTextConfig | RobertaConfig
 
 SD15_UNET = UNetConfig()

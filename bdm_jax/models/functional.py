@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bdm_jax.models.adapter import T2IAdapter
 from bdm_jax.models.branch import Branch, ControlNet
 from bdm_jax.models.clip import CLIPText
 from bdm_jax.models.config import (
@@ -21,11 +22,15 @@ from bdm_jax.models.config import (
     CLIPTextConfig,
     Config,
     ControlNetConfig,
+    ImageProjectionConfig,
+    ResamplerConfig,
     RobertaConfig,
+    T2IAdapterConfig,
     TinyVAEConfig,
     UNetConfig,
     VAEConfig,
 )
+from bdm_jax.models.ip_adapter import ImageProjection, Resampler
 from bdm_jax.models.roberta import Roberta
 from bdm_jax.models.taesd import TinyVAE
 from bdm_jax.models.unet import UNet
@@ -41,6 +46,9 @@ _NETWORKS = {
     TinyVAEConfig: TinyVAE,
     CLIPTextConfig: CLIPText,
     RobertaConfig: Roberta,
+    T2IAdapterConfig: T2IAdapter,
+    ImageProjectionConfig: ImageProjection,
+    ResamplerConfig: Resampler,
 }
 
 _ZERO_CONVOLUTIONS = re.compile(r"controlnet_(down_blocks|mid_block|cond_embedding\.conv_out)\.")
