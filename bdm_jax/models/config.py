@@ -147,6 +147,21 @@ class CLIPTextConfig:
 
 
 @dataclass(frozen=True)
+class CLIPVisionConfig:
+    """CLIP's vision tower with its projection; the sizes are those of ViT-H/14, which IP-Adapters for SD1.5 use."""
+
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    projection_dim: int = 1024
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True)
 class RobertaConfig:
     """The text tower of Chinese-CLIP: a BERT encoder without pooler (post-norm, bidirectional)."""
 

@@ -16,10 +16,11 @@ from flax import nnx
 
 from bdm_jax.models.adapter import T2IAdapter
 from bdm_jax.models.branch import Branch, ControlNet
-from bdm_jax.models.clip import CLIPText
+from bdm_jax.models.clip import CLIPText, CLIPVision
 from bdm_jax.models.config import (
     BranchConfig,
     CLIPTextConfig,
+    CLIPVisionConfig,
     Config,
     ControlNetConfig,
     ImageProjectionConfig,
@@ -45,6 +46,7 @@ _NETWORKS = {
     VAEConfig: VAE,
     TinyVAEConfig: TinyVAE,
     CLIPTextConfig: CLIPText,
+    CLIPVisionConfig: CLIPVision,
     RobertaConfig: Roberta,
     T2IAdapterConfig: T2IAdapter,
     ImageProjectionConfig: ImageProjection,
