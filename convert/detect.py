@@ -60,8 +60,15 @@ class Contents:
 
 # What is recognised by its keys and is no network of ours: (name, pattern that one key must match).
 _OTHERS = (
-    ("LoRA (kohya)", r"lora_(unet|te\d?)_.*\.(lora_down|lora_up|hada_w1_a|lokr_w1|dora_scale|alpha|diff).*"),
-    ("LoRA (diffusers or peft)", r".*\.(lora_[AB]|lora\.(up|down)|lora_linear_layer\.(up|down)|lora_magnitude).*"),
+    (
+        "LoRA (kohya)",
+        r"(lora_(unet|te\d?|branch(_te)?)|lycoris)_.*\.(lora_|hada_|lokr_|dora_|alpha|diff|on_input|w_norm).*",
+    ),
+    (
+        "LoRA (diffusers or peft)",
+        r".*\.(lora_[AB]|lora\.(up|down)|lora_linear_layer\.(up|down)|lora_magnitude).*"
+        r"|base_model\.model\..*\.(hada_|lokr_|ia3_l).*",
+    ),
     ("LoRA (cloneofsimo)", r"(unet|text_encoder)?:?\d+:(up|down)|.*_lora\.(up|down)\.weight"),
     ("Textual Inversion (A1111)", r"string_to_param.*|emb_params"),
     ("Textual Inversion (SDXL)", r"clip_[lg]"),
