@@ -13,4 +13,6 @@ def enable() -> Path:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # cuDNN's attention is partitioned by a Python function, whose address would make every process's key another.
+    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
     return folder

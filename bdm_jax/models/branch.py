@@ -12,8 +12,8 @@ from flax import nnx
 
 from bdm_jax.models.conditioning import Conditioning
 from bdm_jax.models.config import BranchConfig, ControlNetConfig, EncoderConfig
-from bdm_jax.models.layers import conv
-from bdm_jax.models.unet import UNetEncoder
+from bdm_jax.models.layers import conv, repeat
+from bdm_jax.models.unet import TimeShifts, UNetEncoder
 
 # What a branch does not take over from the backbone.
 STARTS_ANEW = re.compile(r"^controlnet_|\.attn2\.to_[kv]\.")
@@ -28,8 +28,13 @@ class Residuals:
     mid: jax.Array
 
     def add_to(self, skips: tuple[jax.Array, ...], mid: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
-        """The backbone's skips and middle with these residuals added."""
-        return tuple(s + r for s, r in zip(skips, self.skips, strict=True)), mid + self.mid
+        """The backbone's skips and middle with these residuals added; each row of either may stand for several."""
+        return tuple(_plus(s, r) for s, r in zip(skips, self.skips, strict=True)), _plus(mid, self.mid)
+
+
+def _plus(x: jax.Array, residual: jax.Array) -> jax.Array:
+    batch = max(len(x), len(residual))
+    return repeat(x, batch) + repeat(residual, batch)
 
 
 class ResidualEncoder(UNetEncoder):
@@ -42,7 +47,7 @@ class ResidualEncoder(UNetEncoder):
         self.controlnet_mid_block = conv(width, width, rngs, kernel=1)
 
     def residuals(self, latents, t, cond, hint=None) -> Residuals:
-        """Noisy latents (B,H,W,C), timesteps (B,), text, perhaps an embedded hint -> residuals."""
+        """Noisy latents (B,H,W,C), timesteps (B,), text, perhaps an embedded hint -> residuals (see `encode`)."""
         skips, mid = self.encode(latents, t, cond, hint)
         skips = tuple(zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips, strict=True))
         return Residuals(skips, self.controlnet_mid_block(mid))
@@ -53,7 +58,7 @@ class Branch(ResidualEncoder):
 
     config: BranchConfig
 
-    def __call__(self, latents: jax.Array, t: jax.Array, cond: Conditioning) -> Residuals:
+    def __call__(self, latents: jax.Array, t: jax.Array | TimeShifts, cond: Conditioning) -> Residuals:
         return self.residuals(latents, t, cond)
 
 

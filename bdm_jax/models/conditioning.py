@@ -1,6 +1,6 @@
 """What a prompt becomes before a network reads it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 
@@ -8,12 +8,19 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Conditioning:
-    """Text as the networks read it; absent parts are None.
+    """Text as a network reads it; absent parts are None.
 
     tokens: (B, S, D) states of a text tower.
     mask:   (B, S) bool, False at padding that must not be attended; None attends to all (what the published weights
     live with).
+    keys:   for each cross-attention, by its path, the keys and values (B, S, N, K) that it makes of the tokens
+            (`UNetEncoder.with_keys`): made once for all steps, for this network only. `at` leaves one pair.
     """
 
     tokens: jax.Array
     mask: jax.Array | None = None
+    keys: dict[str, tuple[jax.Array, jax.Array]] | tuple[jax.Array, jax.Array] | None = None
+
+    def at(self, path: str) -> "Conditioning":
+        """What the transformer at this path reads."""
+        return self if self.keys is None else replace(self, keys=self.keys[path])

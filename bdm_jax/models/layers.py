@@ -9,34 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# On a CPU, self-attention is computed for this many queries at a time once there are more than twice as many: the
-# scores of 4,096 x 4,096 tokens do not fit a cache, and chunks are seven times faster there than
-# jax.nn.dot_product_attention.
-CPU_QUERY_CHUNK = 512
-
-
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Softmax attention.
-
-    query (B,T,N,K), key and value (B,S,N,K); mask (B,S) bool, False where a key must not be seen. Returns (B,T,N,K).
-    """
-    if jax.default_backend() == "cpu":
-        tokens = query.shape[1]
-        if tokens > 2 * CPU_QUERY_CHUNK and tokens % CPU_QUERY_CHUNK == 0:
-            chunks = jnp.moveaxis(query.reshape(query.shape[0], -1, CPU_QUERY_CHUNK, *query.shape[2:]), 1, 0)
-            out = jax.lax.map(lambda chunk: _plain_attention(chunk, key, value, mask), chunks)
-            return jnp.moveaxis(out, 0, 1).reshape(query.shape)
-        return _plain_attention(query, key, value, mask)
-    mask_bnts = None if mask is None else mask[:, None, None, :]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask_bnts)
-
-
-def _plain_attention(query, key, value, mask):
-    scores = jnp.einsum("btnk,bsnk->bnts", query, key, preferred_element_type=jnp.float32) / math.sqrt(query.shape[-1])
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bnts,bsnk->btnk", weights, value)
+from bdm_jax.models.attention import attention
+from bdm_jax.models.convolution import Conv
 
 
 def timestep_embedding(t: jax.Array, width: int) -> jax.Array:
@@ -49,10 +23,14 @@ def timestep_embedding(t: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def conv(inputs: int, outputs: int, rngs: nnx.Rngs, kernel: int = 3, stride: int = 1) -> nnx.Conv:
+def conv(inputs: int, outputs: int, rngs: nnx.Rngs, kernel: int = 3, stride: int = 1) -> Conv:
     """A convolution with PyTorch's padding."""
-    pad = kernel // 2
-    return nnx.Conv(inputs, outputs, (kernel, kernel), strides=stride, padding=((pad, pad), (pad, pad)), rngs=rngs)
+    return Conv(inputs, outputs, rngs, kernel, stride)
+
+
+def repeat(x: jax.Array, batch: int) -> jax.Array:
+    """Every row of x (B,...) as often, one after the other, as gives `batch` rows."""
+    return x if len(x) == batch else jnp.repeat(x, batch // len(x), axis=0)
 
 
 class GroupNorm(nnx.Module):
@@ -91,8 +69,8 @@ class TimeEmbedding(nnx.Module):
 
 
 class ResnetBlock(nnx.Module):
-    """GroupNorm-SiLU-conv twice, the time embedding added in between (none in the autoencoder): (B,H,W,I) ->
-    (B,H,W,O).
+    """GroupNorm-SiLU-conv twice, a shift (1 or B, O) made of the time embedding added in between (none in the
+    autoencoder): (B,H,W,I) -> (B,H,W,O).
     """
 
     def __init__(self, inputs: int, outputs: int, groups: int, eps: float, rngs: nnx.Rngs, time_dim: int | None = None):
@@ -105,10 +83,10 @@ class ResnetBlock(nnx.Module):
         if inputs != outputs:
             self.conv_shortcut = conv(inputs, outputs, rngs, kernel=1)
 
-    def __call__(self, x, temb=None):
+    def __call__(self, x, shift=None):
         hidden = self.conv1(jax.nn.silu(self.norm1(x)))
-        if temb is not None:
-            hidden += self.time_emb_proj(jax.nn.silu(temb))[:, None, None, :]
+        if shift is not None:
+            hidden += repeat(shift, len(x))[:, None, None, :]
         hidden = self.conv2(jax.nn.silu(self.norm2(hidden)))
         return hidden + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
@@ -118,7 +96,7 @@ class Downsample(nnx.Module):
 
     def __init__(self, channels: int, rngs: nnx.Rngs, symmetric: bool = True):
         pad = (1, 1) if symmetric else (0, 1)
-        self.conv = nnx.Conv(channels, channels, (3, 3), strides=2, padding=(pad, pad), rngs=rngs)
+        self.conv = Conv(channels, channels, rngs, stride=2, padding=pad)
 
     def __call__(self, x):
         return self.conv(x)
@@ -139,7 +117,7 @@ class Upsample(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of x (B,T,C) to `context` (B,S,D), or to itself; projections without bias but the last."""
+    """Multi-head attention of x (B,T,C) to a context, or to itself; projections without bias but the last."""
 
     def __init__(self, channels: int, heads: int, rngs: nnx.Rngs, context_dim: int | None = None):
         context_dim = context_dim or channels
@@ -149,11 +127,18 @@ class Attention(nnx.Module):
         self.to_v = nnx.Linear(context_dim, channels, use_bias=False, rngs=rngs)
         self.to_out = nnx.List([nnx.Linear(channels, channels, rngs=rngs)])
 
-    def __call__(self, x, context=None, mask=None):
-        context = x if context is None else context
-        split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # noqa: E731
-        out = attention(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)), mask)
+    def keys(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Context (B,S,D) -> keys and values, each (B,S,N,K)."""
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
+    def __call__(self, x, keys=None, mask=None):
+        """`keys` as from `keys`, of x itself where None; `mask` (B,S) bool."""
+        key, value = self.keys(x) if keys is None else keys
+        out = attention(self._split(self.to_q(x)), key, value, mask)
         return self.to_out[0](out.reshape(x.shape))
+
+    def _split(self, x):
+        return x.reshape(*x.shape[:2], self.heads, -1)
 
 
 class GEGLU(nnx.Module):
@@ -178,7 +163,11 @@ class FeedForward(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each after its LayerNorm and added to its input."""
+    """Self-attention, cross-attention to the text, feed-forward; each after its LayerNorm and added to its input.
+
+    x (B,T,C), `cond` of B rows or a multiple: up to the text, each row of x stands for as many. The text may also have
+    fewer rows, each for as many of x. Returns as many as the larger has.
+    """
 
     def __init__(self, channels: int, heads: int, context_dim: int, rngs: nnx.Rngs):
         self.norm1 = nnx.LayerNorm(channels, epsilon=1e-5, rngs=rngs)
@@ -190,12 +179,18 @@ class TransformerBlock(nnx.Module):
 
     def __call__(self, x, cond):
         x += self.attn1(self.norm1(x))
-        x += self.attn2(self.norm2(x), cond.tokens, cond.mask)
+        queries, keys = self.norm2(x), cond.keys or self.attn2.keys(cond.tokens)
+        batch = max(len(x), len(cond.tokens))
+        x, queries, *keys = (repeat(part, batch) for part in (x, queries, *keys))
+        x += self.attn2(queries, keys, None if cond.mask is None else repeat(cond.mask, batch))
         return x + self.ff(self.norm3(x))
 
 
 class Transformer2D(nnx.Module):
-    """One transformer block over the pixels of a feature map, between 1x1 convolutions: (B,H,W,C) -> (B,H,W,C)."""
+    """One transformer block over the pixels of a feature map, between 1x1 convolutions: (B,H,W,C) -> (B,H,W,C).
+
+    Rows of text and map as in `TransformerBlock`.
+    """
 
     def __init__(self, channels: int, heads: int, context_dim: int, groups: int, rngs: nnx.Rngs):
         self.norm = GroupNorm(channels, groups, epsilon=1e-6)
@@ -207,4 +202,4 @@ class Transformer2D(nnx.Module):
         b, h, w, c = x.shape
         hidden = self.proj_in(self.norm(x)).reshape(b, h * w, c)
         hidden = self.transformer_blocks[0](hidden, cond)
-        return x + self.proj_out(hidden.reshape(b, h, w, c))
+        return repeat(x, len(hidden)) + self.proj_out(hidden.reshape(-1, h, w, c))

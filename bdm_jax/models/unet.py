@@ -4,6 +4,8 @@ UNet2DConditionModel).
 Whatever is added to the skips and to the middle (the BDM branch, ControlNets) is added between the two calls.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,8 +20,12 @@ from bdm_jax.models.layers import (
     Transformer2D,
     Upsample,
     conv,
+    repeat,
     timestep_embedding,
 )
+
+# What the timesteps add in each resnet, by its path: (B, O). Rows may be taken out of those of many timesteps.
+TimeShifts = dict[str, jax.Array]
 
 
 class Block(nnx.Module):
@@ -35,10 +41,10 @@ class Block(nnx.Module):
         if attention:
             self.attentions = nnx.List([_transformer(config, outputs, rngs) for _ in inputs])
 
-    def layer(self, index: int, x: jax.Array, temb: jax.Array, cond: Conditioning) -> jax.Array:
-        """Layer `index`: (B,H,W,I) -> (B,H,W,O)."""
-        x = self.resnets[index](x, temb)
-        return self.attentions[index](x, cond) if hasattr(self, "attentions") else x
+    def layer(self, index: int, x: jax.Array, shifts: TimeShifts, cond: Conditioning, path: str) -> jax.Array:
+        """Layer `index` of the block at `path`: (B,H,W,I) -> (B,H,W,O)."""
+        x = self.resnets[index](x, shifts[f"{path}.resnets.{index}"])
+        return self.attentions[index](x, cond.at(f"{path}.attentions.{index}")) if hasattr(self, "attentions") else x
 
 
 class MidBlock(nnx.Module):
@@ -54,9 +60,10 @@ class MidBlock(nnx.Module):
         )
         self.attentions = nnx.List([_transformer(config, width, rngs)])
 
-    def __call__(self, x, temb, cond):
-        x = self.attentions[0](self.resnets[0](x, temb), cond)
-        return self.resnets[1](x, temb)
+    def __call__(self, x, shifts, cond):
+        x = self.resnets[0](x, shifts["mid_block.resnets.0"])
+        x = self.attentions[0](x, cond.at("mid_block.attentions.0"))
+        return self.resnets[1](x, shifts["mid_block.resnets.1"])
 
 
 def _transformer(config: EncoderConfig, width: int, rngs: nnx.Rngs) -> Transformer2D:
@@ -82,31 +89,57 @@ class UNetEncoder(nnx.Module):
             previous = width
         self.mid_block = MidBlock(config, rngs)
 
-    def embed_time(self, t: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Timesteps (B,) -> (B, 4 * block_out_channels[0])."""
-        return self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).astype(dtype))
+    def time_shifts(self, t: jax.Array, dtype: jnp.dtype) -> TimeShifts:
+        """What the timesteps t (B,) add in every resnet. `encode` and `decode` take it, or rows of it, in place of t:
+        so it can be made for all steps at once.
+        """
+        temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).astype(dtype))
+        temb = jax.nn.silu(temb)
+        return {
+            f"{path}.resnets.{index}": resnet.time_emb_proj(temb)
+            for path, block in self._blocks()
+            for index, resnet in enumerate(block.resnets)
+        }
+
+    def with_keys(self, cond: Conditioning) -> Conditioning:
+        """The text with its keys and values for every cross-attention of this network, so that no step makes them."""
+        keys = {
+            f"{path}.attentions.{index}": transformer.transformer_blocks[0].attn2.keys(cond.tokens)
+            for path, block in self._blocks()
+            for index, transformer in enumerate(getattr(block, "attentions", ()))
+        }
+        return replace(cond, keys=keys)
 
     def encode(
-        self, latents: jax.Array, t: jax.Array, cond: Conditioning, hint: jax.Array | None = None
+        self, latents: jax.Array, t: jax.Array | TimeShifts, cond: Conditioning, hint: jax.Array | None = None
     ) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """Noisy latents (B,H,W,C) at timesteps t (B,) -> (skip tensors in the order they are made, output of the
         middle).
 
         `hint`, already embedded to the width of the first level, is added after the first convolution (ControlNet).
+
+        The text may have U times as many rows as the latents: each row of the latents then stands for U, one after the
+        other, and what comes before the text is first read is computed once for them. What is returned has B*U rows.
         """
-        temb = self.embed_time(t, latents.dtype)
+        shifts = t if isinstance(t, dict) else self.time_shifts(t, latents.dtype)
         x = self.conv_in(latents)
         if hint is not None:
             x += hint
         skips = [x]
-        for block in self.down_blocks:
+        for level, block in enumerate(self.down_blocks):
             for index in range(len(block.resnets)):
-                x = block.layer(index, x, temb, cond)
+                x = block.layer(index, x, shifts, cond, f"down_blocks.{level}")
                 skips.append(x)
             if hasattr(block, "downsamplers"):
                 x = block.downsamplers[0](x)
                 skips.append(x)
-        return tuple(skips), self.mid_block(x, temb, cond)
+        mid = self.mid_block(x, shifts, cond)
+        return tuple(repeat(skip, len(mid)) for skip in skips), mid
+
+    def _blocks(self):
+        """Blocks that hold resnets, with their paths."""
+        yield from ((f"down_blocks.{level}", block) for level, block in enumerate(self.down_blocks))
+        yield "mid_block", self.mid_block
 
 
 class UNet(UNetEncoder):
@@ -132,19 +165,30 @@ class UNet(UNetEncoder):
         self.conv_norm_out = GroupNorm(widths[0], config.norm_num_groups, epsilon=config.norm_eps)
         self.conv_out = conv(widths[0], config.out_channels, rngs)
 
-    def decode(self, skips: tuple[jax.Array, ...], mid: jax.Array, t: jax.Array, cond: Conditioning) -> jax.Array:
-        """What `encode` returned (with residuals added, where there are any) -> prediction (B,H,W,C)."""
-        temb = self.embed_time(t, mid.dtype)
+    def decode(
+        self, skips: tuple[jax.Array, ...], mid: jax.Array, t: jax.Array | TimeShifts, cond: Conditioning
+    ) -> jax.Array:
+        """What `encode` returned (with residuals added, where there are any) -> prediction (B,H,W,C).
+
+        Timesteps and text may have fewer rows, each for several of the others, one after the other.
+        """
+        shifts = t if isinstance(t, dict) else self.time_shifts(t, mid.dtype)
         skips = list(skips)
         x = mid
-        for block in self.up_blocks:
+        for number, block in enumerate(self.up_blocks):
             for index in range(len(block.resnets)):
-                x = block.layer(index, jnp.concatenate([x, skips.pop()], axis=-1), temb, cond)
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
+                x = block.layer(index, x, shifts, cond, f"up_blocks.{number}")
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x, skips[-1].shape[1:3])
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
+    def _blocks(self):
+        yield from super()._blocks()
+        yield from ((f"up_blocks.{number}", block) for number, block in enumerate(self.up_blocks))
+
     def __call__(self, latents, t, cond, residuals=None):
+        t = t if isinstance(t, dict) else self.time_shifts(t, latents.dtype)
         skips, mid = self.encode(latents, t, cond)
         if residuals is not None:
             skips, mid = residuals.add_to(skips, mid)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bdm_jax.models.attention import attention
 from bdm_jax.models.config import VAEConfig
-from bdm_jax.models.layers import Downsample, GroupNorm, ResnetBlock, Upsample, attention, conv
+from bdm_jax.models.layers import Downsample, GroupNorm, ResnetBlock, Upsample, conv
 
 _EPS = 1e-6
 

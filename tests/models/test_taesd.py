@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 from bdm_jax.components import Component
 from bdm_jax.diffusion.schedule import Schedule
-from bdm_jax.generate import Request, default_size, generate
+from bdm_jax.generate import default_size, generate
 from bdm_jax.models import functional
 from bdm_jax.models.config import TAESD, CLIPTextConfig, TinyVAEConfig, UNetConfig, from_json, to_json
 from bdm_jax.paths import TOKENIZERS
 from bdm_jax.pipeline import BridgePipeline
+from bdm_jax.settings import Request, Settings
 from bdm_jax.text.tokenizer import Tokenizer
 from convert.layouts import tree_from_torch
 
@@ -133,7 +134,7 @@ def test_pipeline_with_a_tiny_vae(seed, tmp_path):
     pipeline = BridgePipeline.from_pretrained(tmp_path)
     assert pipeline.vae.config == TWO_LEVELS
     assert default_size(pipeline) == (8, 8)
-    (picture,) = generate(pipeline, [Request("a cat")], steps=2, guidance=2.0)
+    (picture,) = generate(pipeline, [Request("a cat")], Settings(steps=2, guidance=2.0))
     assert picture.shape == (8, 8, 3) and picture.dtype == np.uint8
 
 

@@ -1,0 +1,375 @@
+"""How fast is it, and how fast is PyTorch on the same machine? `python -m bdm_jax.bench --against diffusers`.
+
+Random weights of SD1.5's and BDM's sizes in fp32. Both sides run in turn within one process and `ratio` is that of
+the medians, ours / theirs; PyTorch runs in its faster memory format, with as many threads as there are cores. What is
+counted as work (TFLOP/s, share of the peak) is the plain form's, whatever is saved.
+"""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from bdm_jax import compile_cache
+from bdm_jax.errors import UserError
+from bdm_jax.models.conditioning import Conditioning
+from bdm_jax.models.config import (
+    BDM_BRANCH,
+    CHINESE_CLIP_H_TEXT,
+    CLIP_L_TEXT,
+    SD15_UNET,
+    SD15_VAE,
+    BranchConfig,
+    CLIPTextConfig,
+    RobertaConfig,
+    UNetConfig,
+    VAEConfig,
+    to_json,
+)
+from bdm_jax.models.convolution import prepare
+from bdm_jax.models.functional import abstract, bind, init
+from bdm_jax.models.unet import TimeShifts
+from convert.files import FileError, write_json
+
+Case = Literal["empty-english", "two-prompts", "clip", "chinese-clip", "vae-decode", "train"]
+CASES: tuple[Case, ...] = ("empty-english", "two-prompts", "clip", "chinese-clip", "vae-decode", "train")
+_ENGLISH, _CHINESE = 77, 52
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Measure sampling steps (with guidance), text towers, the autoencoder's decoder and training steps."""
+
+    cases: tuple[Case, ...] = CASES[:-1]
+    size: tuple[int, ...] = (512, 256)
+    """pixels a side"""
+    batch: int = 1
+    """pictures; a guided step computes two predictions of each"""
+    against: Literal["diffusers"] | None = None
+    repeats: int = 5
+    json: Path | None = None
+    """write all figures here"""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """One guided step of a backbone and its branch."""
+
+    unet: UNetConfig = SD15_UNET
+    branch: BranchConfig = BDM_BRANCH
+
+    def beforehand(self, params, t: jax.Array, english: Conditioning, chinese: Conditioning):
+        """What all steps share: (shifts of both networks for the timesteps t (N,)), texts with their keys."""
+        unet, branch = bind(self.unet, params[0]), bind(self.branch, params[1])
+        shifts = tuple(network.time_shifts(t, jnp.float32) for network in (unet, branch))
+        return shifts, unet.with_keys(english), branch.with_keys(chinese)
+
+    def step(
+        self, params, latents: jax.Array, times: tuple[jax.Array | TimeShifts, ...], english, chinese
+    ) -> jax.Array:
+        """Latents (B,h,w,C), texts of B or 2B rows -> predictions (2B,h,w,C)."""
+        unet, branch = bind(self.unet, params[0]), bind(self.branch, params[1])
+        skips, mid = unet.encode(latents, times[0], english)
+        skips, mid = branch(latents, times[1], chinese).add_to(skips, mid)
+        return unet.decode(skips, mid, times[0], english)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The networks that are measured."""
+
+    networks: Networks = Networks()
+    clip: CLIPTextConfig = CLIP_L_TEXT
+    chinese_clip: RobertaConfig = CHINESE_CLIP_H_TEXT
+    vae: VAEConfig = SD15_VAE
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One measurement: our function, PyTorch's (where there is a comparison), the work of one call."""
+
+    ours: Callable[[], Any]
+    theirs: Callable[[], Any] | None
+    flops: float
+
+
+def bench(settings: Settings, sizes: Sizes = Sizes()) -> dict[str, Any]:
+    """All figures. Raises UserError for settings that cannot be."""
+    factor = sizes.vae.factor
+    if min(settings.repeats, settings.batch) < 1 or any(size < factor or size % factor for size in settings.size):
+        raise UserError(f"repeats and batch must be positive, sizes multiples of {factor}")
+    build = {
+        "empty-english": partial(_step, one_english=True),
+        "two-prompts": partial(_step, one_english=False),
+        "clip": partial(_text, part="clip"),
+        "chinese-clip": partial(_text, part="chinese_clip"),
+        "vae-decode": _vae,
+        "train": _train,
+    }
+    peak = matmul_peak()
+    rows = []
+    for case in settings.cases:
+        for size in settings.size if case not in ("clip", "chinese-clip") else settings.size[:1]:
+            latents = size // factor
+            # Held by no name here: one problem's weights are gone before the next one's are made.
+            rows.append(
+                _row(case, size, settings, build[case](sizes, latents, settings.batch, bool(settings.against)), peak)
+            )
+            print(_line(rows[-1]), flush=True)
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
+    machine = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "jax": jax.__version__}
+    return {"settings": values, "machine": machine, "peak_tflops": peak / 1e12, "rows": rows}
+
+
+def count_flops(function: Callable, *arguments) -> float:
+    """Floating-point operations of matrix products and convolutions, by tracing: nothing is computed or compiled."""
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def matmul_peak(side: int = 2048) -> float:
+    """FLOP/s of a square matrix product, the best of ten: in bf16, in fp32 on a CPU."""
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    x = jnp.ones((side, side), dtype)
+    product = jax.jit(jnp.matmul)
+    return 2 * side**3 / min(_seconds(lambda: product(x, x)) for _ in range(11))
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Print a line for each measurement, write what was asked for; 2 for bad input."""
+    compile_cache.enable()
+    try:
+        settings = tyro.cli(Settings, args=args, prog="python -m bdm_jax.bench")
+        report = bench(settings)
+        if settings.json:
+            write_json(settings.json, report)
+    except (UserError, FileError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _row(case: str, size: int, settings: Settings, problem: Problem, peak: float) -> dict[str, Any]:
+    """Time both sides in turn; their first call, which compiles, does not count."""
+    sides = [side for side in (problem.ours, problem.theirs) if side]
+    first = _seconds(sides[0])
+    for side in sides[1:]:
+        side()
+    times = [[_seconds(side) for side in sides] for _ in range(settings.repeats)]
+    ours, *theirs = (statistics.median(column) for column in zip(*times, strict=True))
+    rate = problem.flops / ours
+    row = {"case": case, "size": size, "batch": settings.batch, "first_call": first, "seconds": ours}
+    row |= {"per_second": settings.batch / ours, "tflop": problem.flops / 1e12, "tflops": rate / 1e12}
+    row |= {"share_of_peak": rate / peak, "times": times}
+    return row | ({"diffusers": theirs[0], "ratio": ours / theirs[0]} if theirs else {})
+
+
+def _line(row: dict[str, Any]) -> str:
+    against = f"  diffusers {row['diffusers']:8.3f} s  ratio {row['ratio']:.2f}" if "ratio" in row else ""
+    return (
+        f"{row['case']:14} {row['size']:4} px  {row['seconds']:8.3f} s  {row['per_second']:7.2f}/s  "
+        f"{row['tflops']:6.2f} TFLOP/s ({row['share_of_peak']:.0%} of the peak){against}"
+    )
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - begin
+
+
+def _normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def _spec(*arrays: np.ndarray) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+
+
+def _step(sizes: Sizes, side: int, batch: int, against: bool, one_english: bool) -> Problem:
+    networks, shape = sizes.networks, (side, side)
+    configs = networks.unet, networks.branch
+    x = _normal(batch, side, side, 4)
+    both = np.repeat(x, 2, axis=0)
+    chinese = _normal(2 * batch, _CHINESE, networks.branch.cross_attention_dim)
+    english = _normal(batch if one_english else 2 * batch, _ENGLISH, networks.unet.cross_attention_dim)
+    # One after the other: the plain filters of the first are gone before the second is made.
+    params = tuple(prepare(config, init(config, 0), shape) for config in configs)
+    beforehand = jax.jit(networks.beforehand)(params, jnp.full(1, 500.0), Conditioning(english), Conditioning(chinese))
+    step = jax.jit(networks.step)
+    full = Conditioning(np.repeat(english, 2, axis=0) if one_english else english)
+    times = (np.full(2 * batch, 500.0, np.float32),) * 2
+    arguments = *_spec(both), times, full, Conditioning(chinese)
+    flops = count_flops(networks.step, tuple(map(abstract, configs)), *arguments)
+    theirs = _torch_step(configs, both, full.tokens, chinese) if against else None
+    return Problem(lambda: step(params, x, *beforehand), theirs, flops)
+
+
+def _text(sizes: Sizes, side: int, batch: int, against: bool, part: str) -> Problem:
+    config, length = getattr(sizes, part), {"clip": _ENGLISH, "chinese_clip": _CHINESE}[part]
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2 * batch, length), np.int32)
+    params = init(config, 0)
+    run = jax.jit(lambda params, ids: bind(config, params)(ids))
+    flops = count_flops(lambda params: bind(config, params)(jnp.asarray(ids)), abstract(config))
+    return Problem(lambda: run(params, ids), _torch_text(config, ids) if against else None, flops)
+
+
+def _vae(sizes: Sizes, side: int, batch: int, against: bool) -> Problem:
+    config = sizes.vae
+    x = _normal(batch, side, side, config.latent_channels)
+    params = prepare(config, init(config, 0), (side, side))
+    run = jax.jit(lambda params, x: bind(config, params).decode(x))
+    flops = count_flops(lambda params, x: bind(config, params).decode(x), abstract(config), *_spec(x))
+    return Problem(lambda: run(params, x), _torch_vae(config, x) if against else None, flops)
+
+
+def _train(sizes: Sizes, side: int, batch: int, against: bool) -> Problem:
+    """Loss and gradients of the branch; the optimizer's share is left out on both sides."""
+    networks = sizes.networks
+    configs = networks.unet, networks.branch
+    x, times = _normal(batch, side, side, 4), (np.full(batch, 500.0, np.float32),) * 2
+    english = _normal(batch, _ENGLISH, networks.unet.cross_attention_dim)
+    chinese = _normal(batch, _CHINESE, networks.branch.cross_attention_dim)
+
+    def loss(branch, unet):
+        return jnp.mean(networks.step((unet, branch), x, times, Conditioning(english), Conditioning(chinese)) ** 2)
+
+    unet, branch = (init(config, 0) for config in configs)
+    step = jax.jit(jax.value_and_grad(loss))
+    flops = count_flops(jax.value_and_grad(loss), abstract(configs[1]), abstract(configs[0]))
+    theirs = _torch_step(configs, x, english, chinese, train=True) if against else None
+    return Problem(lambda: step(branch, unet), theirs, flops)
+
+
+# ------------------------------------------------------------------------------------------------------------ PyTorch
+
+
+def _torch():
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f'the comparison needs {error.name}: pip install -e ".[test]"') from error
+    torch.set_num_threads(os.cpu_count())
+    return torch
+
+
+def _formats(modules, run) -> Callable[[], Any]:
+    """The modules' call in the faster of both memory formats, found by trial."""
+    torch = _torch()
+    trial = {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for module in modules:
+            module.to(memory_format=layout)
+        run(layout)
+        trial[layout] = min(_seconds(partial(run, layout)) for _ in range(2))
+    best = min(trial, key=trial.get)
+    for module in modules:
+        module.to(memory_format=best)
+    return partial(run, best)
+
+
+def _nchw(x: np.ndarray, layout):
+    return _torch().from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1))).contiguous(memory_format=layout)
+
+
+def _torch_step(configs, x, english, chinese, train: bool = False):
+    torch = _torch()
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_config(to_json(configs[0])).requires_grad_(False)
+    values = {key: value for key, value in to_json(configs[1]).items() if key != "bdm_branch"}
+    branch = ControlNetModel.from_config(values).requires_grad_(train)
+    t, english, chinese = torch.full((len(x),), 500), torch.from_numpy(english), torch.from_numpy(chinese)
+    picture = torch.zeros(len(x), 3, 8 * x.shape[1], 8 * x.shape[2])
+    # BDM's branch has no picture: the embedding of its place must not count.
+    hint = torch.zeros(len(x), configs[1].block_out_channels[0], *x.shape[1:3])
+    branch.controlnet_cond_embedding = _Constant(torch, hint)
+
+    def run(layout):
+        latents = _nchw(x, layout)
+        with torch.set_grad_enabled(train):
+            skips, mid = branch(latents, t, chinese, picture, return_dict=False)
+            out = unet(latents, t, english, down_block_additional_residuals=skips, mid_block_additional_residual=mid)
+            if train:
+                branch.zero_grad()
+                out.sample.square().mean().backward()
+            return out.sample.detach().numpy()
+
+    return _formats((unet, branch), run)
+
+
+def _Constant(torch, value):  # noqa: N802
+    class Constant(torch.nn.Module):
+        def forward(self, _):
+            return value
+
+    return Constant()
+
+
+def _torch_vae(config: VAEConfig, x: np.ndarray):
+    torch = _torch()
+    from diffusers import AutoencoderKL
+
+    module = AutoencoderKL.from_config(to_json(config)).eval()
+
+    def run(layout):
+        with torch.inference_mode():
+            return module.decode(_nchw(x, layout), return_dict=False)[0].numpy()
+
+    return _formats((module,), run)
+
+
+def _torch_text(config, ids: np.ndarray):
+    torch = _torch()
+    import transformers
+
+    kind = "ChineseCLIPText" if isinstance(config, RobertaConfig) else "CLIPText"
+    values = {k: v for k, v in to_json(config).items() if k not in ("architectures", "model_type")}
+    module = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**values)).eval()
+    tokens = torch.from_numpy(ids).long()
+
+    def run():
+        with torch.inference_mode():
+            return module(tokens)[0].numpy()
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------- counting
+
+
+def _count(jaxpr) -> float:
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        out = eqn.outvars[0].aval
+        if eqn.primitive.name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            total += 2 * out.size * int(np.prod([eqn.invars[0].aval.shape[i] for i in contract]))
+        elif eqn.primitive.name == "conv_general_dilated":
+            outputs = eqn.params["dimension_numbers"].rhs_spec[0]
+            kernel = eqn.invars[1].aval
+            total += 2 * out.size * kernel.size / kernel.shape[outputs]
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        total += times * sum(map(_count, _inner(eqn.params)))
+    return total
+
+
+def _inner(params: dict[str, Any]):
+    for value in params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            part = getattr(part, "jaxpr", part)
+            if hasattr(part, "eqns"):
+                yield part
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Softmax attention, in the form that fits the machine it is compiled for.
+
+CPU: one head at a time, in chunks of queries whose scores stay in the cache, divided by their sum after the values
+are mixed (performance.md, 7.1). CUDA: cuDNN's fused attention where it is legal (performance.md, 4.2). TPU: the flash
+kernel where the sequence is long enough to pay for padding its heads to 128 (performance.md, 4.3). The plain form, with
+its whole matrix of scores, everywhere else.
+"""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Form = Literal["plain", "chunked", "cudnn", "flash"]
+
+# Scores held at once on a CPU: 4 MB, which a core's caches hold. A problem with fewer is computed in one piece.
+CPU_SCORES = 2**20
+_FEWEST_QUERIES = 128
+
+_FLASH_TOKENS = 4096
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Softmax attention with scores scaled by 1 / sqrt(K).
+
+    query (B,T,N,K), key and value (B,S,N,K); mask (B,S) bool, False where a key must not be seen. Returns (B,T,N,K).
+    """
+    platform = jax.default_backend()
+    form = choose(platform, query.dtype, query.shape, key.shape[1], mask is not None, _capability(platform))
+    if form == "chunked":
+        return _chunked(query, key, value, mask)
+    if form == "cudnn":
+        mask_bnts = None if mask is None else mask[:, None, None, :]
+        return jax.nn.dot_product_attention(query, key, value, mask=mask_bnts, implementation="cudnn")
+    if form == "flash":
+        return _flash(query, key, value)
+    return plain_attention(query, key, value, mask)
+
+
+def choose(
+    platform: str,
+    dtype: jnp.dtype,
+    query_shape: tuple[int, int, int, int],
+    keys: int,
+    masked: bool = False,
+    capability: float = 0.0,
+) -> Form:
+    """The form of attention for queries (B,T,N,K) and so many keys on a platform ("cpu", "gpu" or "tpu").
+
+    `capability` is the GPU's CUDA compute capability: from 9.0 cuDNN takes heads up to 256 wide, before that up to 128.
+    """
+    batch, queries, heads, width = query_shape
+    if platform == "cpu":
+        return "chunked" if batch * heads * queries * keys > CPU_SCORES else "plain"
+    if platform in ("gpu", "cuda"):
+        legal = dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= (256 if capability >= 9 else 128)
+        return "cudnn" if legal and capability >= 8 else "plain"
+    if platform == "tpu":
+        # Blocks of the kernel are 128 tokens at least; cross-attention to a text is too short to pay.
+        whole = queries % 512 == 0 and keys % 512 == 0
+        return "flash" if whole and not masked and min(queries, keys) >= _FLASH_TOKENS and width <= 128 else "plain"
+    return "plain"
+
+
+def plain_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """The same as `attention`, by its definition."""
+    scores = jnp.einsum("btnk,bsnk->bnts", query, key, preferred_element_type=jnp.float32) / math.sqrt(query.shape[-1])
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bnts,bsnk->btnk", weights, value)
+
+
+def _chunked(query, key, value, mask):
+    """Loops over heads and over chunks of queries. The batch stays whole, so that it may be sharded."""
+    batch, queries, _, width = query.shape
+    most = max(_FEWEST_QUERIES, CPU_SCORES // (batch * key.shape[1]))
+    chunks = -(-queries // most)
+    size = -(-queries // chunks)
+    query = jnp.pad(query / math.sqrt(width), ((0, 0), (0, chunks * size - queries), (0, 0), (0, 0)))
+    query = query.reshape(batch, chunks, size, -1, width)
+
+    def head(parts):
+        query_cbtk, key_bsk, value_bsk = parts
+        return jax.lax.map(lambda chunk: _one_head(chunk, key_bsk, value_bsk, mask), query_cbtk)
+
+    query_ncbtk, key_nbsk, value_nbsk = (
+        query.transpose(3, 1, 0, 2, 4),
+        jnp.moveaxis(key, 2, 0),
+        jnp.moveaxis(value, 2, 0),
+    )
+    out_ncbtk = jax.lax.map(head, (query_ncbtk, key_nbsk, value_nbsk))
+    return out_ncbtk.transpose(2, 1, 3, 0, 4).reshape(batch, chunks * size, -1, width)[:, :queries]
+
+
+def _one_head(query_btk, key_bsk, value_bsk, mask):
+    scores = jnp.einsum("btk,bsk->bts", query_btk, key_bsk, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, :], scores, jnp.finfo(scores.dtype).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    mixed = jnp.einsum("bts,bsk->btk", weights.astype(value_bsk.dtype), value_bsk, preferred_element_type=jnp.float32)
+    return (mixed / total).astype(value_bsk.dtype)
+
+
+def _flash(query, key, value):
+    from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention  # imports on a TPU machine only
+
+    query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
+    return flash_attention(query, key, value, sm_scale=1 / math.sqrt(query.shape[-1])).transpose(0, 2, 1, 3)
+
+
+def _capability(platform: str) -> float:
+    """CUDA compute capability of the first GPU, 0 where there is none."""
+    if platform not in ("gpu", "cuda"):
+        return 0.0
+    return float(getattr(jax.devices()[0], "compute_capability", 0.0))
