@@ -27,11 +27,13 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.progress import track
 
 from bdm_jax.data import captions, records
+from bdm_jax.drawing.pictures import drawable
 from bdm_jax.errors import UserError
-from bdm_jax.generate import Request, generate
+from bdm_jax.generate import generate
 from bdm_jax.paths import ASSETS, DEMO, EMOJI
-from bdm_jax.pictures import drawable
 from bdm_jax.pipeline import BridgePipeline
+from bdm_jax.settings import Request
+from bdm_jax.settings import Settings as Drawing
 from bdm_jax.training.latents import round_trip
 from convert.files import FileError, atomic_file, read_json, write_json
 
@@ -241,15 +243,8 @@ def _request(row: dict, language: str, phrased: bool, seed: int) -> Request:
 def _pictures(
     pipeline: BridgePipeline, requests: list[Request], settings: Settings, name: str, branch: bool
 ) -> list[np.ndarray]:
-    pictures: Iterable[np.ndarray] = generate(
-        pipeline,
-        requests,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        sampler=settings.sampler,
-        batch_size=settings.batch_size,
-        branch=branch,
-    )
+    drawing = Drawing(settings.steps, settings.sampler, settings.guidance, bare=not branch)
+    pictures: Iterable[np.ndarray] = generate(pipeline, requests, drawing, batch_size=settings.batch_size)
     return list(track(pictures, description=f"{name:17}", total=len(requests)))
 
 

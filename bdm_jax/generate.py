@@ -1,146 +1,140 @@
-"""Prompts to pictures.
-
-One compiled program runs a few steps of the sampler; the steps' coefficients, prompts, seeds and guidance are its
-arguments, so that changing them, the sampler or the number of steps compiles nothing.
-"""
+"""Prompts to pictures: texts, noise, the sampler's table, the compiled programs of `denoise`, pixels."""
 
 import itertools
-import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from bdm_jax.components import Component
+from bdm_jax.data.images import covering, read_mask, read_picture
+from bdm_jax.denoise import (
+    STEPS_PER_CALL,
+    Kept,
+    Networks,
+    Parts,
+    Texts,
+    decode,
+    denoise,
+    encode,
+    unit_noise,
+    with_keys,
+)
 from bdm_jax.diffusion import samplers
-from bdm_jax.diffusion.guidance import classifier_free
 from bdm_jax.diffusion.samplers import SAMPLERS, SamplerState, Steps
-from bdm_jax.diffusion.schedule import Schedule
+from bdm_jax.diffusion.torch_noise import randn
 from bdm_jax.errors import UserError, unknown
-from bdm_jax.models.branch import Residuals
-from bdm_jax.models.conditioning import Conditioning
-from bdm_jax.models.config import BranchConfig, TinyVAEConfig, UNetConfig, VAEConfig
-from bdm_jax.models.functional import Params, bind
-from bdm_jax.pipeline import BridgePipeline
+from bdm_jax.models.config import EncoderConfig, VAEConfig
+from bdm_jax.models.convolution import prepare
+from bdm_jax.pipeline import NETWORKS, BridgePipeline
+from bdm_jax.plugins.controls import Control, check_size, embed
+from bdm_jax.plugins.controls import check as check_control
+from bdm_jax.settings import Request, Settings
+from bdm_jax.settings import check as check_settings
+from bdm_jax.steering import POSITIVE, calls, chunk, guided_parts, rows
 from bdm_jax.text.encode import Tokens, encode_tokens, read
 
-STEPS_PER_CALL = 5
-
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one picture shall show.
-
-    `prompt` and `negative` are the branch's (Chinese), `english` and `english_negative` the backbone's; the paper's way
-    is to leave the English ones empty. A bare backbone reads its English prompts or, where they are empty, the others.
-    All may hold weights, as in "(red:1.3) lantern" (see `text.grammar`). The seed is in [0, 2**32).
-    """
-
-    prompt: str
-    negative: str = ""
-    english: str = ""
-    english_negative: str = ""
-    seed: int = 0
+Watch = Callable[[int, np.ndarray], None]
 
 
 def generate(
     pipeline: BridgePipeline,
     requests: Sequence[Request],
+    settings: Settings | None = None,
     *,
-    steps: int = 25,
-    guidance: float | None = None,
-    sampler: str = "dpmpp-2m",
-    size: tuple[int, int] | None = None,
+    controls: Sequence[Control] = (),
     batch_size: int = 8,
-    branch: bool = True,
-    reference: bool = False,
     progress: Progress | None = None,
+    watch: Watch | None = None,
+    watch_every: int = STEPS_PER_CALL,
 ) -> Iterator[np.ndarray]:
     """Pictures in the order of the requests, each (H,W,3) uint8, yielded as soon as their batch is done.
 
-    A picture depends on its own request and the settings only, never on the batch size or its place in a batch (up to
-    the rounding of programs of different sizes). A request with more windows of text than its neighbour begins a new
-    batch.
+    A picture depends on its own request and the settings only, never on the batch size, its place in a batch, or the
+    number of devices, over which batches are split (up to the rounding of programs of different sizes). Only the
+    reference mode is different: there all prompts of a batch take as many windows as its longest, and the noise of the
+    batch comes from its first seed.
+
+    A request with more windows of text than its neighbour, or another size, begins a new batch.
 
     Args:
-      steps: sampling steps, from 1 to the schedule's number of timesteps.
-      guidance: classifier-free guidance over both prompts, 1 for none; the pipeline's own where None.
-      sampler: a name in `diffusion.samplers.SAMPLERS`.
-      size: (height, width) in pixels, multiples of the VAE's factor; the size that the UNet was trained at where None.
-      branch: False draws with the bare backbone.
-      reference: True reads prompts as BDM's reference implementation does (see `text.encode.read`): weights in the
-        branch's prompts have no effect, and all prompts of a batch take as many windows as its longest, so that a
-        picture then depends on its batch.
+      settings: how to draw; `Settings()` where None.
+      controls: ControlNets, each with its map, beside the branch or the bare backbone.
+      batch_size: pictures at a time, on all devices of this process together.
       progress: called with (steps done, steps in all) over all batches, first with 0.
+      watch: called every `watch_every` steps with the steps done in the batch, and the clean latents (B,h,w,C) that
+        the networks foresee.
 
-    Raises UserError, before anything is computed, for settings that cannot be; and when pictures come out as NaN.
+    Raises UserError, before anything is computed, for settings that cannot be and files that cannot be read; and when
+    pictures come out as NaN.
     """
-    requests = list(requests)
-    guidance = pipeline.guidance if guidance is None else guidance
-    size = default_size(pipeline) if size is None else size
-    check(pipeline, requests, steps=steps, guidance=guidance, sampler=sampler, size=size, batch_size=batch_size)
-    if not branch or pipeline.branch is None:
-        pipeline, requests = _bare(pipeline), [_english(request) for request in requests]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        table = SAMPLERS[sampler](pipeline.schedule, steps)
-    if not all(np.isfinite(column).all() for column in jax.tree.leaves(table)):
-        raise UserError(f"{steps} steps are too many for {sampler}: some would fall on one timestep; take fewer")
-    return _generate(
-        pipeline, requests, table, guidance, size, batch_size, reference, progress or (lambda done, total: None)
+    settings, requests = settings or Settings(), list(requests)
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size} is less than 1")
+    if settings.bare or pipeline.branch is None:
+        pipeline = replace(pipeline, branch=None, branch_text_encoder=None, branch_tokenizer=None)
+        requests = [_english(request) for request in requests]
+    check(pipeline, requests, settings)
+    for control in controls:
+        check_control(control, pipeline.unet.config)
+    settings = replace(settings, guidance=pipeline.guidance if settings.guidance is None else settings.guidance)
+    mesh = Mesh(np.array(jax.local_devices()), ("data",), axis_types=(AxisType.Auto,))
+    factor = pipeline.vae.config.factor
+    size = tuple(side // factor for side in settings.size or default_size(pipeline, controls))
+    ready = partial(_ready, size=size, mesh=mesh)
+    drawing = _Drawing(
+        replace(pipeline, **{name: ready(getattr(pipeline, name)) for name in NETWORKS}),
+        settings,
+        tuple(replace(control, network=ready(control.network)) for control in controls),
+        batch_size,
+        mesh,
+        watch or (lambda done, clean: None),
+        watch_every,
     )
+    return drawing.pictures(requests, progress or (lambda done, total: None))
 
 
-def default_size(pipeline: BridgePipeline) -> tuple[int, int]:
-    """(height, width) in pixels of the pictures that the UNet was trained on."""
-    side = pipeline.unet.config.sample_size * pipeline.vae.config.factor
-    return side, side
+def default_size(pipeline: BridgePipeline, controls: Sequence[Control] = ()) -> tuple[int, int]:
+    """(height, width) in pixels of the pictures that the UNet was trained on, or of the first control's map."""
+    factor = pipeline.vae.config.factor
+    if controls:
+        return _floored(controls[0].hint, factor)
+    return (pipeline.unet.config.sample_size * factor,) * 2
 
 
-def check(
-    pipeline: BridgePipeline,
-    requests: Sequence[Request],
-    *,
-    steps: int,
-    guidance: float,
-    sampler: str,
-    size: tuple[int, int],
-    batch_size: int,
-) -> None:
-    """Raises UserError for the first setting that cannot be."""
+def check(pipeline: BridgePipeline, requests: Sequence[Request], settings: Settings) -> None:
+    """Raises UserError for the first thing that cannot be."""
+    check_settings(settings)
     if not requests:
         raise UserError("no prompts: give at least one")
     for request in requests:
         if not 0 <= request.seed < 2**32:
             raise UserError(f"seed {request.seed} is outside 0 .. 2**32 - 1")
-    if sampler not in SAMPLERS:
-        raise unknown("sampler", sampler, SAMPLERS)
+        if request.mask is not None and request.image is None:
+            raise UserError("a mask without an image: give the image that it is the mask of")
+    if settings.sampler not in SAMPLERS:
+        raise unknown("sampler", settings.sampler, SAMPLERS)
     limit = pipeline.schedule.num_train_timesteps
-    if not 1 <= steps <= limit:
-        raise UserError(f"steps {steps} is outside 1 .. {limit}, the timesteps that the model knows")
-    if not math.isfinite(guidance):
-        raise UserError(f"guidance {guidance} is not a finite number")
-    if batch_size < 1:
-        raise UserError(f"batch size {batch_size} is less than 1")
+    if settings.steps > limit:
+        raise UserError(f"steps {settings.steps} is outside 1 .. {limit}, the timesteps that the model knows")
     factor = pipeline.vae.config.factor
-    if any(side < factor or side % factor for side in size):
-        nearest = "x".join(str(max(factor, round(side / factor) * factor)) for side in reversed(size))
+    if settings.size is not None and any(side < factor or side % factor for side in settings.size):
+        height, width = (max(factor, round(side / factor) * factor) for side in settings.size)
         raise UserError(
-            f"size {size[1]}x{size[0]}: width and height must be multiples of {factor}, the VAE's factor; try {nearest}"
+            f"size {settings.size[1]}x{settings.size[0]}: width and height must be multiples of {factor}, the VAE's "
+            f"factor; try {width}x{height}"
         )
-
-
-@dataclass(frozen=True)
-class _Networks:
-    """What the denoising program is compiled for."""
-
-    unet: UNetConfig
-    branch: BranchConfig | None
-    schedule: Schedule
-    one_english: bool  # every picture's English prompts are equal: both guidance halves share the backbone's encoder
+    layers = pipeline.text_encoder.config.num_hidden_layers
+    if settings.clip_skip > layers:
+        raise UserError(f"clip skip {settings.clip_skip}: the English tower has {layers} layers")
+    given = len(settings.residual_strengths)
+    if given and given != _residuals(pipeline):
+        raise UserError(f"{given} residual strengths: the branch has {_residuals(pipeline)} residuals")
 
 
 @dataclass(frozen=True)
@@ -148,22 +142,223 @@ class _Job:
     """A request with its ids and their weights, each (2, windows, length): negative prompt, then positive."""
 
     request: Request
-    english: np.ndarray
-    english_weights: np.ndarray
-    chinese: np.ndarray | None = None
-    chinese_weights: np.ndarray | None = None
+    english: Tokens
+    chinese: Tokens | None
+    size: tuple[int, int]
 
     @property
-    def windows(self) -> tuple[int, int]:
-        return len(self.english[0]), 0 if self.chinese is None else len(self.chinese[0])
+    def kind(self) -> tuple:
+        """What jobs of one batch have in common."""
+        windows = len(self.english.ids[0]), 0 if self.chinese is None else len(self.chinese.ids[0])
+        return windows, self.size, self.request.image is None, self.request.mask is None
 
     @property
     def one_english(self) -> bool:
-        return np.array_equal(*self.english) and np.array_equal(*self.english_weights)
+        return np.array_equal(*self.english.ids) and np.array_equal(*self.english.weights)
 
 
-def _bare(pipeline: BridgePipeline) -> BridgePipeline:
-    return replace(pipeline, branch=None, branch_text_encoder=None, branch_tokenizer=None)
+@dataclass(frozen=True)
+class _Pass:
+    """One way through the steps: from noise, or from a picture as it is at the first of them."""
+
+    size: tuple[int, int]
+    steps: Steps
+    from_picture: bool
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    pipeline: BridgePipeline
+    settings: Settings
+    controls: tuple[Control, ...]
+    batch_size: int
+    mesh: Mesh
+    watch: Watch
+    watch_every: int
+
+    def pictures(self, requests: list[Request], progress: Progress) -> Iterator[np.ndarray]:
+        """Everything that can fail early does so here; the iterator draws."""
+        if self.settings.reference:
+            starts = range(0, len(requests), self.batch_size)
+            batches = [self._jobs(requests[begin : begin + self.batch_size]) for begin in starts]
+        else:
+            batches = _batches([job for request in requests for job in self._jobs([request])], self.batch_size)
+        plan = [(batch, self._passes(batch[0])) for batch in batches]
+        for control, (batch, _) in itertools.product(self.controls, plan):
+            check_size(control, batch[0].size)
+        return self._draw(plan, progress)
+
+    def _draw(self, plan: list[tuple[list[_Job], list[_Pass]]], progress: Progress) -> Iterator[np.ndarray]:
+        largest = max(len(batch) for batch, _ in plan)
+        largest = -(-largest // self.mesh.size) * self.mesh.size
+        total, done = sum(len(p.steps.t) for _, passes in plan for p in passes), 0
+        progress(0, total)
+        for batch, passes in plan:
+            filled = batch + batch[-1:] * (largest - len(batch))
+            texts = self._texts(filled)
+            images = None
+            for way in passes:
+                report = lambda steps, done=done: progress(done + steps, total)  # noqa: E731
+                images = self._one_pass(len(batch), filled, texts, way, images, report)
+                done += len(way.steps.t)
+            yield from images[: len(batch)]
+
+    def _jobs(self, requests: list[Request]) -> list[_Job]:
+        """Jobs whose prompts of one language all take as many windows as the longest."""
+        reference, pipeline = self.settings.reference, self.pipeline
+        english = [text for request in requests for text in (request.english_negative, request.english)]
+        english = _pairs(read(pipeline.tokenizer, english, reference=reference))
+        chinese = [None] * len(requests)
+        if pipeline.branch is not None:
+            masked = pipeline.masked if self.settings.masked is None else self.settings.masked
+            texts = [text for request in requests for text in (request.negative, request.prompt)]
+            chinese = _pairs(read(pipeline.branch_tokenizer, texts, reference=reference, masked=masked))
+        return [_Job(*parts, self._size(parts[0])) for parts in zip(requests, english, chinese, strict=True)]
+
+    def _size(self, request: Request) -> tuple[int, int]:
+        """(height, width) that a request is drawn at first; its image and mask are looked at on the way."""
+        image, mask = _load(request)
+        if mask is not None and mask.shape != image.shape[:2]:
+            sizes = (f"{array.shape[1]}x{array.shape[0]}" for array in (mask, image))
+            raise UserError("the mask has {} pixels, the image {}: they must be of one size".format(*sizes))
+        if self.settings.size is not None or image is None:
+            return self.settings.size or default_size(self.pipeline, self.controls)
+        return _floored(image, self.pipeline.vae.config.factor)
+
+    def _passes(self, job: _Job) -> list[_Pass]:
+        settings, from_picture = self.settings, job.request.image is not None
+        passes = [_Pass(job.size, self._table(settings.strength if from_picture else 1.0), from_picture)]
+        if settings.hires > 1:
+            factor = self.pipeline.vae.config.factor
+            size = tuple(round(side * settings.hires / factor) * factor for side in job.size)
+            passes.append(_Pass(size, self._table(settings.hires_strength), True))
+        return passes
+
+    def _table(self, strength: float) -> Steps:
+        """The sampler's steps; below a strength of 1 the last of them only."""
+        settings, schedule = self.settings, self.pipeline.schedule
+        more = {"final_sigma_zero": False} if settings.reference else {}
+        begin = settings.steps - min(int(settings.steps * strength), settings.steps)
+        if begin == settings.steps:
+            raise UserError(f"strength {strength} of {settings.steps} steps leaves none to take: take more of either")
+        with np.errstate(divide="ignore", invalid="ignore"):
+            table = SAMPLERS[settings.sampler](schedule, settings.steps, begin=begin, **more)
+        if not all(np.isfinite(column).all() for column in jax.tree.leaves(table)):
+            raise UserError(
+                f"{settings.steps} steps are too many for {settings.sampler}: some would fall on one timestep; "
+                "take fewer"
+            )
+        return table
+
+    def _texts(self, jobs: list[_Job]) -> dict[Parts, Texts]:
+        """Both languages' texts for the rows with guidance (first) and for those without."""
+        pipeline, settings = self.pipeline, self.settings
+        tower = partial(encode_tokens, reference=settings.reference)
+        one_english = all(job.one_english for job in jobs)
+        english = [job.english for job in jobs]
+        pair = tower(
+            *pipeline.text_encoder, self._split(_stack(english, slice(one_english, 2))), layer=settings.clip_skip
+        )
+        chinese = None
+        if pipeline.branch is not None:
+            chinese = tower(*pipeline.branch_text_encoder, self._split(_stack([job.chinese for job in jobs])))
+            chinese = with_keys(*pipeline.branch, chinese)
+        controls = [with_keys(*control.network, pair) for control in self.controls]
+        guided = Texts(with_keys(*pipeline.unet, pair), chinese, controls)
+        english, controls = (x if one_english else _last(x) for x in (guided.english, controls))
+        positive = Texts(english, _last(chinese), controls)
+        return {guided_parts(settings, one_english, chinese is not None): guided, POSITIVE: positive}
+
+    def _one_pass(
+        self,
+        count: int,
+        jobs: list[_Job],
+        texts: dict[Parts, Texts],
+        way: _Pass,
+        images: np.ndarray | None,
+        report: Callable[[int], None],
+    ) -> np.ndarray:
+        """All steps for one batch, the first `count` jobs of which are not mere filling: pictures (B,H,W,3) uint8.
+
+        `images` are an earlier pass's pictures.
+        """
+        pipeline = self.pipeline
+        factor = pipeline.vae.config.factor
+        shape = (way.size[0] // factor, way.size[1] // factor, pipeline.unet.config.in_channels)
+        seeds = self._split(np.array([job.request.seed for job in jobs], np.uint32))
+        noise = self._split(_torch_noise(jobs, count, shape)) if self.settings.reference else unit_noise(shape, seeds)
+        guided = next(iter(texts))
+        hints = [embed(control, covering(control.hint, way.size)) for control in self.controls]
+        clean = kept = masks = None
+        if way.from_picture:
+            loaded = [_load(job.request) for job in jobs]
+            originals = [image for image, _ in loaded] if images is None else images
+            originals = np.stack([covering(image, way.size) for image in originals])
+            clean = encode(pipeline.vae, self._split(originals))
+            if jobs[0].request.mask is not None:
+                masks = np.stack([covering(mask, way.size) for _, mask in loaded])
+                kept = Kept(clean, noise, self._split(np.stack([_latent_mask(mask, factor) for mask in masks])))
+        state = samplers.start(noise, way.steps, clean)
+        for parts, speaks, part in calls(self.settings, len(way.steps.t), guided, self.watch_every):
+            branch, text = pipeline.branch if speaks else None, texts[parts]
+            text = text if branch else replace(text, chinese=None)
+            configs = tuple(control.network.config for control in self.controls)
+            networks = Networks(pipeline.unet.config, branch and branch.config, pipeline.schedule, parts, configs)
+            params = {"unet": pipeline.unet.params, "controls": [control.network.params for control in self.controls]}
+            params |= {"branch": branch.params} if branch else {}
+            own = jax.tree.map(
+                partial(chunk, part=part), rows(self.settings, way.steps, parts, _residuals(pipeline), self.controls)
+            )
+            rescaling = np.float32(self.settings.guidance_rescale)
+            state = SamplerState(self._split(state.latents), self._split(state.memory, axis=1))
+            state, foreseen = denoise(networks, params, state, seeds, own, len(part), text, hints, rescaling, kept)
+            jax.block_until_ready(state)
+            report(part.stop)
+            if part.stop % self.watch_every == 0 and part.stop < len(way.steps.t):
+                self.watch(part.stop, np.asarray(foreseen)[:count])
+        pixels, finite = decode(pipeline.vae, state.latents)
+        for job, good in zip(jobs[:count], finite[:count], strict=True):
+            if not good:
+                raise UserError(
+                    f"the picture for {job.request.prompt or job.request.english!r} came out as NaN; "
+                    "try less guidance, other prompts, or weights in float32"
+                )
+        if masks is not None:
+            amount = masks[..., None].astype(np.float32) / 255
+            pixels = np.round(amount * pixels + (1 - amount) * originals).astype(np.uint8)
+        return pixels
+
+    def _split(self, tree, axis: int = 0):
+        """Arrays laid out over the devices, samples along `axis`."""
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec(*[None] * axis, "data")))
+
+
+def _ready(component: Component | None, size: tuple[int, int], mesh: Mesh) -> Component | None:
+    """A network as it draws fastest at latents of `size`: its parameters prepared, and on each of several devices.
+
+    Prepared filters take memory, up to as much as the network: it should have a third of the machine's at most.
+    """
+    if component is None:
+        return None
+    config, params = component
+    if isinstance(config, EncoderConfig | VAEConfig) and 3 * sum(x.nbytes for x in params.values()) < _memory():
+        params = prepare(config, params, size)
+    if mesh.size > 1:
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    return Component(config, params)
+
+
+def _memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
+def _floored(image: np.ndarray, factor: int) -> tuple[int, int]:
+    """(height, width) of an image, in whole latents."""
+    height, width = (side // factor * factor for side in image.shape[:2])
+    if not height or not width:
+        raise UserError(f"an image of {image.shape[1]}x{image.shape[0]} pixels is too small; give a size")
+    return height, width
 
 
 def _english(request: Request) -> Request:
@@ -171,177 +366,50 @@ def _english(request: Request) -> Request:
     return replace(request, prompt="", negative="", english=english, english_negative=negative)
 
 
-def _generate(
-    pipeline: BridgePipeline,
-    requests: list[Request],
-    table: Steps,
-    guidance: float,
-    size: tuple[int, int],
-    batch_size: int,
-    reference: bool,
-    progress: Progress,
-) -> Iterator[np.ndarray]:
-    if reference:
-        starts = range(0, len(requests), batch_size)
-        batches = [_jobs(pipeline, requests[begin : begin + batch_size], reference=True) for begin in starts]
-    else:
-        batches = _batches([_job(pipeline, request) for request in requests], batch_size)
-    rows = min(batch_size, len(requests))
-    steps = len(table.t)
-    progress(0, steps * len(batches))
-    for index, batch in enumerate(batches):
-        filled = batch + batch[-1:] * (rows - len(batch))
-        report = partial(_report, progress, index * steps, steps * len(batches))
-        latents = _latents(pipeline, filled, table, guidance, size, report)
-        pixels, finite = _decode(pipeline.vae.config, pipeline.vae.params, latents)
-        for job, picture, good in zip(batch, np.asarray(pixels), np.asarray(finite), strict=False):
-            if not good:
-                raise UserError(
-                    f"the picture for {job.request.prompt or job.request.english!r} came out as NaN; "
-                    "try less guidance, other prompts, or weights in float32"
-                )
-            yield picture
+def _residuals(pipeline: BridgePipeline) -> int:
+    """How many tensors a branch adds: one for every skip, one for the middle."""
+    return len(pipeline.unet.config.skip_channels) + 1
 
 
-def _report(progress: Progress, before: int, total: int, done: int) -> None:
-    progress(before + done, total)
+def _pairs(tokens: Tokens) -> list[Tokens]:
+    """Tokens of 2B prompts -> B times the tokens of two."""
+    halves = lambda x: [None] * (len(tokens.ids) // 2) if x is None else x.reshape(-1, 2, *x.shape[1:])  # noqa: E731
+    return [Tokens(*parts) for parts in zip(*map(halves, tokens), strict=True)]
 
 
-def _job(pipeline: BridgePipeline, request: Request) -> _Job:
-    (job,) = _jobs(pipeline, [request])
-    return job
+def _stack(pairs: list[Tokens], which: slice = slice(0, 2)) -> Tokens:
+    """Tokens (2,n,L) of B samples -> (B*U,n,L) of all, sample by sample."""
+    stack = lambda parts: None if parts[0] is None else np.concatenate([part[which] for part in parts])  # noqa: E731
+    return Tokens(*map(stack, zip(*pairs, strict=True)))
 
 
-def _jobs(pipeline: BridgePipeline, requests: list[Request], *, reference: bool = False) -> list[_Job]:
-    """Jobs whose prompts of one language all take as many windows as the longest."""
-    english = [text for request in requests for text in (request.english_negative, request.english)]
-    parts = _pairs(read(pipeline.tokenizer, english, reference=reference))
-    if pipeline.branch is not None:
-        chinese = [text for request in requests for text in (request.negative, request.prompt)]
-        parts += _pairs(read(pipeline.branch_tokenizer, chinese, reference=reference))
-    return [_Job(request, *pairs) for request, *pairs in zip(requests, *parts, strict=True)]
-
-
-def _pairs(tokens: Tokens) -> list[np.ndarray]:
-    """Ids and weights of 2B prompts, each (B, 2, windows, length)."""
-    return [part.reshape(-1, 2, *part.shape[1:]) for part in tokens]
+def _last(pair):
+    """The positive of two texts: arrays (B*2,...) -> (B,...)."""
+    return jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:])[:, 1], pair)
 
 
 def _batches(jobs: list[_Job], batch_size: int) -> list[list[_Job]]:
-    """Neighbours with as many windows go together: the windows of one prompt never change another's picture."""
-    groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job.windows)]
+    """Neighbours of one kind go together: the windows of one prompt never change another's picture."""
+    groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job.kind)]
     return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 
-def _latents(
-    pipeline: BridgePipeline,
-    jobs: list[_Job],
-    table: Steps,
-    guidance: float,
-    size: tuple[int, int],
-    report: Callable[[int], None],
-) -> jax.Array:
-    """All steps for one batch: clean latents (B,h,w,C)."""
-    one_english = all(job.one_english for job in jobs)
-    networks = _Networks(
-        pipeline.unet.config, pipeline.branch and pipeline.branch.config, pipeline.schedule, one_english
-    )
-    params = {"unet": pipeline.unet.params}
-    english = _stack([job.english for job in jobs]), _stack([job.english_weights for job in jobs])
-    english = [part[len(jobs) :] for part in english] if one_english else english
-    english = encode_tokens(*pipeline.text_encoder, Tokens(*english))
-    chinese = None
-    if pipeline.branch is not None:
-        params["branch"] = pipeline.branch.params
-        tokens = Tokens(_stack([job.chinese for job in jobs]), _stack([job.chinese_weights for job in jobs]))
-        chinese = encode_tokens(*pipeline.branch_text_encoder, tokens)
-    factor = pipeline.vae.config.factor
-    shape = (size[0] // factor, size[1] // factor, pipeline.unet.config.in_channels)
-    seeds = np.array([job.request.seed for job in jobs], np.uint32)
-    state = samplers.start(_noise(shape, seeds), table)
-    steps = len(table.t)
-    for begin in range(0, steps, STEPS_PER_CALL):
-        count = min(STEPS_PER_CALL, steps - begin)
-        rows = jax.tree.map(lambda column, begin=begin: _chunk(column, begin), table)
-        state = _denoise(networks, params, state, seeds, rows, count, english, chinese, np.float32(guidance))
-        jax.block_until_ready(state)
-        report(begin + count)
-    return state.latents
+def _load(request: Request) -> tuple[np.ndarray | None, np.ndarray | None]:
+    image, mask = request.image, request.mask
+    image = image if image is None or isinstance(image, np.ndarray) else read_picture(image)
+    return image, mask if mask is None or isinstance(mask, np.ndarray) else read_mask(mask)
 
 
-def _chunk(column: np.ndarray, begin: int) -> np.ndarray:
-    """STEPS_PER_CALL rows of a column of the table; after its end, any."""
-    return np.resize(column[begin : begin + STEPS_PER_CALL], (STEPS_PER_CALL, *column.shape[1:]))
+def _torch_noise(jobs: list[_Job], count: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """The reference's noise: one draw for a batch of `count`, channels first, from the first seed."""
+    height, width, channels = shape
+    drawn = randn(jobs[0].request.seed, (count, channels, height, width))
+    filled = np.concatenate([drawn, np.repeat(drawn[-1:], len(jobs) - count, axis=0)])
+    return np.moveaxis(filled, 1, -1)
 
 
-def _stack(pairs: list[np.ndarray]) -> np.ndarray:
-    """B arrays (2, n, L) -> (2B, n, L): all negatives, then all positives."""
-    return np.stack(pairs, axis=1).reshape(-1, *pairs[0].shape[1:])
-
-
-@partial(jax.jit, static_argnums=0)
-def _noise(shape: tuple[int, int, int], seeds: jax.Array) -> jax.Array:
-    """Seeds (B,) -> unit noise (B,h,w,C) fp32, each sample a function of its own seed."""
-    return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape, jnp.float32))(seeds)
-
-
-@partial(jax.jit, static_argnums=0)
-def _denoise(
-    networks: _Networks,
-    params: dict[str, Params],
-    state: SamplerState,
-    seeds: jax.Array,
-    rows: Steps,
-    count: jax.Array,
-    english: Conditioning,
-    chinese: Conditioning | None,
-    guidance: jax.Array,
-) -> SamplerState:
-    """The first `count` steps of `rows`. Texts are (2B,S,D), negatives first; `english` is (B,S,D) if one for both."""
-
-    def step(index: jax.Array, state: SamplerState) -> SamplerState:
-        row = jax.tree.map(lambda column: column[index], rows)
-        prediction = _predict(networks, params, state.latents, row.t, english, chinese)
-        negative, positive = jnp.split(prediction.astype(jnp.float32), 2)
-        noise = samplers.row_noise(seeds, row.row, state.latents.shape[1:])
-        return samplers.advance(state, classifier_free(negative, positive, guidance), row, noise)
-
-    rows = jax.tree.map(jnp.asarray, rows)
-    return jax.lax.fori_loop(0, count, step, state)
-
-
-def _predict(
-    networks: _Networks,
-    params: dict[str, Params],
-    latents: jax.Array,
-    t: jax.Array,
-    english: Conditioning,
-    chinese: Conditioning | None,
-) -> jax.Array:
-    """Latents (B,h,w,C) at timestep t () -> predictions (2B,h,w,C): for the negative prompts, then the positive."""
-    unet = bind(networks.unet, params["unet"])
-    latents = latents.astype(params["unet"]["conv_in.kernel"].dtype)
-    both, times = _twice(latents), jnp.broadcast_to(t, 2 * len(latents))
-    if networks.one_english:
-        skips, mid = _twice(unet.encode(latents, times[: len(latents)], english))
-        english = _twice(english)
-    else:
-        skips, mid = unet.encode(both, times, english)
-    if networks.branch is not None:
-        residuals: Residuals = bind(networks.branch, params["branch"])(both, times, chinese)
-        skips, mid = residuals.add_to(skips, mid)
-    return unet.decode(skips, mid, times, english)
-
-
-def _twice(tree):
-    """Every array of a tree, (B,...) -> (2B,...)."""
-    return jax.tree.map(lambda x: jnp.concatenate([x, x]), tree)
-
-
-@partial(jax.jit, static_argnums=0)
-def _decode(config: VAEConfig | TinyVAEConfig, params: Params, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Latents (B,h,w,C) -> pictures (B,H,W,3) uint8, and whether each has finite values only (B,)."""
-    latents = (latents / config.scaling_factor).astype(next(iter(params.values())).dtype)
-    images = bind(config, params).decode(latents).astype(jnp.float32)
-    finite = jnp.isfinite(images).all(axis=(1, 2, 3))
-    return jnp.round(jnp.clip(images, -1.0, 1.0) * 127.5 + 127.5).astype(jnp.uint8), finite
+def _latent_mask(mask: np.ndarray, factor: int) -> np.ndarray:
+    """(H,W) uint8 -> (h,w,1) fp32: a latent is drawn anew as far as the whitest of its pixels."""
+    height, width = (side // factor for side in mask.shape)
+    cells = mask.reshape(height, factor, width, factor).max(axis=(1, 3))
+    return cells[..., None].astype(np.float32) / 255

@@ -4,10 +4,12 @@ Folder: unet, vae, text_encoder, tokenizer, scheduler and, for a bridge, branch,
 with model_index.json beside them. Networks lie in safetensors under the names that diffusers and transformers read.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bdm_jax.components import KINDS, Component, choose, find, save_component
 from bdm_jax.diffusion import schedule as schedules
@@ -15,14 +17,19 @@ from bdm_jax.diffusion.schedule import Schedule
 from bdm_jax.errors import UserError
 from bdm_jax.models.config import TinyVAEConfig, VAEConfig, to_json
 from bdm_jax.paths import TOKENIZERS
+from bdm_jax.plugins.blend import add_difference, weighted_sum
+from bdm_jax.plugins.inversion import Embedding, add_embeddings
+from bdm_jax.plugins.lora import TARGETS, apply, load_lora
+from bdm_jax.plugins.spec import Spec
 from bdm_jax.text.tokenizer import Tokenizer
 from convert.files import read_json, write_json
 
-_NETWORKS = ("unet", "vae", "text_encoder")
+_BACKBONE_NETWORKS = ("unet", "vae", "text_encoder")
 _BRIDGE_NETWORKS = ("branch", "branch_text_encoder")
+NETWORKS = (*_BACKBONE_NETWORKS, *_BRIDGE_NETWORKS)
 _SCHEDULE = "scheduler_config.json"
 _INDEX = "model_index.json"
-_GUIDANCE = "_bdm_guidance"
+_GUIDANCE, _MASKED = "_bdm_guidance", "_bdm_masked"
 # For networks that come without their tokenizer: words -> (bundled folder, tokens in a window).
 _BUNDLED = {49408: (TOKENIZERS / "clip", 77), 21128: (TOKENIZERS / "chinese", 52)}
 
@@ -31,7 +38,8 @@ _BUNDLED = {49408: (TOKENIZERS / "clip", 77), 21128: (TOKENIZERS / "chinese", 52
 class BridgePipeline:
     """The components of one system. Without the three branch parts it is a bare backbone, which reads English only.
 
-    `guidance` is the scale that its pictures look best at, kept in model_index.json.
+    `guidance` is the scale that its pictures look best at, `masked` whether its branch was trained with the padding of
+    its prompts hidden; both are kept in model_index.json.
     """
 
     unet: Component
@@ -43,13 +51,14 @@ class BridgePipeline:
     branch_text_encoder: Component | None = None
     branch_tokenizer: Tokenizer | None = None
     guidance: float = 7.5
+    masked: bool = False
 
     def __post_init__(self):
         parts = {name: getattr(self, name) for name in (*_BRIDGE_NETWORKS, "branch_tokenizer")}
         missing = [name for name, part in parts.items() if part is None]
         if 0 < len(missing) < len(parts):
             raise UserError(f"a bridge needs {', '.join(parts)}; missing: {', '.join(missing)}")
-        for name in (*_NETWORKS, *_BRIDGE_NETWORKS):
+        for name in NETWORKS:
             component = getattr(self, name)
             if component is not None and not isinstance(component.config, KINDS[name]):
                 expected = " or ".join(kind.__name__ for kind in KINDS[name])
@@ -97,17 +106,62 @@ class BridgePipeline:
     ) -> None:
         """Write a folder that `from_pretrained` here and, component by component, diffusers' and transformers' read.
 
-        `metadata` goes into the header of every weights file.
+        `metadata` goes into the header of every weights file. Raises UserError, before anything is written, for a
+        system with added tokens (textual inversion), which such a folder cannot hold.
         """
         folder = Path(folder)
-        for name in (*_NETWORKS, *_BRIDGE_NETWORKS):
+        for tokenizer in (self.tokenizer, self.branch_tokenizer):
+            if tokenizer is not None and tokenizer.added:
+                names = ", ".join(tokenizer.added)
+                raise UserError(f"{folder}: the added tokens {names} cannot be saved; save the system without them")
+        for name in NETWORKS:
             if component := getattr(self, name):
                 save_component(folder / name, *component, dtype, metadata)
         for name in ("tokenizer", "branch_tokenizer"):
             if tokenizer := getattr(self, name):
                 tokenizer.save_pretrained(folder / name)
         write_json(folder / "scheduler" / _SCHEDULE, schedules.to_json(self.schedule))
-        write_json(folder / _INDEX, model_index(self.vae.config, self.guidance))
+        write_json(folder / _INDEX, model_index(self.vae.config, self.guidance, self.masked))
+
+    def with_loras(self, specs: Sequence[Spec], target: str | None = None) -> "BridgePipeline":
+        """This system with plug-ins of the LoRA family merged in (see `plugins.lora`); this one stays as it is.
+
+        All that are to act together are given at once: each changes the original weights. `target="branch"` has those
+        made for the UNet and its text tower change the branch and its own. Words that were trained along are added.
+        """
+        networks = {name: getattr(self, name).params for name in TARGETS if getattr(self, name) is not None}
+        uses = [(load_lora(spec.path, networks, target), spec.strength, spec.text_strength) for spec in specs]
+        changed = apply(networks, uses)
+        merged = replace(self, **{name: Component(getattr(self, name).config, changed[name]) for name in changed})
+        words = [Embedding(word, np.atleast_2d(rows)) for lora, *_ in uses for word, rows in lora.tokens.items()]
+        return merged.with_embeddings(words)
+
+    def with_embeddings(self, embeddings: Sequence[Embedding], tower: str = "text_encoder") -> "BridgePipeline":
+        """This system with words of textual inversion added to its English tower, or to "branch_text_encoder"."""
+        name = tower.replace("text_encoder", "tokenizer")
+        if getattr(self, tower) is None:
+            raise UserError(f"a bare backbone has no {tower} to add words to")
+        tokenizer, component = add_embeddings(getattr(self, name), getattr(self, tower), embeddings)
+        return replace(self, **{name: tokenizer, tower: component})
+
+    def with_blend(self, other: str | Path, weight: float, base: str | Path | None = None) -> "BridgePipeline":
+        """This system with its backbone's UNet and text tower blended with those of another model.
+
+        (1 - weight) of its own and weight of the other's; with `base`, weight times what the other has over the base is
+        added (see `plugins.blend`). Parts that the other lacks stay.
+        """
+        others, bases = (_parts(Path(path), None) if path else {} for path in (other, base))
+        blended = {}
+        for name in ("unet", "text_encoder"):
+            if name in others and (base is None or name in bases):
+                own, their = getattr(self, name), others[name].load()
+                if base is None:
+                    blended[name] = weighted_sum(own, their, weight, f"{other}: {name}")
+                else:
+                    blended[name] = add_difference(own, their, bases[name].load(), weight, f"{other}: {name}")
+        if not blended:
+            raise UserError(f"{other}: no UNet and no text tower to blend with")
+        return replace(self, **blended)
 
     def _check_widths(self) -> None:
         """Components that are each in order may still not belong together."""
@@ -137,11 +191,14 @@ class BridgePipeline:
             )
 
 
-def model_index(vae: VAEConfig | TinyVAEConfig, guidance: float = BridgePipeline.guidance) -> dict[str, Any]:
+def model_index(
+    vae: VAEConfig | TinyVAEConfig, guidance: float = BridgePipeline.guidance, masked: bool = BridgePipeline.masked
+) -> dict[str, Any]:
     """model_index.json; to diffusers, the backbone is a StableDiffusionPipeline, names with _ are nothing."""
     return {
         "_class_name": "StableDiffusionPipeline",
         _GUIDANCE: guidance,
+        **({_MASKED: True} if masked else {}),
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,
@@ -187,7 +244,7 @@ def _parts(model: Path, variant: str | None) -> _Parts:
         if prediction is None and "text_encoder" in found:  # a whole SD1.x model that says nothing predicts epsilon
             prediction = "epsilon"
         return {**parts, **({"scheduler": Schedule(prediction_type=prediction)} if prediction else {})}
-    names = (*_NETWORKS, *_BRIDGE_NETWORKS)
+    names = NETWORKS
     parts = {name: choose(find(model / name, variant), model / name, name) for name in names if (model / name).is_dir()}
     tokenizers = ("tokenizer", "branch_tokenizer")
     parts |= {name: model / name for name in tokenizers if (model / name).is_dir()}
@@ -195,12 +252,12 @@ def _parts(model: Path, variant: str | None) -> _Parts:
         parts["scheduler"] = load_schedule(model / "scheduler")
     if not parts:
         raise UserError(f"{model}: not a whole model folder; missing: {', '.join((*names, *tokenizers, 'scheduler'))}")
-    return {**parts, "guidance": _load_guidance(model / _INDEX)}
+    return {**parts, **_load_index(model / _INDEX)}
 
 
 def _replace_backbone(parts: _Parts, others: _Parts) -> _Parts:
     """The English half of `others` in place of that of `parts`; a text tower brings its tokenizer."""
-    english = {name: part for name, part in others.items() if not name.startswith("branch") and name != "guidance"}
+    english = {n: part for n, part in others.items() if not n.startswith("branch") and n not in ("guidance", "masked")}
     return {**parts, **english, "guidance": others.get("guidance", BridgePipeline.guidance)}
 
 
@@ -220,14 +277,15 @@ def _assemble(model: Path, parts: _Parts, dtype: str | None) -> BridgePipeline:
         name = tower.replace("text_encoder", "tokenizer")
         if tower in parts and name in parts and parts[name] is None:
             parts[name] = bundled_tokenizer(parts[tower].config().vocab_size)
-    names = (*_NETWORKS, "tokenizer", "scheduler")
+    names = (*_BACKBONE_NETWORKS, "tokenizer", "scheduler")
     bridge = (*_BRIDGE_NETWORKS, "branch_tokenizer")
     names += bridge if any(name in parts for name in bridge) else ()
     if missing := [name for name in names if parts.get(name) is None]:
         raise UserError(f"{model}: not a whole model folder; missing: {', '.join(missing)}")
-    made: dict[str, Any] = {"schedule": parts["scheduler"], "guidance": parts.get("guidance", BridgePipeline.guidance)}
+    made: dict[str, Any] = {key: parts[key] for key in ("guidance", "masked") if key in parts}
+    made["schedule"] = parts["scheduler"]
     for name in names:
-        if name in _NETWORKS or name in _BRIDGE_NETWORKS:
+        if name in NETWORKS:
             made[name] = parts[name].load(dtype)
         elif name != "scheduler":
             part = parts[name]
@@ -235,9 +293,12 @@ def _assemble(model: Path, parts: _Parts, dtype: str | None) -> BridgePipeline:
     return BridgePipeline(**made)
 
 
-def _load_guidance(path: Path) -> float:
-    """A folder that others made has no guidance of its own, perhaps not even the file."""
-    value = read_json(path).get(_GUIDANCE, BridgePipeline.guidance) if path.is_file() else BridgePipeline.guidance
-    if not isinstance(value, int | float):
-        raise UserError(f"{path}: {_GUIDANCE}={value!r} is not a number")
-    return float(value)
+def _load_index(path: Path) -> _Parts:
+    """A folder that others made has no settings of its own, perhaps not even the file."""
+    values = read_json(path) if path.is_file() else {}
+    guidance, masked = values.get(_GUIDANCE, BridgePipeline.guidance), values.get(_MASKED, False)
+    if not isinstance(guidance, int | float):
+        raise UserError(f"{path}: {_GUIDANCE}={guidance!r} is not a number")
+    if not isinstance(masked, bool):
+        raise UserError(f"{path}: {_MASKED}={masked!r} is neither true nor false")
+    return {"guidance": float(guidance), "masked": masked}

@@ -11,10 +11,11 @@ from transformers import CLIPTextModel
 
 from bdm_jax.data.captions import concepts
 from bdm_jax.data.records import decode_image, open_source
-from bdm_jax.generate import Request, generate
+from bdm_jax.generate import generate
 from bdm_jax.models.functional import bind
 from bdm_jax.paths import ASSETS, DEMO, EMOJI
 from bdm_jax.pipeline import BridgePipeline
+from bdm_jax.settings import Request
 from bdm_jax.text.encode import encode, tokenize
 
 MOST_BYTES = 60_000_000

@@ -37,8 +37,8 @@ def model(tmp_path, rows, pictures, monkeypatch):
     """A folder with training.json in front of the stand-in; `asked` keeps what it was asked."""
     asked = []
 
-    def generate(pipeline, requests, *, branch, **settings):
-        asked.extend((request, branch) for request in requests)
+    def generate(pipeline, requests, settings, *, batch_size):
+        asked.extend((request, not settings.bare) for request in requests)
         blank = np.full((128, 128, 3), 7, np.uint8)
         return (pictures.get(request.prompt or request.english, blank) for request in requests)
 

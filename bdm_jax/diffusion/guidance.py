@@ -1,12 +1,22 @@
 """Classifier-free guidance (Ho & Salimans 2021) and its rescaling (Lin et al. 2023)."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
 
-def classifier_free(unconditional: jax.Array, conditional: jax.Array, scale: jax.Array | float) -> jax.Array:
-    """Away from the prediction for the negative prompts, towards that for the positive: u + scale (c - u)."""
-    return unconditional + scale * (conditional - unconditional)
+def guide(predictions: Sequence[jax.Array], scales: Sequence[jax.Array | float]) -> jax.Array:
+    """Predictions for ever more of the text -> the guided one: p0 + s1 (p1 - p0) + s2 (p2 - p1).
+
+    Of two, (negative, positive), that is classifier-free guidance. Of three, (both negative, English positive, both
+    positive), each language has its own scale, and equal scales are guidance by both at once (as InstructPix2Pix has it
+    for picture and text, 2211.09800, eq. 3). One prediction is itself.
+    """
+    guided = predictions[0]
+    for before, after, scale in zip(predictions[:-1], predictions[1:], scales, strict=True):
+        guided = guided + scale * (after - before)
+    return guided
 
 
 def rescale(guided: jax.Array, conditional: jax.Array, amount: jax.Array | float) -> jax.Array:

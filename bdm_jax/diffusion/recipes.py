@@ -3,7 +3,8 @@
 A recipe is written as the sampler's own step, on symbols: `LATENTS`, `MEMORY`, `PREDICTION` and `NOISE` are unit
 vectors, so what a step returns is the matrix that does it. Latents always have the variance that the network was
 trained with, x = alpha x0 + sigma noise; the papers' and diffusers' variance-exploding samplers hold x / alpha, whose
-noise is `k` = sigma / alpha. A table takes the trajectory of the diffusers scheduler that its recipe names, and a
+noise is `k` = sigma / alpha. With `begin`, the first steps are left out: a picture that is noised to that level is
+drawn from there (img2img). A table takes the trajectory of the diffusers scheduler that its recipe names, and a
 comment says where that is a quirk.
 """
 
@@ -36,25 +37,25 @@ class Steps:
     matrix: jax.Array  # (N,4,6) fp32: (latents, memory) from (latents, memory, prediction, noise)
 
 
-def ddim(schedule: Schedule, count: int, spacing: str = "leading") -> Steps:
+def ddim(schedule: Schedule, count: int, spacing: str = "leading", begin: int = 0) -> Steps:
     """DDIM with eta 0 (Song et al. 2021; diffusers' DDIMScheduler, without clipping)."""
     at, stride = _trained(schedule), schedule.num_train_timesteps // count
     rows = []
-    for t in _timesteps(schedule, count, spacing).round():
+    for t in _timesteps(schedule, count, spacing).round()[begin:]:
         x0, noise = _meaning(schedule, *at(t))
         alpha_to, sigma_to = at(t - stride)  # diffusers' stride under every spacing, though only "leading" has it
         rows.append((t, *at(t), [alpha_to * x0 + sigma_to * noise]))
     return _table(rows)
 
 
-def ddpm(schedule: Schedule, count: int, spacing: str = "leading") -> Steps:
+def ddpm(schedule: Schedule, count: int, spacing: str = "leading", begin: int = 0) -> Steps:
     """Ancestral sampling with the smaller variance (Ho et al. 2020; diffusers' DDPMScheduler, without clipping)."""
     at = _trained(schedule)
-    times = _timesteps(schedule, count, spacing).round()
+    times = _timesteps(schedule, count, spacing).round()[begin:]
     rows = []
     for i, t in enumerate(times):
         alpha, sigma = at(t)
-        alpha_to, sigma_to = at(times[i + 1]) if i + 1 < count else (1.0, 0.0)
+        alpha_to, sigma_to = at(times[i + 1]) if i + 1 < len(times) else (1.0, 0.0)
         x0, _ = _meaning(schedule, alpha, sigma)
         kept = alpha / alpha_to
         beta = 1 - kept**2
@@ -63,13 +64,13 @@ def ddpm(schedule: Schedule, count: int, spacing: str = "leading") -> Steps:
     return _table(rows)
 
 
-def pndm(schedule: Schedule, count: int, spacing: str = "leading") -> Steps:
+def pndm(schedule: Schedule, count: int, spacing: str = "leading", begin: int = 0) -> Steps:
     """Pseudo linear multistep, "PLMS" (Liu et al. 2022; diffusers' PNDMScheduler with skip_prk_steps): count + 1 rows.
 
     The second row takes the first step again, with the mean of its two ends.
     """
     at, stride = _trained(schedule, _NEARLY_ZERO), schedule.num_train_timesteps // count
-    times = _timesteps(schedule, count, spacing).round()
+    times = _timesteps(schedule, count, spacing).round()[begin:]
     v = schedule.prediction_type == "v_prediction"  # diffusers averages v itself and turns it into noise afterwards
     rows = []
     for i, t in enumerate([*times[:2], *times[1:]]):
@@ -91,7 +92,7 @@ def pndm(schedule: Schedule, count: int, spacing: str = "leading") -> Steps:
     return _table(rows)
 
 
-def lcm(schedule: Schedule, count: int) -> Steps:
+def lcm(schedule: Schedule, count: int, begin: int = 0) -> Steps:
     """Latent consistency models (Luo et al. 2023; diffusers' LCMScheduler): to the clean latents and back to less
     noise, at the timesteps that the model was distilled at.
     """
@@ -99,26 +100,28 @@ def lcm(schedule: Schedule, count: int) -> Steps:
     if count > distilled:
         raise UserError(f"lcm takes at most {distilled} steps, as many as it was distilled at; {count} were asked for")
     known = np.arange(distilled, 0, -1) * (schedule.num_train_timesteps // distilled) - 1
-    times = known[np.floor(np.linspace(0, distilled, count, endpoint=False)).astype(int)]
+    times = known[np.floor(np.linspace(0, distilled, count, endpoint=False)).astype(int)][begin:]
     rows = []
     for i, t in enumerate(times):
         x0, _ = _meaning(schedule, *at(t))
         far = 10.0 * t / 0.5
         clean = far / np.sqrt(far**2 + 1) * x0 + LATENTS / (far**2 + 1)
-        alpha_to, sigma_to = at(times[i + 1]) if i + 1 < count else (1.0, 0.0)
+        alpha_to, sigma_to = at(times[i + 1]) if i + 1 < len(times) else (1.0, 0.0)
         rows.append((t, *at(t), [alpha_to * clean + sigma_to * NOISE]))
     return _table(rows)
 
 
-def euler(schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None) -> Steps:
+def euler(
+    schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None, begin: int = 0
+) -> Steps:
     """Euler (Karras et al. 2022; diffusers' EulerDiscreteScheduler)."""
-    grid = _grid(schedule, count, spacing, sigmas)
+    grid = _grid(schedule, count, spacing, sigmas, begin=begin)
     return grid.table([[grid.alpha[i + 1] * (x0 + grid.k[i + 1] * noise)] for i, x0, noise in grid.steps()])
 
 
-def euler_ancestral(schedule: Schedule, count: int, spacing: str = "linspace") -> Steps:
+def euler_ancestral(schedule: Schedule, count: int, spacing: str = "linspace", begin: int = 0) -> Steps:
     """Euler with fresh noise in every step (diffusers' EulerAncestralDiscreteScheduler)."""
-    grid = _grid(schedule, count, spacing)
+    grid = _grid(schedule, count, spacing, begin=begin)
     matrices = []
     for i, x0, noise in grid.steps():
         down, up = _ancestral(grid.k[i], grid.k[i + 1])
@@ -126,9 +129,9 @@ def euler_ancestral(schedule: Schedule, count: int, spacing: str = "linspace") -
     return grid.table(matrices)
 
 
-def lms(schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None) -> Steps:
+def lms(schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None, begin: int = 0) -> Steps:
     """Linear multistep of order 4 (diffusers' LMSDiscreteScheduler): the noise as a polynomial in k, integrated."""
-    grid = _grid(schedule, count, spacing, sigmas)
+    grid = _grid(schedule, count, spacing, sigmas, begin=begin)
     nodes, weights = np.polynomial.legendre.leggauss(2)  # exact for the cubic
     matrices = []
     for i, _, noise in grid.steps():
@@ -144,14 +147,14 @@ def lms(schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str |
     return grid.table(matrices)
 
 
-def heun(schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None) -> Steps:
+def heun(schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None, begin: int = 0) -> Steps:
     """Heun (Karras et al. 2022; diffusers' HeunDiscreteScheduler): every step but the last evaluates both ends."""
-    grid = _grid(schedule, count, spacing, sigmas)
+    grid = _grid(schedule, count, spacing, sigmas, begin=begin)
     rows = []
     for i, x0, noise in grid.steps():
         alpha_to, sigma_to = grid.alpha[i + 1], grid.sigma[i + 1]
         rows.append((grid.t[i], grid.alpha[i], grid.sigma[i], [alpha_to * x0 + sigma_to * noise, LATENTS, noise]))
-        if i + 1 < count:
+        if i + 1 < len(grid.t):
             _, there = _meaning(schedule, alpha_to, sigma_to)
             mean = (MEMORY[1] + there) / 2
             back = alpha_to * (MEMORY[0] / grid.alpha[i] + (grid.k[i + 1] - grid.k[i]) * mean)
@@ -166,16 +169,17 @@ def dpmpp_2m(
     sigmas: str | None = None,
     stochastic: bool = False,
     final_sigma_zero: bool = True,
+    begin: int = 0,
 ) -> Steps:
     """DPM-Solver++ 2M, midpoint (Lu et al. 2022; diffusers' DPMSolverMultistepScheduler); `stochastic` is its
     "sde-dpmsolver++".
 
     `final_sigma_zero=False` ends at the sigma of timestep 0 as diffusers 0.24 did, and with it BDM's reference.
     """
-    grid = _grid(schedule, count, spacing, sigmas, solver=True, final_sigma_zero=final_sigma_zero)
+    grid = _grid(schedule, count, spacing, sigmas, solver=True, final_sigma_zero=final_sigma_zero, begin=begin)
     matrices = []
     for i, x0, _ in grid.steps():
-        first_order = i == 0 or (i == count - 1 and (final_sigma_zero or count < 15))
+        first_order = i == 0 or (i == len(grid.t) - 1 and (final_sigma_zero or count < 15))
         kept = grid.k[i + 1] / grid.k[i]
         slope = 0.0
         if not first_order:
@@ -189,16 +193,18 @@ def dpmpp_2m(
     return grid.table(matrices)
 
 
-def dpmpp_sde(schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None) -> Steps:
+def dpmpp_sde(
+    schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None, begin: int = 0
+) -> Steps:
     """DPM-Solver++ SDE, two evaluations per step (k-diffusion; diffusers' DPMSolverSDEScheduler).
 
     Its noise is one Brownian path: that of a whole step contains that of its first half.
     """
-    grid = _grid(schedule, count, spacing, sigmas)
+    grid = _grid(schedule, count, spacing, sigmas, begin=begin)
     rows = []
     for i, x0, noise in grid.steps():
         here, k, k_to = (grid.t[i], grid.alpha[i], grid.sigma[i]), grid.k[i], grid.k[i + 1]
-        if i + 1 == count:
+        if i + 1 == len(grid.t):
             rows.append((*here, [x0]))
             break
         k_mid = np.sqrt(k * k_to)
@@ -213,11 +219,13 @@ def dpmpp_sde(schedule: Schedule, count: int, spacing: str = "linspace", sigmas:
     return _table(rows, grid.initial)
 
 
-def unipc(schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None) -> Steps:
+def unipc(
+    schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None, begin: int = 0
+) -> Steps:
     """UniPC of order 2, "bh2" (Zhao et al. 2023; diffusers' UniPCMultistepScheduler): each evaluation first corrects
     the step that led to it, then predicts the next.
     """
-    grid = _grid(schedule, count, spacing, sigmas, solver=True)
+    grid = _grid(schedule, count, spacing, sigmas, solver=True, begin=begin)
     log_snr = -np.log(grid.k[:-1])
     before, before_that, corrected = MEMORY
     order, matrices = 0, []
@@ -235,7 +243,7 @@ def unipc(schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str
                 old, new = np.linalg.solve([[1.0, 1.0], [r, 1.0]], [phi_1 / first, 2 * phi_2 / first])
                 change = old * (before_that - before) / r + new * (x0 - before)
             latents = grid.sigma[i] / grid.sigma[i - 1] * corrected - grid.alpha[i] * first * (before + change)
-        order = min(2, count - i, i + 1)
+        order = min(2, len(grid.t) - i, i + 1)
         kept = grid.k[i + 1] / grid.k[i]
         slope = 0.0 if order == 1 else (x0 - before) * np.log(kept) / np.log(grid.k[i] / grid.k[i - 1])
         ahead = grid.sigma[i + 1] / grid.sigma[i] * latents + grid.alpha[i + 1] * (1 - kept) * (x0 + slope / 2)
@@ -280,6 +288,7 @@ def _grid(
     sigmas: str | None = None,
     solver: bool = False,
     final_sigma_zero: bool = True,
+    begin: int = 0,
 ) -> _Grid:
     """`solver`: the way of diffusers' DPM-Solver and UniPC, otherwise that of its k-diffusion samplers."""
     known = _known(schedule)
@@ -299,7 +308,7 @@ def _grid(
             t = t.round() if sigmas == "karras" else np.floor(t)
     # diffusers begins "linspace" and "trailing" with sigma times the noise, as if there were no picture in it
     initial = 1.0 if solver or spacing == "leading" else _alpha_sigma(k[0])[1]
-    return _Grid(schedule, t, np.append(k, 0.0 if final_sigma_zero else known[0]), initial)
+    return _Grid(schedule, t[begin:], np.append(k, 0.0 if final_sigma_zero else known[0])[begin:], initial)
 
 
 def _timesteps(schedule: Schedule, count: int, spacing: str, solver: bool = False) -> np.ndarray:

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from bdm_jax.diffusion import recipes
 from bdm_jax.diffusion.recipes import MEMORY, SPACINGS, Steps
-from bdm_jax.diffusion.schedule import Schedule
 
 
 @jax.tree_util.register_dataclass
@@ -29,9 +28,10 @@ class SamplerState:
     memory: jax.Array
 
 
-def start(noise: jax.Array, steps: Steps) -> SamplerState:
-    """Unit noise (B,H,W,C) -> the state before the first row of the table."""
-    return SamplerState(steps.initial[0] * noise, jnp.zeros((len(MEMORY), *noise.shape), noise.dtype))
+def start(noise: jax.Array, steps: Steps, clean: jax.Array | None = None) -> SamplerState:
+    """Unit noise (B,H,W,C), perhaps with the clean latents of a picture -> the state before the first row."""
+    latents = steps.initial[0] * noise if clean is None else steps.alpha[0] * clean + steps.sigma[0] * noise
+    return SamplerState(latents, jnp.zeros((len(MEMORY), *noise.shape), noise.dtype))
 
 
 def advance(state: SamplerState, prediction: jax.Array, row: Steps, noise: jax.Array) -> SamplerState:
@@ -53,7 +53,7 @@ def row_noise(seeds: jax.Array, row: jax.Array, shape: tuple[int, ...]) -> jax.A
     return jax.vmap(one)(seeds)
 
 
-Sampler = Callable[[Schedule, int], Steps]
+Sampler = Callable[..., Steps]  # (schedule, steps, spacing=..., begin=...)
 
 
 class Samplers(Mapping[str, Sampler]):

@@ -21,7 +21,7 @@ from bdm_jax.text.windows import MAX_WINDOWS
 from convert.embeddings import read_embeddings
 from convert.files import shown
 
-_TABLES = {
+TABLES = {
     CLIPTextConfig: "text_model.embeddings.token_embedding.embedding",
     RobertaConfig: "embeddings.word_embeddings.embedding",
 }
@@ -65,9 +65,9 @@ def add_embeddings(
     if not embeddings:
         return tokenizer, component
     config, params = component
-    if type(config) not in _TABLES:
+    if type(config) not in TABLES:
         raise UserError(f"embeddings are for text towers, not for a {type(config).__name__}")
-    path, most = _TABLES[type(config)], MAX_WINDOWS * (tokenizer.length - 2)
+    path, most = TABLES[type(config)], MAX_WINDOWS * (tokenizer.length - 2)
     table, rows, tokens = params[path], [], {}
     size = config.vocab_size
     for token, vectors in embeddings:

@@ -1,10 +1,10 @@
-"""How a plug-in is named on the command line; read before JAX is loaded."""
+"""How plug-ins are named on the command line; read before JAX is loaded."""
 
 import math
 from pathlib import Path
 from typing import NamedTuple
 
-from bdm_jax.errors import UserError
+from bdm_jax.errors import UserError, unknown
 
 
 class Spec(NamedTuple):
@@ -29,6 +29,44 @@ def parse_spec(text: str) -> Spec:
         raise UserError(f"{text!r}: write it as FILE, FILE:STRENGTH or FILE:STRENGTH:TEXT_STRENGTH, numbers finite")
     strength, text_strength = (strengths + strengths + [1.0, 1.0])[:2]
     return Spec(Path(path), strength, text_strength)
+
+
+def parse_blend(text: str) -> tuple[Path, Path | None, float]:
+    """`OTHER:0.3` or `OTHER,BASE:0.3` -> the models and the weight. Raises UserError."""
+    paths, _, weight = text.rpartition(":")
+    other, _, base = paths.partition(",")
+    value = _number(weight)
+    if not other or value is None or not math.isfinite(value):
+        raise UserError(f"blend {text!r}: write it as MODEL:WEIGHT, or MODEL,BASE:WEIGHT to add a difference")
+    return Path(other), Path(base) if base else None, value
+
+
+def parse_embedding(text: str) -> tuple[Path, str | None]:
+    """`FILE` or `FILE=TOKEN`, where the token is to be another than the file's own."""
+    path, equals, token = text.partition("=")
+    if not path or (equals and not token):
+        raise UserError(f"embedding {text!r}: write it as FILE, or FILE=TOKEN")
+    return Path(path), token or None
+
+
+def parse_control(text: str) -> tuple[Path, Path, dict[str, str | float]]:
+    """`NETWORK,MAP[,strength=0.8][,start=0][,end=0.6][,from=canny]` -> the two paths and what is set.
+
+    Raises UserError for what is no such setting, or no number where one is needed.
+    """
+    network, *rest = text.split(",")
+    paths = [part for part in rest if "=" not in part]
+    if not network or len(paths) != 1 or not paths[0]:
+        raise UserError(f"control {text!r}: write it as NETWORK,MAP[,strength=1][,start=0][,end=1][,from=canny]")
+    values: dict[str, str | float] = {}
+    for key, _, value in (part.partition("=") for part in rest if "=" in part):
+        if key not in ("strength", "start", "end", "from"):
+            raise unknown("setting of a control", key, ("strength", "start", "end", "from"))
+        number = _number(value)
+        if key != "from" and number is None:
+            raise UserError(f"control {text!r}: {key}={value} is not a number")
+        values[key] = value if key == "from" else number
+    return Path(network), Path(paths[0]), values
 
 
 def _number(text: str) -> float | None:

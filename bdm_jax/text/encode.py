@@ -1,6 +1,7 @@
 """Prompts to `Conditioning`, through their grammar, a tokenizer and its text tower."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -21,14 +22,16 @@ NEAR_ZERO = 0.01  # a smaller part of the mean magnitude is what the mean of so 
 class Tokens(NamedTuple):
     """Prompts as a tower reads them.
 
-    ids: (B, n, length) int32. weights: of the same shape, float32; 1 at start, end and padding.
+    ids: (B, n, length) int32. weights: of the same shape, float32; 1 at start, end and padding. mask: of the same
+    shape, bool, False at padding that must not be seen; None sees all.
     """
 
     ids: np.ndarray
     weights: np.ndarray
+    mask: np.ndarray | None = None
 
 
-def read(tokenizer: Tokenizer, prompts: Sequence[str], *, reference: bool = False) -> Tokens:
+def read(tokenizer: Tokenizer, prompts: Sequence[str], *, reference: bool = False, masked: bool = False) -> Tokens:
     """Prompts with weights (see `grammar`) -> tokens; all take the n <= 5 windows that the longest needs.
 
     Each segment of equal weight is tokenized on its own. Positive and negative prompts of one picture go in together,
@@ -38,6 +41,7 @@ def read(tokenizer: Tokenizer, prompts: Sequence[str], *, reference: bool = Fals
     Args:
       reference: do as BDM's reference implementation: its smaller grammar, and weights in Chinese prompts (those of a
         BERT tokenizer) have no effect.
+      masked: hide the padding (for a BERT tokenizer, whose padding is a token of its own).
     """
     parsed = [parse(prompt, reference=reference) for prompt in prompts]
     segments = [(prompt, s.text) for prompt, parts in zip(prompts, parsed, strict=True) for part in parts for s in part]
@@ -54,7 +58,7 @@ def read(tokenizer: Tokenizer, prompts: Sequence[str], *, reference: bool = Fals
         ids[row] = tokenizer.fit(prompt, [[id_ for id_, _ in window] for window in content], n)
         factors = [[weight for _, weight in window] for window in content]
         weights[row] = split(factors, n, tokenizer.length, 1.0, 1.0, 1.0, np.float32)
-    return Tokens(ids, weights)
+    return Tokens(ids, weights, ids != tokenizer.pad if masked else None)
 
 
 def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], *, reference: bool = False) -> np.ndarray:
@@ -63,23 +67,29 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], *, reference: bool = 
 
 
 @partial(jax.jit, static_argnums=0)
-def encode_ids(config: CLIPTextConfig | RobertaConfig, params: Params, ids: jax.Array) -> Conditioning:
-    """Ids (B, n, length) -> states (B, n * (length - 2) + 2, D).
+def encode_ids(
+    config: CLIPTextConfig | RobertaConfig, params: Params, ids: jax.Array, mask: jax.Array | None = None
+) -> Conditioning:
+    """Ids (B, n, length) -> states (B, n * (length - 2) + 2, D), with a mask if one (B, n, length) is given.
 
-    Padding is read like any token (no mask): the published weights live with that.
+    Without, padding is read like any token: the published weights live with that. Only a RoBERTa tower takes one.
     """
     batch, windows, length = ids.shape
-    states = bind(config, params)(ids.reshape(batch * windows, length))
-    return Conditioning(join(states.reshape(batch, windows, length, -1)))
+    rows = ids.reshape(batch * windows, length)
+    masks = () if mask is None else (mask.reshape(rows.shape),)
+    states = bind(config, params)(rows, *masks)
+    seen = None if mask is None else join(mask[..., None])[..., 0]
+    return Conditioning(join(states.reshape(batch, windows, length, -1)), seen)
 
 
-@jax.jit
-def weigh(cond: Conditioning, weights: jax.Array) -> Conditioning:
+@partial(jax.jit, static_argnames="guarded")
+def weigh(cond: Conditioning, weights: jax.Array, guarded: bool = True) -> Conditioning:
     """States (B, S, D) of windows times their tokens' weights (B, n, length), S = n * (length - 2) + 2.
 
     Each sample is then rescaled so that its mean over tokens and channels is what it was, as the reference does. It
     stays unscaled where that has no meaning: where the mean before or after is less than NEAR_ZERO of the mean
-    magnitude, or changes its sign. A sample whose weights are all 1 stays as it is, bit for bit. Means are fp32.
+    magnitude, or changes its sign (not where `guarded` is False: the reference divides by whatever there is). A sample
+    whose weights are all 1 stays as it is, bit for bit. Means are fp32.
     """
     factors = join(weights[..., None])
     states = cond.tokens.astype(jnp.float32)
@@ -87,18 +97,32 @@ def weigh(cond: Conditioning, weights: jax.Array) -> Conditioning:
     before, after = _mean(states), _mean(weighted)
     sound = (jnp.abs(before) > NEAR_ZERO * _mean(jnp.abs(states))) & (before * after > 0)
     sound &= jnp.abs(after) > NEAR_ZERO * _mean(jnp.abs(weighted))
-    weighted *= jnp.where(sound, before / jnp.where(sound, after, 1.0), 1.0)
+    weighted *= jnp.where(sound, before / jnp.where(sound, after, 1.0), 1.0) if guarded else before / after
     plain = (factors == 1).all(axis=1, keepdims=True)
     return Conditioning(jnp.where(plain, cond.tokens, weighted.astype(cond.tokens.dtype)), cond.mask)
 
 
-def encode_tokens(config: CLIPTextConfig | RobertaConfig, params: Params, tokens: Tokens) -> Conditioning:
+def encode_tokens(
+    config: CLIPTextConfig | RobertaConfig,
+    params: Params,
+    tokens: Tokens,
+    *,
+    layer: int = 1,
+    reference: bool = False,
+) -> Conditioning:
     """Tokens -> weighted states (B, n * (length - 2) + 2, D).
 
     Two programs, so that the tower's is the same with and without weights, and unweighted prompts need only that.
+
+    Args:
+      layer: whose states to take, counted from the last (1); CLIP's final norm follows it ("clip skip" of web UIs).
+      reference: rescale weighted states unguarded.
     """
-    cond = encode_ids(config, params, tokens.ids)
-    return weigh(cond, tokens.weights) if (tokens.weights != 1).any() else cond
+    config = replace(config, num_hidden_layers=config.num_hidden_layers + 1 - layer)
+    cond = encode_ids(config, params, tokens.ids, tokens.mask)
+    if not (tokens.weights != 1).any():
+        return cond
+    return weigh(cond, tokens.weights, guarded=not reference)
 
 
 def encode(

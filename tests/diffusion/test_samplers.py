@@ -1,6 +1,7 @@
 """Whole sampling trajectories against diffusers' schedulers, around a small nonlinear model and on the same noise."""
 
 import importlib
+import itertools
 import sys
 import types
 from functools import partial
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from bdm_jax.diffusion import samplers
-from bdm_jax.diffusion.guidance import classifier_free, rescale
+from bdm_jax.diffusion.guidance import guide, rescale
 from bdm_jax.diffusion.recipes import dpmpp_2m
 from bdm_jax.diffusion.samplers import SAMPLERS
 from bdm_jax.diffusion.schedule import Schedule, to_json
@@ -47,6 +48,9 @@ DEFAULT_SPACING = {name: "leading" if name in ("ddim", "ddpm", "pndm", "lcm") el
 WITHOUT = {("pndm", "sample"), ("euler-a", "sample"), ("dpmpp-sde", "sample")}  # diffusers refuses them
 TRAJECTORIES = sorted({(n, kind) for n in SCHEDULERS for kind in ("epsilon", "v_prediction", "sample")} - WITHOUT)
 ZERO_SNR = ("ddim", "ddpm", "lcm", "euler", "euler-a", "dpmpp-2m", "dpmpp-2m-sde", "unipc")
+# There diffusers' pndm leaves out a step (its timesteps lack the doubled one), its lms weighs a history that it does not
+# have (of order 4 from the first step on), and its lcm spaces the timesteps anew.
+NOT_OVER_A_PICTURE = ("pndm", "lms", "lcm")
 SIGMAS = [name for name in SAMPLERS if name.endswith(("-karras", "-exponential"))]
 
 
@@ -71,21 +75,27 @@ class Theirs:
         del config["_class_name"]
         self.scheduler = getattr(module, cls).from_config(config)
 
-    def trajectory(self, model, noise, count, noises):
-        """Timesteps, and latents of unit variance after each evaluation."""
+    def trajectory(self, model, noise, count, noises, begin=0, clean=None):
+        """Timesteps, and latents of unit variance after each evaluation; from `begin` on where `clean` is given."""
         scheduler = self.scheduler
         scheduler.set_timesteps(count)
         if scheduler.config.get("use_exponential_sigmas") and not self.exploding:
             assert 998 <= scheduler.timesteps[0] <= 999  # 999 - 1e-5, cut: the only timestep that is not diffusers'
             scheduler.timesteps[0] = 999
-        x, latents = torch.from_numpy(noise) * scheduler.init_noise_sigma, []
-        for i, t in enumerate(scheduler.timesteps):
+        x, latents, timesteps = torch.from_numpy(noise) * scheduler.init_noise_sigma, [], scheduler.timesteps
+        if clean is not None:  # as diffusers' img2img pipelines
+            begin *= scheduler.order
+            timesteps = timesteps[begin:]
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(begin)
+            x = scheduler.add_noise(torch.from_numpy(clean), torch.from_numpy(noise), timesteps[:1])
+        for i, t in enumerate(timesteps):
             self.noise = noises[i]
             scaled = scheduler.scale_model_input(x, t)
             prediction = torch.from_numpy(model(scaled.numpy().astype(np.float32), float(t)))
             x = scheduler.step(prediction, t, x).prev_sample.float()
             latents.append(x.numpy() * (self._alpha(scheduler.step_index) if self.exploding else 1.0))
-        return scheduler.timesteps.numpy(), np.stack(latents)
+        return timesteps.numpy(), np.stack(latents)
 
     def _alpha(self, index):
         sigma = float(self.scheduler.sigmas[index])
@@ -109,9 +119,9 @@ class BrownianPath:
         return torch.from_numpy((self.path[key] - self.path[round(begin, 5)]) / np.float32(np.sqrt(begin - end)))
 
 
-def our_trajectory(sampler, schedule, model, noise, count, noises):
-    steps = sampler(schedule, count)
-    state, latents = samplers.start(noise, steps), []
+def our_trajectory(sampler, schedule, model, noise, count, noises, begin=0, clean=None):
+    steps = sampler(schedule, count, begin=begin)
+    state, latents = samplers.start(noise, steps, clean), []
     for i in range(len(steps.t)):
         row = jax.tree.map(lambda column, i=i: column[i], steps)
         state = _advance(state, model(np.asarray(state.latents), float(row.t)), row, noises[i])
@@ -130,18 +140,19 @@ def model(x, t):
     )
 
 
-def worst(sampler, theirs, schedule, counts, rng):
-    """Largest difference over the counts, of the largest latent."""
+def worst(sampler, theirs, schedule, counts, rng, begins=(0,)):
+    """Largest difference over the counts, of the largest latent; a `begin` above 0 draws over a picture."""
     found = []
-    for count in counts:
+    for count, begin in itertools.product(counts, begins):
         noise = rng.standard_normal(SHAPE, dtype=np.float32)
         noises = rng.standard_normal((2 * count + 1, *SHAPE), dtype=np.float32)
-        expected_t, expected = theirs.trajectory(model, noise, count, noises)
-        t, actual = our_trajectory(sampler, schedule, model, noise, count, noises)
+        clean = rng.standard_normal(SHAPE, dtype=np.float32) if begin else None
+        expected_t, expected = theirs.trajectory(model, noise, count, noises, begin, clean)
+        t, actual = our_trajectory(sampler, schedule, model, noise, count, noises, begin, clean)
         np.testing.assert_allclose(t, expected_t, atol=2e-3)  # k-diffusion's are interpolated in fp32
         assert np.isfinite(actual).all() and actual.shape == expected.shape
         found.append(np.abs(actual - expected).max() / np.abs(expected).max())
-    print(", ".join(f"{count} steps: {value:.1e}" for count, value in zip(counts, found, strict=True)))
+    print(", ".join(f"{value:.1e}" for value in found))
     return max(found)
 
 
@@ -164,6 +175,25 @@ def test_timestep_spacings_equal_diffusers(name, spacing, rng, monkeypatch):
     schedule = Schedule()
     theirs = Theirs(name, schedule, monkeypatch, spacing)
     assert worst(SAMPLERS[f"{name}-{spacing}"], theirs, schedule, (1, 2, 7, 20), rng) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name not in NOT_OVER_A_PICTURE])
+def test_drawing_over_a_picture_equals_diffusers(name, rng, monkeypatch):
+    schedule = Schedule()
+    theirs = Theirs(name, schedule, monkeypatch)
+    assert worst(SAMPLERS[name], theirs, schedule, (7, 20), rng, begins=(1, 3, 6)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", NOT_OVER_A_PICTURE)
+def test_drawing_over_a_picture_keeps_to_its_path_where_that_is_foreseen(name, rng):
+    """A model that always foresees the picture sees it with ever less of the same noise; lcm draws the noise anew."""
+    clean, noise = rng.standard_normal((2, *SHAPE), dtype=np.float32)
+    schedule = Schedule(prediction_type="sample")
+    nothing = np.zeros((10, *SHAPE), np.float32)
+    _, latents = our_trajectory(SAMPLERS[name], schedule, lambda x, t: clean, noise, 9, nothing, 4, clean)
+    squared = schedule.alphas_cumprod[0] if name == "pndm" else 1.0  # it ends at the schedule's own last timestep
+    expected = np.sqrt(squared) * clean + np.sqrt(1 - squared) * noise
+    np.testing.assert_allclose(latents[-1], expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ZERO_SNR)
@@ -280,9 +310,9 @@ def test_lcm_takes_no_more_steps_than_it_was_distilled_at():
 
 def test_guidance_of_one_is_the_positive_prompt_and_more_goes_beyond_it(rng):
     negative, positive = rng.standard_normal((2, 2, 3, 3, 4), dtype=np.float32)
-    np.testing.assert_allclose(classifier_free(negative, positive, 1.0), positive, atol=1e-6)
+    np.testing.assert_allclose(guide([negative, positive], [1.0]), positive, atol=1e-6)
     np.testing.assert_allclose(
-        classifier_free(negative, positive, 7.5), negative + 7.5 * (positive - negative), rtol=1e-5, atol=1e-5
+        guide([negative, positive], [7.5]), negative + 7.5 * (positive - negative), rtol=1e-5, atol=1e-5
     )
 
 

@@ -17,11 +17,13 @@ from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPTe
 
 from bdm_jax import generate as module
 from bdm_jax.conversion import to_torch
-from bdm_jax.diffusion.samplers import SAMPLERS
-from bdm_jax.generate import Request, generate
+from bdm_jax.denoise import decode
+from bdm_jax.generate import generate
 from bdm_jax.models import config as configs
 from bdm_jax.models.functional import abstract
 from bdm_jax.pipeline import BridgePipeline
+from bdm_jax.settings import Request, Settings
+from bdm_jax.text.encode import tokenize
 from convert.keys import BRANCH, CHINESE_TEXT, CLIP_TEXT, OLD_VAE, PLAIN, ldm_controlnet, ldm_unet, ldm_vae
 from convert.layouts import fit, tree_to_torch
 from convert.weights import read_weights
@@ -118,7 +120,7 @@ def branch():
 
 
 @pytest.mark.filterwarnings("ignore:.*the hint network in it is left out")
-def test_five_steps_equal_diffusers(sd15, tmp_path):
+def test_five_steps_equal_diffusers(sd15, tmp_path, monkeypatch):
     """256 x 256, DPM++ 2M, guidance 7.5, a Chinese and an English prompt; the backbone from an LDM single file.
 
     fp32 on both sides; five steps of random networks multiply rounding, 1e-3 of the largest latent is what is asked.
@@ -129,12 +131,13 @@ def test_five_steps_equal_diffusers(sd15, tmp_path):
     )
     assert (pipeline.tokenizer.length, pipeline.branch_tokenizer.length) == (77, 52)
     request, steps, size = Request("水墨山水，一叶扁舟", "低质量", "film grain", "blurry", seed=7), 5, (256, 256)
-    table = SAMPLERS["dpmpp-2m"](pipeline.schedule, steps)
-    job = module._job(pipeline, request)
-    ours = np.asarray(module._latents(pipeline, [job], table, 7.5, size, lambda done: None))[0]
-    (picture,) = generate(pipeline, [request], steps=steps, guidance=7.5, sampler="dpmpp-2m", size=size)
+    seen = []
+    monkeypatch.setattr(module, "decode", lambda vae, latents: seen.append(latents) or decode(vae, latents))
+    (picture,) = generate(pipeline, [request], Settings(steps, guidance=7.5, size=size))
+    ours = np.asarray(seen[0])[0]
     noise = np.asarray(jax.random.normal(jax.random.key(7), (32, 32, 4)))
-    english, chinese = job.english[:, 0], job.chinese[:, 0]
+    english = tokenize(pipeline.tokenizer, [request.english_negative, request.english])[:, 0]
+    chinese = tokenize(pipeline.branch_tokenizer, [request.negative, request.prompt])[:, 0]
     del pipeline
     gc.collect()
     latents, image = plain_loop(sd15, single, english, chinese, noise, steps)

@@ -8,19 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from bdm_jax import generate as module
 from bdm_jax.components import Component
+from bdm_jax.denoise import denoise
 from bdm_jax.errors import UserError
-from bdm_jax.generate import Request, generate
+from bdm_jax.generate import generate
 from bdm_jax.pipeline import BridgePipeline
+from bdm_jax.settings import Request, Settings
 
 PROMPTS = ("红灯笼", "一只猫", "雪山")
 
 
-def pictures(pipeline, requests, **settings):
-    return np.stack(list(generate(pipeline, requests, **{"steps": 3, **settings})))
+def pictures(pipeline, requests, *, batch_size=8, progress=None, **settings):
+    settings = Settings(**{"steps": 3, **settings})
+    return np.stack(list(generate(pipeline, requests, settings, batch_size=batch_size, progress=progress)))
 
 
 def assert_same(one, other):
@@ -30,19 +32,10 @@ def assert_same(one, other):
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
-@pytest.fixture(scope="module")
-def plain_torch(tiny_folder, load_chinese_tower):
+@pytest.fixture
+def plain_torch(tiny_folder, torch_nets):
     """BDM's sampling loop, spelled out with the libraries' own networks and scheduler."""
-    load = {
-        "unet": diffusers.UNet2DConditionModel,
-        "vae": diffusers.AutoencoderKL,
-        "text_encoder": transformers.CLIPTextModel,
-    }
-    nets = {name: cls.from_pretrained(tiny_folder / name).eval() for name, cls in load.items()}
-    nets["branch"] = diffusers.ControlNetModel.from_pretrained(tiny_folder / "branch", low_cpu_mem_usage=False).eval()
-    nets["branch_text_encoder"] = load_chinese_tower(tiny_folder / "branch_text_encoder")
-    for parameter in nets["branch"].controlnet_cond_embedding.parameters():
-        parameter.zero_()
+    nets = torch_nets
 
     def draw(pipeline, request, sampler, steps, guidance, noise):
         cls = {"ddim": diffusers.DDIMScheduler, "dpmpp-2m": diffusers.DPMSolverMultistepScheduler}[sampler]
@@ -123,7 +116,7 @@ def test_bare_backbone(tiny):
         Request("a cat", "blurry"),
         Request("红灯笼", "低质量", english="a cat", english_negative="blurry"),
     ):
-        np.testing.assert_array_equal(pictures(tiny, [request], branch=False), expected)
+        np.testing.assert_array_equal(pictures(tiny, [request], bare=True), expected)
         np.testing.assert_array_equal(pictures(bare, [request]), expected)
     assert pictures(tiny, [Request("", english="a cat", english_negative="blurry")]).tobytes() != expected.tobytes()
 
@@ -132,19 +125,19 @@ def test_zero_branch_is_the_backbone(tiny):
     zero = {k: jnp.zeros_like(v) if k.startswith("controlnet_") else v for k, v in tiny.branch.params.items()}
     silent = replace(tiny, branch=Component(tiny.branch.config, zero))
     request = Request("红灯笼", english="a cat", english_negative="blurry")
-    assert_same(pictures(silent, [request]), pictures(tiny, [request], branch=False))
+    assert_same(pictures(silent, [request]), pictures(tiny, [request], bare=True))
 
 
 def test_only_sizes_compile_anew(tiny):
     """Prompts, seeds, guidance, steps, sampler: one program."""
     pictures(tiny, [Request("红灯笼")])
-    programs = module._denoise._cache_size()
+    programs = denoise._cache_size()
     pictures(tiny, [Request("猫", "低质量", seed=9)], guidance=1.5)
     pictures(tiny, [Request("猫")], steps=11)
     pictures(tiny, [Request("猫")], sampler="ddim", steps=2)
-    assert module._denoise._cache_size() == programs
+    assert denoise._cache_size() == programs
     pictures(tiny, [Request("猫")], size=(40, 32))
-    assert module._denoise._cache_size() == programs + 1
+    assert denoise._cache_size() == programs + 1
 
 
 def test_progress_counts_every_step(tiny):
@@ -155,7 +148,9 @@ def test_progress_counts_every_step(tiny):
 
 def test_pictures_come_as_they_are_done(tiny):
     seen = []
-    drawing = generate(tiny, [Request("猫")] * 2, batch_size=1, steps=2, progress=lambda done, _: seen.append(done))
+    drawing = generate(
+        tiny, [Request("猫")] * 2, Settings(steps=2), batch_size=1, progress=lambda done, _: seen.append(done)
+    )
     assert seen == [] and next(drawing).dtype == np.uint8 and seen == [0, 2]
 
 
@@ -170,7 +165,7 @@ def test_default_size_is_the_unets(tiny):
         (dict(sampler="dppm-2m"), "unknown sampler 'dppm-2m': did you mean 'dpmpp-2m'"),
         (dict(size=(32, 36)), "size 36x32: .* multiples of 8, .* try 32x32"),
         (dict(size=(0, 32)), "size 32x0: .* try 32x8"),
-        (dict(steps=0), "steps 0 is outside 1 .. 1000"),
+        (dict(steps=0), "steps 0 is less than 1"),
         (dict(steps=1001), "steps 1001"),
         (dict(guidance=float("nan")), "guidance nan"),
         (dict(batch_size=0), "batch size 0"),
@@ -179,9 +174,9 @@ def test_default_size_is_the_unets(tiny):
     ],
 )
 def test_settings_that_cannot_be(tiny, settings, message):
-    requests = settings.pop("requests", [Request("猫")])
-    with pytest.raises(UserError, match=message):
-        generate(tiny, requests, **settings)  # at once, not at the first picture
+    requests, batch_size = settings.pop("requests", [Request("猫")]), settings.pop("batch_size", 8)
+    with pytest.raises(UserError, match=message):  # at once, not at the first picture
+        generate(tiny, requests, Settings(**settings), batch_size=batch_size)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae"])

@@ -5,12 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bdm_jax import generate as module
-from bdm_jax.generate import Request, generate
+from bdm_jax.denoise import denoise
+from bdm_jax.generate import _Drawing, generate
+from bdm_jax.settings import Request, Settings
 
 
-def pictures(pipeline, requests, **settings):
-    return list(generate(pipeline, requests, **{"steps": 2, "guidance": 5.0, **settings}))
+def pictures(pipeline, requests, *, batch_size=8, **settings):
+    settings = Settings(**{"steps": 2, "guidance": 5.0, **settings})
+    return list(generate(pipeline, requests, settings, batch_size=batch_size))
 
 
 @pytest.mark.parametrize(
@@ -34,18 +36,19 @@ def test_weights_count_and_change_no_neighbour(tiny, weighted, text):
 
 def test_weights_compile_nothing_anew(tiny):
     pictures(tiny, [Request("红灯笼", english="cat")])
-    programs = module._denoise._cache_size()
+    programs = denoise._cache_size()
     pictures(tiny, [Request("(红:1.2)灯[笼]", "（雪）", english="a (cat)")])
-    assert module._denoise._cache_size() == programs
+    assert denoise._cache_size() == programs
 
 
 def test_reference_pads_a_batch_to_its_longest_prompt_and_drops_the_branchs_weights(tiny):
     long = Request("猫" * 20, "(低:1.5)质量", english="a (cat)")
     short = replace(long, prompt="猫")
-    assert [module._job(tiny, request).windows for request in (long, short)] == [(1, 2), (1, 1)]
-    jobs = module._jobs(tiny, [long, short], reference=True)
-    assert [job.windows for job in jobs] == [(1, 2)] * 2
-    assert all((job.chinese_weights == 1).all() and (job.english_weights[1] != 1).any() for job in jobs)
+    read = lambda requests, **how: _Drawing(tiny, Settings(**how), (), 8, None, None, 5)._jobs(requests)  # noqa: E731
+    assert [read([request])[0].kind[0] for request in (long, short)] == [(1, 2), (1, 1)]
+    jobs = read([long, short], reference=True)
+    assert [job.kind[0] for job in jobs] == [(1, 2)] * 2
+    assert all((job.chinese.weights == 1).all() and (job.english.weights[1] != 1).any() for job in jobs)
     with_weight, without = (
         pictures(tiny, [Request(prompt), long], reference=True) for prompt in ("(红:1.5)灯笼", "红灯笼")
     )

@@ -1,0 +1,33 @@
+"""Blends of backbones, as the communities merge checkpoints: weighted sums, and differences added."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from bdm_jax.components import Component
+from bdm_jax.errors import UserError
+
+
+def weighted_sum(one: Component, other: Component, weight: float, name: str = "blend") -> Component:
+    """(1 - weight) one + weight other, in fp32, rounded once to the type of `one`. Raises UserError for other sizes."""
+    return _combine(name, one, other, lambda a, b: (1 - weight) * a + weight * b)
+
+
+def add_difference(one: Component, other: Component, base: Component, weight: float, name: str = "blend") -> Component:
+    """one + weight (other - base): what was trained into `other`, starting from `base`, added to `one`."""
+    difference = _combine(name, other, base, lambda a, b: a - b, keep_type=False)
+    return _combine(name, one, difference, lambda a, d: a + weight * d)
+
+
+def _combine(name: str, one: Component, other: Component, rule, keep_type: bool = True) -> Component:
+    if _shapes(one.params) != _shapes(other.params):
+        raise UserError(f"{name}: networks of other sizes cannot be blended ({one.config} and {other.config})")
+    tree = {}
+    for path, value in one.params.items():
+        result = rule(value.astype(jnp.float32), other.params[path].astype(jnp.float32))
+        tree[path] = result.astype(value.dtype) if keep_type else result
+    return Component(one.config, tree)
+
+
+def _shapes(params: Mapping) -> dict[str, tuple[int, ...]]:
+    return {path: value.shape for path, value in params.items()}

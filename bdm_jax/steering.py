@@ -1,0 +1,70 @@
+"""What steers a picture on its way, row by row of the sampler's table: guidance, the branch's strengths, intervals."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from bdm_jax.denoise import STEPS_PER_CALL, Parts, Rows
+from bdm_jax.diffusion.samplers import Steps
+from bdm_jax.plugins.controls import Control
+from bdm_jax.settings import Settings
+
+POSITIVE = Parts((0,), (0,))  # no guidance: one prediction, for the positive prompts
+
+
+def guided_parts(settings: Settings, one_english: bool, has_branch: bool) -> Parts:
+    """The predictions that guidance takes, by the texts that they read: negative and positive, in both languages.
+
+    `one_english`: negative and positive English prompt are the same; the languages have but one guidance then.
+    """
+    if settings.english_guidance is not None and has_branch and not one_english:
+        return Parts((0, 1, 1), (0, 0, 1))
+    return Parts((0, 0) if one_english else (0, 1), (0, 1))
+
+
+def rows(settings: Settings, table: Steps, parts: Parts, residuals: int, controls: Sequence[Control]) -> Rows:
+    """The table (N rows), with the guidance and the strengths of the branch's `residuals` and of the ControlNets."""
+    count, texts = len(table.t), len(set(parts.chinese))
+    scales = {1: (), 2: (settings.guidance,), 3: (settings.english_guidance, settings.guidance)}[len(parts.english)]
+    factors = settings.branch_strength * np.asarray(settings.residual_strengths or (1.0,) * residuals)
+    strengths = np.tile(factors, (count, texts, 1))
+    if settings.guess:
+        strengths *= np.logspace(-1, 0, residuals)
+        strengths[:, : texts - 1] = 0
+    strengths[~_branch_rows(settings, count)] = 0
+    acting = [control.strength * _within(count, control.start, control.end) for control in controls]
+    acting = np.stack(acting, axis=1) if acting else np.zeros((count, 0))
+    after = np.append(table.alpha[1:], 1.0), np.append(table.sigma[1:], 0.0)
+    columns = (np.tile(scales, (count, 1)), strengths, acting, *after)
+    return Rows(table, *(np.asarray(column, np.float32) for column in columns))
+
+
+def calls(settings: Settings, count: int, guided: Parts, watch_every: int) -> list[tuple[Parts, bool, range]]:
+    """How `count` rows are cut into calls of `denoise`: (parts, whether the branch speaks, its rows).
+
+    Rows without guidance take one prediction, and rows whose branch is silent no branch: less work, but a program of
+    its own. A guidance of exactly 1 is none.
+    """
+    scales = {settings.guidance, settings.english_guidance} - {None}
+    with_guidance = _within(count, settings.guidance_start, settings.guidance_end) & (scales != {1.0})
+    kinds = list(zip(with_guidance.tolist(), _branch_rows(settings, count).tolist(), strict=True))
+    stops = {*range(0, count, STEPS_PER_CALL), *range(0, count, watch_every), count}
+    stops |= {i for i in range(1, count) if kinds[i] != kinds[i - 1]}
+    cut = [range(begin, end) for begin, end in itertools.pairwise(sorted(stops))]
+    return [(guided if kinds[part[0]][0] else POSITIVE, kinds[part[0]][1], part) for part in cut]
+
+
+def chunk(column: np.ndarray, part: range) -> np.ndarray:
+    """STEPS_PER_CALL rows of a column from where `part` begins; after the column's end, any."""
+    return np.resize(column[part.start : part.start + STEPS_PER_CALL], (STEPS_PER_CALL, *column.shape[1:]))
+
+
+def _branch_rows(settings: Settings, count: int) -> np.ndarray:
+    return _within(count, settings.branch_start, settings.branch_end)
+
+
+def _within(count: int, start: float, end: float) -> np.ndarray:
+    """(count,) bool: which rows lie between two fractions of them (by the rule of diffusers' ControlNet pipelines)."""
+    numbers = np.arange(count)
+    return (numbers / count >= start) & ((numbers + 1) / count <= end)
