@@ -1,10 +1,11 @@
 """Pictures as files: PNG with its settings inside, safe names, contact sheets with captions."""
 
+import hashlib
 import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from bdm_jax.diffusion.samplers import canonical
+from bdm_jax.drawing.metadata import KEY, web_ui_parameters
 from bdm_jax.paths import ASSETS
 from convert.files import atomic_file
 
@@ -21,62 +22,29 @@ _FONT = ASSETS / "fonts" / "NotoSansSC-subset.ttf"
 _MAX_CELL = 256
 _CAPTION_LINES = 2
 _NO_GLYPH = "\U0010ffff"  # a code point that no font draws: it shows what a missing glyph looks like
-_WEB_UI_SAMPLERS = {
-    "ddim": "DDIM",
-    "ddpm": "DDPM",
-    "pndm": "PLMS",
-    "lcm": "LCM",
-    "euler-a": "Euler a",
-    "lms": "LMS",
-    "euler": "Euler",
-    "heun": "Heun",
-    "dpmpp-2m": "DPM++ 2M",
-    "dpmpp-2m-sde": "DPM++ 2M SDE",
-    "dpmpp-sde": "DPM++ SDE",
-    "unipc": "UniPC",
-}
 
 
-def write_png(path: str | Path, pixels: np.ndarray, settings: Mapping[str, Any] | None = None) -> None:
-    """Write (H,W,3) uint8 as PNG, whole or not at all.
+def write_png(
+    path: str | Path, pixels: np.ndarray, settings: Mapping[str, Any] | None = None, palette: bool = False
+) -> str:
+    """Write (H,W,3) uint8 as PNG, whole or not at all; returns the file's SHA-256.
 
-    `settings` go into text chunks: `bdm_jax` as JSON and, where they are those of a generated picture, `parameters` in
-    the form that Stable-Diffusion web UIs read. Raises convert.files.FileError when the file cannot be written.
+    `settings` go into text chunks: `bdm_jax` as JSON and, where they are those of a picture (see `metadata.describe`),
+    `parameters` in the form that Stable-Diffusion web UIs read. `palette` keeps 256 colours only, for smaller files.
+    Raises convert.files.FileError when the file cannot be written.
     """
     info = PngInfo()
     if settings is not None:
-        info.add_itxt("parameters", web_ui_parameters(settings))
-        info.add_itxt("bdm_jax", json.dumps(settings, ensure_ascii=False))
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "png", pnginfo=info)
+        if "prompt" in settings:
+            info.add_itxt("parameters", web_ui_parameters(settings))
+        info.add_itxt(KEY, json.dumps(settings, ensure_ascii=False))
+    image, data = Image.fromarray(pixels), io.BytesIO()
+    if palette:
+        image = image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    image.save(data, "png", pnginfo=info, optimize=palette)
     with atomic_file(path) as file:
         file.write(data.getvalue())
-
-
-def web_ui_parameters(settings: Mapping[str, Any]) -> str:
-    """The settings of a picture as web UIs write them: prompt, negative prompt, one line of named values."""
-    names = {
-        "Steps": settings["steps"],
-        "Sampler": _web_ui_sampler(settings["sampler"]),
-        "CFG scale": settings["guidance"],
-        "Seed": settings["seed"],
-        "Size": f"{settings['width']}x{settings['height']}",
-        "Model": settings["model"],
-        "English prompt": settings["english"],
-        "English negative prompt": settings["english_negative"],
-    }
-    lines = [settings["prompt"], f"Negative prompt: {settings['negative']}" if settings["negative"] else ""]
-    values = [f"{name}: {_quoted(str(value))}" for name, value in names.items() if value != ""]
-    return "\n".join(filter(None, [*lines, ", ".join(values)]))
-
-
-def _web_ui_sampler(name: str) -> str:
-    """`dpmpp-2m-karras` -> `DPM++ 2M Karras`; a name that web UIs do not know stays as it is."""
-    ours = canonical(name)
-    for end, suffix in {"": "", "-karras": " Karras", "-exponential": " Exponential"}.items():
-        if ours.endswith(end) and ours.removesuffix(end) in _WEB_UI_SAMPLERS:
-            return _WEB_UI_SAMPLERS[ours.removesuffix(end)] + suffix
-    return name
+    return hashlib.sha256(data.getvalue()).hexdigest()
 
 
 def file_name(index: int, prompt: str, seed: int) -> str:
@@ -93,25 +61,52 @@ def next_index(folder: Path) -> int:
     return max(numbers, default=0) + 1
 
 
-def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], columns: int | None = None) -> np.ndarray:
-    """Pictures (H,W,3) uint8 of one size in a grid, each over its caption -> (H',W',3) uint8.
+def contact_sheet(pictures: Iterable[np.ndarray], captions: Sequence[str], columns: int | None = None) -> np.ndarray:
+    """Pictures (H,W,3) uint8 in a grid, each over its caption -> (H',W',3) uint8.
 
     Captions may be Chinese; a character that the bundled font lacks is written as its code point, `[1F600]`.
     """
-    columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
-    rows = math.ceil(len(pictures) / columns)
-    pictures = [thumbnail(picture) for picture in pictures]
-    height, width = pictures[0].shape[:2]
-    size = max(12, min(16, width // 8))
+    columns = min(columns or math.ceil(math.sqrt(len(captions))), len(captions))
+    small = [thumbnail(picture) for picture in pictures]
+    height, width = _largest(small)
+    size = _text_size(width)
     gap, line = size // 2, round(size * 1.4)
     cell_width, cell_height = width + gap, height + gap // 2 + _CAPTION_LINES * line
+    rows = math.ceil(len(captions) / columns)
     sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+    for index, (picture, caption) in enumerate(zip(small, captions, strict=True)):
         x, y = gap + index % columns * cell_width, gap + index // columns * cell_height
         sheet.paste(Image.fromarray(picture), (x, y))
         for number, text in enumerate(_lines(caption, size, width)):
             draw.text((x, y + height + number * line), text, fill="black", font=_font(size))
+    return np.asarray(sheet)
+
+
+def table(pictures: Sequence[Sequence[np.ndarray]], columns: Sequence[str], rows: Sequence[str]) -> np.ndarray:
+    """Rows of pictures (H,W,3) uint8 with a heading over each column and before each row -> (H',W',3) uint8."""
+    small = [[thumbnail(picture) for picture in row] for row in pictures]
+    height, width = _largest([picture for row in small for picture in row])
+    size = _text_size(width)
+    gap, line = size // 2, round(size * 1.4)
+    widths = [math.ceil(_font(size).getlength(text)) for row in rows for text in _lines(row, size, width)]
+    left = gap + max(widths, default=-gap)
+    top = gap + line * max(len(_lines(text, size, width)) for text in columns)
+    shape = left + gap + len(columns) * (width + gap), top + gap + len(rows) * (height + gap)
+    sheet = Image.new("RGB", shape, "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def write(text: str, x: int, y: int) -> None:
+        for number, part in enumerate(_lines(text, size, width)):
+            draw.text((x, y + number * line), part, fill="black", font=_font(size))
+
+    for column, text in enumerate(columns):
+        write(text, left + gap + column * (width + gap), gap // 2)
+    for row, text in enumerate(rows):
+        y = top + gap + row * (height + gap)
+        write(text, gap, y + (height - line * len(_lines(text, size, width))) // 2)
+        for column, picture in enumerate(small[row]):
+            sheet.paste(Image.fromarray(picture), (left + gap + column * (width + gap), y))
     return np.asarray(sheet)
 
 
@@ -147,6 +142,16 @@ def _lines(text: str, size: int, width: int) -> list[str]:
     return lines
 
 
+def _largest(pictures: Sequence[np.ndarray]) -> tuple[int, int]:
+    """(height, width) of a cell that each of them fits into."""
+    return max(picture.shape[0] for picture in pictures), max(picture.shape[1] for picture in pictures)
+
+
+def _text_size(width: int) -> int:
+    """Pixels of the letters beside pictures of this width."""
+    return max(12, min(16, width // 8))
+
+
 @lru_cache(maxsize=8)
 def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(_FONT), size)
@@ -155,7 +160,3 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 @cache
 def _has_glyph(character: str) -> bool:
     return character == " " or bytes(_font(16).getmask(character)) != bytes(_font(16).getmask(_NO_GLYPH))
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False) if re.search(r"[,\n:\"]", text) else text

@@ -1,28 +1,21 @@
 """PNG files with their settings inside, safe names, contact sheets without empty boxes."""
 
+import hashlib
 import json
-import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from bdm_jax.pictures import contact_sheet, drawable, file_name, next_index, thumbnail, web_ui_parameters, write_png
+from bdm_jax.drawing.metadata import describe, web_ui_parameters
+from bdm_jax.drawing.pictures import contact_sheet, drawable, file_name, next_index, thumbnail, write_png
+from bdm_jax.settings import Request, Settings
 from convert.files import FileError
 
-SETTINGS = dict(
-    prompt="红灯笼，雪",
-    negative="低质量",
-    english="film grain, night",
-    english_negative="",
-    seed=7,
-    steps=25,
-    guidance=4.5,
-    sampler="dpmpp-2m",
-    width=48,
-    height=32,
-    bare=False,
-    model="demo",
+SETTINGS = describe(
+    Request("红灯笼，雪", "低质量", "film grain, night", seed=7),
+    Settings(guidance=4.5, size=(32, 48)),
+    {"model": "demo"},
 )
 
 
@@ -36,20 +29,14 @@ def test_settings_are_in_the_picture(tmp_path, rng):
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
 
 
-def test_parameters_are_what_web_uis_read_back():
-    """AUTOMATIC1111's parser: the last line is name: value pairs, those with commas quoted."""
-    *lines, last = web_ui_parameters(SETTINGS).split("\n")
-    assert lines == ["红灯笼，雪", "Negative prompt: 低质量"]
-    pairs = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
-    assert pairs == {
-        "Steps": "25",
-        "Sampler": "DPM++ 2M",
-        "CFG scale": "4.5",
-        "Seed": "7",
-        "Size": "48x32",
-        "Model": "demo",
-        "English prompt": '"film grain, night"',
-    }
+def test_a_palette_makes_small_files(tmp_path, rng):
+    pixels = rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    digests = [write_png(tmp_path / f"{palette}.png", pixels, {"sheet": []}, palette=palette) for palette in (0, 1)]
+    files = [(tmp_path / f"{palette}.png").read_bytes() for palette in (0, 1)]
+    assert digests == [hashlib.sha256(file).hexdigest() for file in files] and len(files[1]) < len(files[0]) / 2
+    with Image.open(tmp_path / "1.png") as image:
+        assert json.loads(image.text["bdm_jax"]) == {"sheet": []} and "parameters" not in image.text
+        assert np.abs(np.asarray(image.convert("RGB")).astype(int) - pixels).mean() < 32
 
 
 @pytest.mark.parametrize(
@@ -91,6 +78,12 @@ def test_contact_sheet_holds_every_picture(count, columns, shape):
     assert sheet.shape[1] == across * (64 + 6) + 6 and sheet.shape[0] > rows * 64
     for index in range(count):
         assert (sheet == 40 * index + 10).all(-1).sum() >= 64 * 64
+
+
+def test_contact_sheet_of_several_sizes():
+    colours = [np.full((64, 32, 3), 10, np.uint8), np.full((32, 64, 3), 20, np.uint8)]
+    sheet = contact_sheet(iter(colours), ["", ""], 2)
+    assert all((sheet == colour).all(-1).sum() == 64 * 32 for colour in (10, 20))
 
 
 def test_captions_are_drawn():

@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from bdm_jax.components import Component
 from bdm_jax.paths import DEMO
 
 SCRIPT = Path(__file__).resolve().parents[2] / "sample.py"
@@ -64,7 +67,8 @@ def test_one_prompt_makes_one_picture(run, tiny_folder, tmp_path):
     )
     assert status == 0, err
     path = tmp_path / "out" / "0001-红灯笼-seed9.png"
-    assert out.split() == ["out/0001-红灯笼-seed9.png"] and list(path.parent.iterdir()) == [path]
+    assert out.split() == ["out/0001-红灯笼-seed9.png"]
+    assert sorted(path.parent.iterdir()) == [path, path.with_name("pictures.jsonl")]
     with Image.open(path) as image:
         assert image.size == (48, 32)
     settings = json.loads(text(path))
@@ -90,7 +94,7 @@ def test_prompts_times_count_and_a_contact_sheet(run, tiny_folder, tmp_path):
     status, out, err = run(*arguments)
     assert status == 0, err
     assert "note: the prompt '龙☃' has characters that the vocabulary lacks: ☃" in err
-    names = ["0001-contact-sheet", "0001-猫-seed0", "0002-猫-seed1", "0003-龙-seed0", "0004-龙-seed1"]
+    names = ["0001-contact-sheet", "0001-猫-seed0", "0002-猫-seed1", "0003-龙-seed0", "0004-龙-seed1", "pictures"]
     assert sorted(path.stem for path in (tmp_path / "here").iterdir()) == names
     assert run(*arguments)[0] == 0
     assert (tmp_path / "here" / "0005-猫-seed0.png").read_bytes() == (
@@ -98,47 +102,79 @@ def test_prompts_times_count_and_a_contact_sheet(run, tiny_folder, tmp_path):
     ).read_bytes()
 
 
+def test_from_repeats_a_picture_bit_for_bit(run, tiny_folder, tmp_path):
+    Image.effect_noise((48, 32), 90).convert("RGB").save(tmp_path / "a.png")
+    Image.linear_gradient("L").resize((48, 32)).save(tmp_path / "m.png")
+    images = ("--image", "a.png", "--mask", "m.png")
+    how = ("--steps", 4, "--sampler", "euler-a", "--guidance", 2, "--seed", 5, "--english", "a cat", "--guess", *images)
+    assert run("（红：1.3）灯笼", "--negative", "低质量", "--strength", 0.9, "--model", tiny_folder, *how)[0] == 0
+    drawn = next((tmp_path / "out").glob("*.png"))
+    status, _, err = run("--from", drawn, "--model", tiny_folder, "--out", "again", *images)
+    assert status == 0 and "note" not in err, err
+    assert (tmp_path / "again" / drawn.name).read_bytes() == drawn.read_bytes()
+    status, _, err = run(
+        "猫", "--from", drawn, "--model", tiny_folder, "--no-guess", "--out", "other", *images[:2], *("--mask", "a.png")
+    )
+    values = json.loads(text(next((tmp_path / "other").glob("*.png"))))
+    assert status == 0 and "a.png is another mask than the one" in err
+    assert (values["prompt"], values["guess"], values["seed"], values["sampler"]) == ("猫", False, 5, "euler-a")
+    status, _, err = run("--from", drawn, "--model", tiny_folder)
+    assert (status, err) == (2, f"error: {drawn} was drawn with the image a.png: give it with --image\n")
+
+
+def test_a_file_of_prompts_and_a_range_of_seeds(run, tiny_folder, tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,seed\n猫,\n龙,9\n", encoding="utf-8")
+    arguments = ("--prompts", "p.csv", "--seed", "3,5-6", "--steps", 2, "--model", tiny_folder)
+    status, out, err = run(*arguments)
+    names = ["0001-猫-seed3", "0001-猫-seed5", "0001-猫-seed6", "0002-龙-seed9"]
+    assert status == 0 and [Path(line).stem for line in out.split()] == [*names, "contact-sheet"], err
+    status, out, err = run(*arguments)
+    assert status == 0 and "note: 4 of 4 pictures are there already" in err
+    status, out, err = run(*arguments, "--guidance", 2)
+    assert status == 2 and "0001-猫-seed3.png is there already, drawn with guidance 3.0, not 2.0" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "no prompts"),
         (("猫", "--sampler", "dpmp-2m"), "unknown sampler 'dpmp-2m': did you mean 'dpmpp-2m'?"),
         (("猫", "--size", "36x32"), "size 36x32: width and height must be multiples of 8"),
-        (("猫", "--size", "big"), "--size big: write it as WIDTHxHEIGHT"),
-        (("猫", "--model", "nowhere"), "nowhere: no such model folder"),
         (("猫", "--vae", "nowhere"), "nowhere: no such file or component folder"),
-        (("猫", "--bare", "--english", "a cat"), "--bare draws the prompt itself"),
-        (("猫", "--out", "file/out"), "file/out: cannot be written"),
-        (("猫", "--count", 0), "--count 0"),
-        (("猫", "--steps", 0), "steps 0 is outside"),
+        (("猫", "--steps", 2000), "steps 2000 is outside"),
+        (("猫", "--image", "small.png"), "an image of 4x4 pixels is too small; give a size"),
+        (("猫", "--samplr", "ddim"), "--sampler"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(run, tiny_folder, tmp_path, arguments, message):
-    (tmp_path / "file").write_text("")
-    model = () if "--model" in arguments else ("--model", tiny_folder)
-    status, out, err = run(*arguments, *model)
+    """As far as the model has a say; the rest is in test_arguments.py."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "small.png")
+    status, out, err = run(*arguments, "--model", tiny_folder)
     errors = [line for line in err.splitlines() if "error" in line]
     assert status == 2 and out == "" and len(errors) == 1, err
     assert errors[0].startswith("error: ") and message in errors[0]
     assert "Traceback" not in err and not list((tmp_path / "out").glob("*"))
 
 
-def test_unknown_flag_offers_the_nearest(run):
-    status, _, err = run("猫", "--samplr", "ddim")
-    assert status == 2 and "--sampler" in err and "Traceback" not in err
+def test_nan_is_one_line_and_no_black_picture(run, tiny, tmp_path):
+    vae = Component(tiny.vae.config, {name: value * np.nan for name, value in tiny.vae.params.items()})
+    replace(tiny, vae=vae).save_pretrained(tmp_path / "nan", "float32")
+    status, out, err = run("红灯笼", "--model", "nan", "--steps", 2)
+    assert status == 2 and out == "" and "error: the picture for '红灯笼' came out as NaN" in err
+    assert "Traceback" not in err and not list((tmp_path / "out").iterdir())
 
 
 def test_help_names_every_flag(run):
     status, out, _ = run("--help")
     flags = (
         "negative english english-negative seed count steps guidance sampler size batch-size bare model backbone vae "
-        "branch text-encoder branch-text-encoder variant out"
+        "branch text-encoder branch-text-encoder variant out prompts image mask from preview-every strength hires"
     ).split()
     assert status == 0 and all(f"--{flag}" in out for flag in flags)
 
 
 def test_ctrl_c_leaves_finished_pictures_only(start, tiny_folder, tmp_path):
-    process = start("猫", "--count", 5000, "--batch-size", 1, "--steps", 2, "--model", tiny_folder)
+    more = ("--preview-every", 1, "--model", tiny_folder)
+    process = start("猫", "--count", 5000, "--batch-size", 1, "--steps", 2, *more)
     out = tmp_path / "out"
     deadline = time.monotonic() + 300
     while len(list(out.glob("0*.png"))) < 2 and process.poll() is None and time.monotonic() < deadline:
@@ -146,8 +182,9 @@ def test_ctrl_c_leaves_finished_pictures_only(start, tiny_folder, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in err, err
-    left = sorted(out.iterdir())
-    assert 2 <= len(left) < 5000 and all(path.suffix == ".png" and path.name.startswith("0") for path in left)
+    lines = [json.loads(line)["file"] for line in (out / "pictures.jsonl").read_text(encoding="utf-8").splitlines()]
+    left = sorted(set(out.iterdir()) - {out / "pictures.jsonl"})
+    assert 2 <= len(left) < 5000 and [path.name for path in left][: len(lines)] == lines and len(left) - len(lines) < 2
     for path in left:
         assert json.loads(text(path))["prompt"] == "猫"
 
