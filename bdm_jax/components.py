@@ -16,9 +16,11 @@ from bdm_jax.models.config import (
     SD15_UNET,
     BranchConfig,
     CLIPTextConfig,
+    CLIPVisionConfig,
     Config,
     ControlNetConfig,
     RobertaConfig,
+    T2IAdapterConfig,
     TinyVAEConfig,
     UNetConfig,
     VAEConfig,
@@ -34,7 +36,7 @@ from convert.weights import Weights, is_taesd, read_weights
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-# The networks of a system and the configs that may stand in their place.
+# The networks of a system, and those beside it, with the configs that may stand in their place.
 KINDS: dict[str, tuple[type, ...]] = {
     "unet": (UNetConfig,),
     "vae": (VAEConfig, TinyVAEConfig),
@@ -42,6 +44,8 @@ KINDS: dict[str, tuple[type, ...]] = {
     "branch": (BranchConfig,),
     "branch_text_encoder": (RobertaConfig,),
     "controlnet": (ControlNetConfig,),
+    "t2i_adapter": (T2IAdapterConfig,),
+    "image_encoder": (CLIPVisionConfig,),
 }
 # Recognised, and other networks than those here.
 _FAMILIES_REFUSED = ("SD2", "SDXL")
@@ -142,7 +146,7 @@ def save_component(
     if wrong := sorted(abstract(config).keys() ^ params.keys()):
         raise UserError(f"{folder}: weights do not fit the config: {', '.join(wrong[:3])} ({len(wrong)} in all)")
     values, name = to_json(config), DIFFUSERS_WEIGHTS
-    if isinstance(config, CLIPTextConfig | RobertaConfig):
+    if isinstance(config, CLIPTextConfig | CLIPVisionConfig | RobertaConfig):
         written = next(iter(params.values())).dtype.name if dtype == "same" else dtype
         values, name = {**values, "dtype": written}, TRANSFORMERS_WEIGHTS
     tensors = as_dtype(tree_to_torch(params), dtype, str(folder))

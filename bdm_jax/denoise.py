@@ -74,6 +74,7 @@ class Rows:
     guidance: jax.Array  # (N,P-1): the scales of `guidance.guide`
     strengths: jax.Array  # (N,U,R): of the branch's R residuals, for each Chinese text
     controls: jax.Array  # (N,K): strengths of the ControlNets
+    adapters: jax.Array  # (N,A): of the T2I-Adapters
     alpha_after: jax.Array  # (N,): the latents after the row are alpha x0 + sigma noise
     sigma_after: jax.Array
 
@@ -110,12 +111,14 @@ def denoise(
     count: jax.Array,
     texts: Texts,
     hints: list[jax.Array],
+    features: list[tuple[jax.Array, ...]],
     rescaling: jax.Array,
     kept: Kept | None,
 ) -> tuple[SamplerState, jax.Array]:
     """The first `count` of the rows. Returns the state and the clean latents (B,h,w,C) that the last one predicted.
 
-    `params` has the UNet's, the branch's, and those of the K ControlNets, whose embedded maps are `hints` (1,h,w,C).
+    `params` has the UNet's, the branch's, and those of the K ControlNets, whose embedded maps are `hints` (1,h,w,C);
+    `features` (1,h,w,C) are those of A T2I-Adapters, level by level.
     """
     rows = jax.tree.map(jnp.asarray, rows)
     nets = {name: _bound(networks, params, name) for name in params}
@@ -125,8 +128,9 @@ def denoise(
     def step(index: jax.Array, carry: tuple[SamplerState, jax.Array]) -> tuple[SamplerState, jax.Array]:
         before, _ = carry
         row = jax.tree.map(lambda column: column[index], rows)
+        added = _added(features, row.adapters)
         here = jax.tree.map(lambda column: column[index][None], shifts)
-        predictions = _predict(networks.parts, nets, before.latents.astype(dtype), here, texts, hints, row)
+        predictions = _predict(networks.parts, nets, before.latents.astype(dtype), here, texts, hints, added, row)
         guided = rescale(guide(predictions, row.guidance), predictions[-1], rescaling)
         noise = samplers.row_noise(seeds, row.steps.row, before.latents.shape[1:])
         state = samplers.advance(before, guided, row.steps, noise)
@@ -145,16 +149,30 @@ def _bound(networks: Networks, params: dict[str, Params | list[Params]], name: s
     return [bind(one, own) for one, own in zip(config, params[name], strict=True)]
 
 
+def _added(features: list[tuple[jax.Array, ...]], strengths: jax.Array) -> list[jax.Array] | None:
+    """What T2I-Adapters add together at each level, at one row."""
+    scaled = [[s.astype(x.dtype) * x for x in one] for one, s in zip(features, strengths, strict=True)]
+    return [sum(level[1:], level[0]) for level in zip(*scaled, strict=True)] or None
+
+
 def _predict(
-    parts: Parts, nets: dict, latents: jax.Array, shifts: dict, texts: Texts, hints: list[jax.Array], row: Rows
+    parts: Parts,
+    nets: dict,
+    latents: jax.Array,
+    shifts: dict,
+    texts: Texts,
+    hints: list[jax.Array],
+    added: list[jax.Array] | None,
+    row: Rows,
 ) -> list[jax.Array]:
-    """Latents (B,h,w,C) at one row -> the P predictions, each (B,h,w,C) fp32.
+    """Latents (B,h,w,C) at one row -> the P predictions, each (B,h,w,C) fp32; `added` inside the UNet's encoder.
 
     The networks' encoders take each sample once and its texts one after the other (`UNetEncoder.encode`): what comes
     before the first text, and all of a backbone with one English text, is computed once for all parts.
     """
     unet = nets["unet"]
-    skips, mid = spread(unet.encode(latents, shifts["unet"], texts.english), parts.english)
+    encoded = unet.encode(latents, shifts["unet"], texts.english, features=added)
+    skips, mid = spread(encoded, parts.english)
     if "branch" in nets:
         residuals: Residuals = nets["branch"](latents, shifts["branch"], texts.chinese)
         skips, mid = spread(_scaled(residuals, row.strengths), parts.chinese).add_to(skips, mid)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -28,11 +29,14 @@ from bdm_jax.diffusion import samplers
 from bdm_jax.diffusion.samplers import SAMPLERS, SamplerState, Steps
 from bdm_jax.diffusion.torch_noise import randn
 from bdm_jax.errors import UserError, unknown
-from bdm_jax.models.config import EncoderConfig, VAEConfig
+from bdm_jax.models.conditioning import Conditioning
+from bdm_jax.models.config import EncoderConfig, T2IAdapterConfig, VAEConfig
 from bdm_jax.models.convolution import prepare
 from bdm_jax.pipeline import NETWORKS, BridgePipeline
+from bdm_jax.plugins import image_prompts
 from bdm_jax.plugins.controls import Control, check_size, embed
 from bdm_jax.plugins.controls import check as check_control
+from bdm_jax.plugins.image_prompts import ImagePrompt
 from bdm_jax.settings import Request, Settings
 from bdm_jax.settings import check as check_settings
 from bdm_jax.steering import POSITIVE, calls, chunk, guided_parts, rows
@@ -47,7 +51,7 @@ def generate(
     requests: Sequence[Request],
     settings: Settings | None = None,
     *,
-    controls: Sequence[Control] = (),
+    controls: Sequence[Control | ImagePrompt] = (),
     batch_size: int = 8,
     progress: Progress | None = None,
     watch: Watch | None = None,
@@ -64,7 +68,8 @@ def generate(
 
     Args:
       settings: how to draw; `Settings()` where None.
-      controls: ControlNets, each with its map, beside the branch or the bare backbone.
+      controls: ControlNets and T2I-Adapters, each with its map, and IP-Adapters, each with its picture, beside the
+        branch or the bare backbone.
       batch_size: pictures at a time, on all devices of this process together.
       progress: called with (steps done, steps in all) over all batches, first with 0.
       watch: called every `watch_every` steps with the steps done in the batch, and the clean latents (B,h,w,C) that
@@ -80,17 +85,23 @@ def generate(
         pipeline = replace(pipeline, branch=None, branch_text_encoder=None, branch_tokenizer=None)
         requests = [_english(request) for request in requests]
     check(pipeline, requests, settings)
-    for control in controls:
-        check_control(control, pipeline.unet.config)
+    factor = pipeline.vae.config.factor
+    maps = [control for control in controls if isinstance(control, Control)]
+    prompts = [control for control in controls if isinstance(control, ImagePrompt)]
+    for control in maps:
+        check_control(control, pipeline.unet.config, factor)
+    for prompt in prompts:
+        image_prompts.read(prompt, pipeline.unet.config)
+    prompts = [prompt for prompt in prompts if prompt.strength]  # 0 is without: both halves may be one text again
     settings = replace(settings, guidance=pipeline.guidance if settings.guidance is None else settings.guidance)
     mesh = Mesh(np.array(jax.local_devices()), ("data",), axis_types=(AxisType.Auto,))
-    factor = pipeline.vae.config.factor
-    size = tuple(side // factor for side in settings.size or default_size(pipeline, controls))
+    size = tuple(side // factor for side in settings.size or default_size(pipeline, maps))
     ready = partial(_ready, size=size, mesh=mesh)
     drawing = _Drawing(
         replace(pipeline, **{name: ready(getattr(pipeline, name)) for name in NETWORKS}),
         settings,
-        tuple(replace(control, network=ready(control.network)) for control in controls),
+        tuple(replace(control, network=ready(control.network)) for control in maps),
+        tuple(image_prompts.keys(prompt, pipeline.unet) for prompt in prompts),
         batch_size,
         mesh,
         watch or (lambda done, clean: None),
@@ -99,11 +110,11 @@ def generate(
     return drawing.pictures(requests, progress or (lambda done, total: None))
 
 
-def default_size(pipeline: BridgePipeline, controls: Sequence[Control] = ()) -> tuple[int, int]:
+def default_size(pipeline: BridgePipeline, controls: Sequence[Control | ImagePrompt] = ()) -> tuple[int, int]:
     """(height, width) in pixels of the pictures that the UNet was trained on, or of the first control's map."""
     factor = pipeline.vae.config.factor
-    if controls:
-        return _floored(controls[0].hint, factor)
+    if maps := [control.hint for control in controls if isinstance(control, Control)]:
+        return _floored(maps[0], factor)
     return (pipeline.unet.config.sample_size * factor,) * 2
 
 
@@ -170,7 +181,8 @@ class _Pass:
 class _Drawing:
     pipeline: BridgePipeline
     settings: Settings
-    controls: tuple[Control, ...]
+    maps: tuple[Control, ...]
+    images: tuple[dict[str, tuple[jax.Array, jax.Array]], ...]  # of image prompts: keys and values by transformer
     batch_size: int
     mesh: Mesh
     watch: Watch
@@ -184,7 +196,7 @@ class _Drawing:
         else:
             batches = _batches([job for request in requests for job in self._jobs([request])], self.batch_size)
         plan = [(batch, self._passes(batch[0])) for batch in batches]
-        for control, (batch, _) in itertools.product(self.controls, plan):
+        for control, (batch, _) in itertools.product(self.maps, plan):
             check_size(control, batch[0].size)
         return self._draw(plan, progress)
 
@@ -222,7 +234,7 @@ class _Drawing:
             sizes = (f"{array.shape[1]}x{array.shape[0]}" for array in (mask, image))
             raise UserError("the mask has {} pixels, the image {}: they must be of one size".format(*sizes))
         if self.settings.size is not None or image is None:
-            return self.settings.size or default_size(self.pipeline, self.controls)
+            return self.settings.size or default_size(self.pipeline, self.maps)
         return _floored(image, self.pipeline.vae.config.factor)
 
     def _passes(self, job: _Job) -> list[_Pass]:
@@ -254,7 +266,7 @@ class _Drawing:
         """Both languages' texts for the rows with guidance (first) and for those without."""
         pipeline, settings = self.pipeline, self.settings
         tower = partial(encode_tokens, reference=settings.reference)
-        one_english = all(job.one_english for job in jobs)
+        one_english = all(job.one_english for job in jobs) and not self.images
         english = [job.english for job in jobs]
         pair = tower(
             *pipeline.text_encoder, self._split(_stack(english, slice(one_english, 2))), layer=settings.clip_skip
@@ -263,11 +275,24 @@ class _Drawing:
         if pipeline.branch is not None:
             chinese = tower(*pipeline.branch_text_encoder, self._split(_stack([job.chinese for job in jobs])))
             chinese = with_keys(*pipeline.branch, chinese)
-        controls = [with_keys(*control.network, pair) for control in self.controls]
-        guided = Texts(with_keys(*pipeline.unet, pair), chinese, controls)
+        controls = [with_keys(*control.network, pair) for control in self._nets()]
+        guided = Texts(self._with_images(with_keys(*pipeline.unet, pair), len(jobs)), chinese, controls)
         english, controls = (x if one_english else _last(x) for x in (guided.english, controls))
         positive = Texts(english, _last(chinese), controls)
         return {guided_parts(settings, one_english, chinese is not None): guided, POSITIVE: positive}
+
+    def _with_images(self, english: Conditioning, count: int) -> Conditioning:
+        """The English text of `count` samples, negative and positive, with the image prompts' keys beside its own."""
+        if not self.images:
+            return english
+        of_all = lambda x: self._split(jnp.tile(x, (count, 1, 1, 1)))  # noqa: E731
+        paths = self.images[0]
+        keys = {path: [jax.tree.map(of_all, image[path]) for image in self.images] for path in paths}
+        return replace(english, image_keys=keys)
+
+    def _nets(self, adapters: bool = False) -> list[Control]:
+        """The ControlNets, or the T2I-Adapters."""
+        return [control for control in self.maps if isinstance(control.network.config, T2IAdapterConfig) == adapters]
 
     def _one_pass(
         self,
@@ -288,7 +313,8 @@ class _Drawing:
         seeds = self._split(np.array([job.request.seed for job in jobs], np.uint32))
         noise = self._split(_torch_noise(jobs, count, shape)) if self.settings.reference else unit_noise(shape, seeds)
         guided = next(iter(texts))
-        hints = [embed(control, covering(control.hint, way.size)) for control in self.controls]
+        nets, adapters = self._nets(), self._nets(adapters=True)
+        hints, features = ([embed(c, covering(c.hint, way.size)) for c in some] for some in (nets, adapters))
         clean = kept = masks = None
         if way.from_picture:
             loaded = [_load(job.request) for job in jobs]
@@ -302,16 +328,16 @@ class _Drawing:
         for parts, speaks, part in calls(self.settings, len(way.steps.t), guided, self.watch_every):
             branch, text = pipeline.branch if speaks else None, texts[parts]
             text = text if branch else replace(text, chinese=None)
-            configs = tuple(control.network.config for control in self.controls)
+            configs = tuple(control.network.config for control in nets)
             networks = Networks(pipeline.unet.config, branch and branch.config, pipeline.schedule, parts, configs)
-            params = {"unet": pipeline.unet.params, "controls": [control.network.params for control in self.controls]}
+            params = {"unet": pipeline.unet.params, "controls": [control.network.params for control in nets]}
             params |= {"branch": branch.params} if branch else {}
-            own = jax.tree.map(
-                partial(chunk, part=part), rows(self.settings, way.steps, parts, _residuals(pipeline), self.controls)
-            )
+            table = rows(self.settings, way.steps, parts, _residuals(pipeline), nets, adapters)
+            own = jax.tree.map(partial(chunk, part=part), table)
             rescaling = np.float32(self.settings.guidance_rescale)
             state = SamplerState(self._split(state.latents), self._split(state.memory, axis=1))
-            state, foreseen = denoise(networks, params, state, seeds, own, len(part), text, hints, rescaling, kept)
+            given = text, hints, features, rescaling, kept
+            state, foreseen = denoise(networks, params, state, seeds, own, len(part), *given)
             jax.block_until_ready(state)
             report(part.stop)
             if part.stop % self.watch_every == 0 and part.stop < len(way.steps.t):

@@ -23,8 +23,17 @@ def guided_parts(settings: Settings, one_english: bool, has_branch: bool) -> Par
     return Parts((0, 0) if one_english else (0, 1), (0, 1))
 
 
-def rows(settings: Settings, table: Steps, parts: Parts, residuals: int, controls: Sequence[Control]) -> Rows:
-    """The table (N rows), with the guidance and the strengths of the branch's `residuals` and of the ControlNets."""
+def rows(
+    settings: Settings,
+    table: Steps,
+    parts: Parts,
+    residuals: int,
+    controls: Sequence[Control],
+    adapters: Sequence[Control] = (),
+) -> Rows:
+    """The table (N rows), with the guidance and the strengths of the branch's `residuals`, of the ControlNets and of
+    the T2I-Adapters.
+    """
     count, texts = len(table.t), len(set(parts.chinese))
     scales = {1: (), 2: (settings.guidance,), 3: (settings.english_guidance, settings.guidance)}[len(parts.english)]
     factors = settings.branch_strength * np.asarray(settings.residual_strengths or (1.0,) * residuals)
@@ -33,10 +42,9 @@ def rows(settings: Settings, table: Steps, parts: Parts, residuals: int, control
         strengths *= np.logspace(-1, 0, residuals)
         strengths[:, : texts - 1] = 0
     strengths[~_branch_rows(settings, count)] = 0
-    acting = [control.strength * _within(count, control.start, control.end) for control in controls]
-    acting = np.stack(acting, axis=1) if acting else np.zeros((count, 0))
+    acting = [_acting(controls, count), _acting(adapters, count)]
     after = np.append(table.alpha[1:], 1.0), np.append(table.sigma[1:], 0.0)
-    columns = (np.tile(scales, (count, 1)), strengths, acting, *after)
+    columns = (np.tile(scales, (count, 1)), strengths, *acting, *after)
     return Rows(table, *(np.asarray(column, np.float32) for column in columns))
 
 
@@ -60,11 +68,17 @@ def chunk(column: np.ndarray, part: range) -> np.ndarray:
     return np.resize(column[part.start : part.start + STEPS_PER_CALL], (STEPS_PER_CALL, *column.shape[1:]))
 
 
+def _acting(controls: Sequence[Control], count: int) -> np.ndarray:
+    """(count,K): each control's strength, 0 outside its interval."""
+    acting = [control.strength * _within(count, control.start, control.end) for control in controls]
+    return np.stack(acting, axis=1) if acting else np.zeros((count, 0))
+
+
 def _branch_rows(settings: Settings, count: int) -> np.ndarray:
     return _within(count, settings.branch_start, settings.branch_end)
 
 
 def _within(count: int, start: float, end: float) -> np.ndarray:
-    """(count,) bool: which rows lie between two fractions of them (by the rule of diffusers' ControlNet pipelines)."""
+    """(count,) bool: which rows lie between two fractions of them (by the rule of diffusers' pipelines)."""
     numbers = np.arange(count)
     return (numbers / count >= start) & ((numbers + 1) / count <= end)

@@ -6,12 +6,25 @@ writes.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from convert.keys import CHINESE_TEXT, CLIP_TEXT, OLD_VAE, PLAIN, TAESD, KeyTable, ldm_controlnet, ldm_unet, ldm_vae
+from convert.keys import (
+    CHINESE_TEXT,
+    CLIP_TEXT,
+    CLIP_VISION,
+    OLD_VAE,
+    PLAIN,
+    TAESD,
+    KeyTable,
+    ldm_controlnet,
+    ldm_unet,
+    ldm_vae,
+    original_t2i_adapter,
+)
 
 T = TypeVar("T")
 Shapes = Mapping[str, tuple[int, ...]]
@@ -22,7 +35,7 @@ class Part:
     """One network in a file.
 
     Attributes:
-      kind: unet, vae, text_encoder, branch, controlnet, branch_text_encoder.
+      kind: unet, vae, text_encoder, branch, controlnet, branch_text_encoder, t2i_adapter, image_encoder.
       layout: whose names it has: diffusers, ldm, original, transformers, cn_clip.
       family: SD1.x, SD1.x inpainting, SD2.x, SDXL, ...
       prefix: what its keys begin with in the file; `keys` of the file without it are what `table` renames.
@@ -58,6 +71,8 @@ class Contents:
         return ", ".join(names) or "unknown"
 
 
+_T2I = "T2I-Adapter"
+
 # What is recognised by its keys and is no network of ours: (name, pattern that one key must match).
 _OTHERS = (
     (
@@ -74,7 +89,7 @@ _OTHERS = (
     ("Textual Inversion (SDXL)", r"clip_[lg]"),
     ("Textual Inversion", r"<.*>"),
     ("IP-Adapter", r"(ip_adapter|image_proj)\..*"),
-    ("T2I-Adapter", r"(adapter\.)?body\.\d+\.(in_conv|block1|resnets).*"),
+    (_T2I, r"(adapter\.)?body\.\d+\.(in_conv|block1|resnets).*"),
     ("Stable Diffusion 3", r"(.*\.)?joint_blocks\.\d+\..*|transformer_blocks\.\d+\.attn\.add_q_proj\..*"),
     ("Flux", r"(.*\.)?double_blocks\.\d+\..*|single_transformer_blocks\.\d+\..*"),
     ("half of a TAESD: give the folder with both files", r"(14|19)\.weight"),
@@ -91,6 +106,8 @@ def detect(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> Content
         except (LookupError, ValueError) as error:  # sizes are read from tensors that may be missing or misshaped
             others.append(f"damaged {find.__name__.removeprefix('_find_')} ({error})")
     others += [name for name, pattern in _OTHERS if any(re.fullmatch(pattern, key) for key in shapes)]
+    if any(part.kind == "t2i_adapter" for part in parts):
+        others.remove(_T2I)  # it is read
     return Contents(tuple(parts), tuple(others))
 
 
@@ -243,6 +260,62 @@ def _find_chinese(shapes: Shapes, metadata: dict[str, str]) -> list[Part]:
     return []
 
 
+def _find_vision(shapes: Shapes, metadata: dict[str, str]) -> list[Part]:
+    patches = "vision_model.embeddings.patch_embedding.weight"
+    if patches not in shapes or any(re.search(r"(token|word)_embeddings?\.weight$", key) for key in shapes):
+        return []  # a whole CLIP is read for its text tower
+    width, _, patch, _ = shapes[patches]
+    positions = shapes["vision_model.embeddings.position_embedding.weight"][0] - 1
+    config = {
+        "model_type": "clip_vision_model",
+        "hidden_size": width,
+        "intermediate_size": shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0],
+        "num_hidden_layers": _count(shapes, r"vision_model\.encoder\.layers\.(\d+)\.layer_norm1\.weight"),
+        "num_attention_heads": 16 if width > 1024 else max(1, width // 64),
+        "image_size": math.isqrt(positions) * patch,
+        "patch_size": patch,
+        "projection_dim": shapes["visual_projection.weight"][0],
+        "hidden_act": "quick_gelu" if width in (768, 1024) else "gelu",
+        **_noted(metadata, "image_encoder"),
+    }
+    families = {768: "CLIP ViT-B", 1024: "CLIP ViT-L", 1280: "OpenCLIP ViT-H", 1664: "OpenCLIP ViT-bigG"}
+    return [Part("image_encoder", "transformers", families.get(width, "CLIP"), "", CLIP_VISION, config)]
+
+
+def _find_adapter(shapes: Shapes, metadata: dict[str, str]) -> list[Part]:
+    """T2I-Adapters. Pixels to a latent, 8 for SD1.x, cannot be told from channels; SDXL's have 16, and 768 inputs."""
+    if "adapter.body.0.resnets.0.block1.weight" in shapes:
+        table, layout = PLAIN, "diffusers"
+    elif "body.0.body.0.block1.weight" in shapes:
+        levels, layers = (_count(shapes, pattern) for pattern in (r"body\.(\d+)\..*", r"body\.0\.body\.(\d+)\..*"))
+        table, layout = original_t2i_adapter(levels, layers, light=True), "original"
+    elif "body.0.block1.weight" in shapes:
+        blocks = _count(shapes, r"body\.(\d+)\..*")
+        wider = [i for i in range(blocks) if f"body.{i}.in_conv.weight" in shapes]
+        layers = wider[0] if wider else 2
+        table, layout = original_t2i_adapter(blocks // layers, layers), "original"
+    else:
+        return []
+    ours, body = _ours(shapes, "", table), "adapter.body"
+    light = f"{body}.0.out_conv.weight" in ours
+    levels = _count(ours, r"adapter\.body\.(\d+)\..*") - light
+    inputs = ours[f"{body}.0.in_conv.weight" if light else "adapter.conv_in.weight"][1]
+    noted = _noted(metadata, "t2i_adapter")
+    factor = noted.get("downscale_factor", 16 if inputs == 768 else 8)
+    last = "out_conv" if light else "resnets.0.block1"
+    config = {
+        "_class_name": "T2IAdapter",
+        "adapter_type": "light_adapter" if light else "full_adapter_xl" if inputs == 768 else "full_adapter",
+        "channels": [ours[f"{body}.{i}.{last}.weight"][0] for i in range(levels)],
+        "num_res_blocks": _count(ours, r"adapter\.body\.0\.resnets\.(\d+)\..*"),
+        "downscale_factor": factor,
+        "in_channels": inputs // factor**2,
+        **noted,
+    }
+    family = "SDXL" if inputs == 768 else "SD1.x"
+    return [Part("t2i_adapter", layout, family, "", table, config)]
+
+
 _FINDERS: tuple[Callable[[Shapes, dict[str, str]], list[Part]], ...] = (
     _find_unet,
     _find_control,
@@ -250,6 +323,8 @@ _FINDERS: tuple[Callable[[Shapes, dict[str, str]], list[Part]], ...] = (
     _find_taesd,
     _find_clip,
     _find_chinese,
+    _find_vision,
+    _find_adapter,
 )
 
 

@@ -68,6 +68,8 @@ def _rename(key: str, names: Mapping[str, str]) -> str:
 PLAIN = KeyTable()
 # transformers 5 writes CLIP text keys without their prefix and reads both; earlier ones kept position_ids as a buffer.
 CLIP_TEXT = KeyTable(prefix="text_model.", accepted=("",), ignored=(r"(.*\.)?position_ids",))
+# The vision tower with its projection.
+CLIP_VISION = KeyTable(ignored=(r"(.*\.)?position_ids",))
 # The Chinese tower alone, or as a part of a whole Chinese-CLIP; its pooler and projection play no part in BDM. The
 # cn_clip package calls it bert.
 CHINESE_TEXT = KeyTable(
@@ -144,6 +146,17 @@ def ldm_vae(levels: int, layers: int) -> KeyTable:
     return KeyTable(modules=tuple(pairs), convolutions=r"\w+\.mid_block\.attentions\.0\.to_\w+(\.0)?\.weight")
 
 
+def original_t2i_adapter(levels: int, layers: int, light: bool = False) -> KeyTable:
+    """TencentARC's names of a T2I-Adapter with so many levels (a light one's last included), of so many layers."""
+    pairs = []
+    for i in range(levels):
+        ours, first = f"adapter.body.{i}", i * layers
+        inner = [f"body.{i}.body.{j}" if light else f"body.{first + j}" for j in range(layers)]
+        pairs += [(f"{ours}.resnets.{j}", theirs) for j, theirs in enumerate(inner)]
+        pairs.append((ours, f"body.{i}") if light else (f"{ours}.in_conv", f"body.{first}.in_conv"))
+    return KeyTable(modules=(*pairs, *(() if light else (("adapter.conv_in", "conv_in"),))))
+
+
 def table_for(config: Mapping[str, Any], keys: Iterable[str] = ()) -> KeyTable:
     """The table of the network that a component's config.json describes, in the layout that the keys are in."""
     if config.get("_class_name") == "AutoencoderKL" and any(".attentions.0.query." in key for key in keys):
@@ -184,6 +197,7 @@ def _resnet(ours: str, theirs: str) -> list[tuple[str, str]]:
 _BY_TYPE = {
     "clip": CLIP_TEXT,
     "clip_text_model": CLIP_TEXT,
+    "clip_vision_model": CLIP_VISION,
     "bert": CHINESE_TEXT,
     "chinese_clip": CHINESE_TEXT,
     "chinese_clip_text_model": CHINESE_TEXT,

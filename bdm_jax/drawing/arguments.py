@@ -16,13 +16,16 @@ from bdm_jax.drawing.metadata import PARTS, digest, read_settings, restore
 from bdm_jax.drawing.prompts import read_prompts
 from bdm_jax.errors import UserError
 from bdm_jax.paths import DEMO
-from bdm_jax.plugins.spec import parse_blend, parse_control, parse_embedding, parse_spec
+from bdm_jax.plugins.spec import parse_blend, parse_control, parse_embedding, parse_image_prompt, parse_spec
 from bdm_jax.settings import Request, Settings, check
 
 if TYPE_CHECKING:
     from bdm_jax.pipeline import BridgePipeline
     from bdm_jax.plugins.controls import Control
+    from bdm_jax.plugins.image_prompts import ImagePrompt
 
+# Flags whose value names a picture, the last of its paths.
+_PICTURED = {"control": parse_control, "adapter": parse_control, "image_prompt": parse_image_prompt}
 _MAX_SEEDS = 1_000_000
 _Kind = TypeVar("_Kind")
 
@@ -58,12 +61,18 @@ class Parts:
     control: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A ControlNet: NETWORK,MAP[,strength=1][,start=0][,end=1]; with from=canny (line, tile, blur, luminance) the map
     is made of a picture."""
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A T2I-Adapter, with its map: as a ControlNet."""
+    image_prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A picture to draw after, by an IP-Adapter: ADAPTER,VISION,PICTURE[,strength=1], VISION a CLIP vision tower."""
 
     def check(self) -> None:
         """Raises UserError for what is no such flag's value or no file."""
         paths = [parse_spec(text).path for text in (*self.lora, *self.branch_lora)]
         paths += [parse_embedding(text)[0] for text in (*self.embedding, *self.branch_embedding)]
-        paths += [path for text in self.control for path in parse_control(text)[:2]]
+        paths += [
+            path for name, parse in _PICTURED.items() for text in getattr(self, name) for path in parse(text)[:-1]
+        ]
         paths += [path for text in self.blend for path in parse_blend(text)[:2] if path is not None]
         if not self.model.exists():
             raise UserError(f"{self.model}: no such model folder")
@@ -95,23 +104,26 @@ class Parts:
                 pipeline = pipeline.with_embeddings(found, tower)
         return pipeline
 
-    def load_controls(self) -> list["Control"]:
-        """Read the ControlNets and their maps. Raises UserError or FileError."""
-        from bdm_jax.plugins.controls import load
+    def load_controls(self) -> list["Control | ImagePrompt"]:
+        """Read the ControlNets, T2I-Adapters and IP-Adapters with their pictures. Raises UserError or FileError."""
+        from bdm_jax.plugins import controls, image_prompts
 
-        return [*map(load, self.control)]
+        found = [*map(controls.load, self.control)]
+        found += [controls.load(text, kind="t2i_adapter") for text in self.adapter]
+        return [*found, *map(image_prompts.load, self.image_prompt)]
 
 
 def _name(kind: str, part: Path | str | tuple[str, ...]) -> str:
-    """What a picture says about a part: its name without folders; of a ControlNet's map also a digest."""
+    """What a picture says about a part: its name without folders; of a plug-in's map or picture also a digest."""
     if isinstance(part, Path):
         return part.resolve().name
     if isinstance(part, str):
         return part
     names = []
     for text in part:
-        pieces = [piece if "=" in piece and kind == "control" else Path(piece).name for piece in text.split(",")]
-        seen = [f"map={digest(read_picture(parse_control(text)[1]))[:16]}"] if kind == "control" else []
+        parse = _PICTURED.get(kind)
+        pieces = [piece if "=" in piece and parse else Path(piece).name for piece in text.split(",")]
+        seen = [f"map={digest(read_picture(parse(text)[-2]))[:16]}"] if parse else []
         names.append(",".join([*pieces, *seen]))
     return " + ".join(names)
 

@@ -91,18 +91,3 @@ def unshuffle(x: jax.Array, factor: int) -> jax.Array:
     b, h, w, c = x.shape
     x = x.reshape(b, h // factor, factor, w // factor, factor, c)
     return x.transpose(0, 1, 3, 5, 2, 4).reshape(b, h // factor, w // factor, c * factor**2)
-
-
-def original_modules(config: T2IAdapterConfig) -> tuple[tuple[str, str], ...]:
-    """Modules (ours, those of TencentARC's files), as `convert.keys.KeyTable` takes them."""
-    layers = range(config.num_res_blocks)
-    if config.adapter_type == "light_adapter":
-        levels = range(len(config.channels) + 1)
-        inner = [(f"adapter.body.{i}.resnets.{j}", f"body.{i}.body.{j}") for i in levels for j in layers]
-        return *inner, *((f"adapter.body.{i}", f"body.{i}") for i in levels)
-    pairs = [("adapter.conv_in", "conv_in")]
-    for i in range(len(config.channels)):
-        first = i * config.num_res_blocks
-        pairs.append((f"adapter.body.{i}.in_conv", f"body.{first}.in_conv"))
-        pairs += [(f"adapter.body.{i}.resnets.{j}", f"body.{first + j}") for j in layers]
-    return tuple(pairs)

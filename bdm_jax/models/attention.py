@@ -7,6 +7,7 @@ its whole matrix of scores, everywhere else.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -36,6 +37,20 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
     if form == "flash":
         return _flash(query, key, value)
     return plain_attention(query, key, value, mask)
+
+
+def decoupled_attention(
+    query: jax.Array,
+    text: tuple[jax.Array, jax.Array],
+    images: Sequence[tuple[jax.Array, jax.Array]] = (),
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """Attention to the text's keys and values, plus that to each picture's (Ye et al. 2023, eq. 5), before `to_out`.
+
+    A picture's strength is in its values already. query (B,T,N,K); keys and values (B,S,N,K), with an S of their own;
+    mask (B,S) of the text. Returns (B,T,N,K).
+    """
+    return sum((attention(query, *image) for image in images), attention(query, *text, mask))
 
 
 def choose(

@@ -8,8 +8,8 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
+from bdm_jax.models.attention import attention
 from bdm_jax.models.config import CLIPTextConfig, CLIPVisionConfig
-from bdm_jax.models.layers import attention
 
 _MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _ACTIVATIONS = {

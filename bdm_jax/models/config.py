@@ -216,7 +216,8 @@ class ResamplerConfig:
     ffn_ratio: int = 4
 
 
-Config = UNetConfig | BranchConfig | ControlNetConfig | VAEConfig | TinyVAEConfig | CLIPTextConfig | RobertaConfig
+_System = UNetConfig | BranchConfig | ControlNetConfig | VAEConfig | TinyVAEConfig | CLIPTextConfig | RobertaConfig
+Config = _System | T2IAdapterConfig | CLIPVisionConfig
 
 SD15_UNET = UNetConfig()
 SD15_VAE = VAEConfig()
@@ -274,7 +275,7 @@ _TINY_VAE_TAKEN_FOR_GRANTED = {
     "shift_factor": (0.0, None),
     "force_upcast": (False,),
 }
-_CLIP_TAKEN_FOR_GRANTED = {"hidden_act": ("quick_gelu", "gelu")}
+_CLIP_TAKEN_FOR_GRANTED = {"hidden_act": ("quick_gelu", "gelu"), "num_channels": (3,)}
 _ROBERTA_TAKEN_FOR_GRANTED = {"position_embedding_type": ("absolute",), "hidden_act": ("gelu",)}
 
 
@@ -298,6 +299,10 @@ def to_json(config: Config) -> dict[str, Any]:
         return {"_class_name": "AutoencoderTiny", **values, **granted}
     if isinstance(config, CLIPTextConfig):
         return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **values}
+    if isinstance(config, CLIPVisionConfig):
+        return {"architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model", **values}
+    if isinstance(config, T2IAdapterConfig):
+        return {"_class_name": "T2IAdapter", **values}
     granted = {"hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return {"architectures": ["ChineseCLIPTextModel"], "model_type": "chinese_clip_text_model", **values, **granted}
 
@@ -327,6 +332,11 @@ def from_json(values: dict[str, Any]) -> Config:
         values = _text_config(values) if name == "clip" else values
         _check(values, _CLIP_TAKEN_FOR_GRANTED)
         return _pick(CLIPTextConfig, values)
+    if name == "clip_vision_model":
+        _check(values, _CLIP_TAKEN_FOR_GRANTED)
+        return _pick(CLIPVisionConfig, values)
+    if name == "T2IAdapter":
+        return _pick(T2IAdapterConfig, values)
     if name in ("chinese_clip_text_model", "chinese_clip", "bert"):
         values = _text_config(values) if name == "chinese_clip" else values
         _check(values, _ROBERTA_TAKEN_FOR_GRANTED)

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bdm_jax.models.attention import attention
 from bdm_jax.models.config import EncoderConfig, ImageProjectionConfig, ResamplerConfig
-from bdm_jax.models.layers import attention
+
+_LAYER = ".transformer_blocks.0.attn2"  # a cross-attention, in the transformer whose path `Conditioning.keys` has
 
 _HEAD = 64  # channels of a Resampler's head in all published files
 
@@ -103,26 +105,27 @@ class Resampler(nnx.Module):
         return self.norm_out(self.proj_out(latents))
 
 
-def decoupled_attention(
-    query: jax.Array,
-    text: tuple[jax.Array, jax.Array],
-    image: tuple[jax.Array, jax.Array],
-    scale: jax.Array | float,
-    mask: jax.Array | None = None,
-) -> jax.Array:
-    """Attention to the text's keys and values plus `scale` times that to the picture's, before `to_out`.
+def image_keys(
+    config: EncoderConfig, layers: Mapping[str, jax.Array], tokens: jax.Array
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """A picture's tokens (B,T,D) -> keys and values (B,T,N,K) by transformer, as `Conditioning.image_keys` has them.
 
-    query (B,T,N,K); keys and values (B,S,N,K); mask (B,S) of the text. Returns (B,T,N,K).
+    `layers` are those of `from_original`, in our layouts. Strength times the values is strength times the attention.
     """
-    return attention(query, *text, mask) + scale * attention(query, *image)
+
+    def project(path: str, part: str) -> jax.Array:
+        x = tokens @ layers[f"{path}.processor.to_{part}_ip.0.kernel"]
+        return x.reshape(*x.shape[:2], config.num_heads, -1)
+
+    return {path.removesuffix(_LAYER): (project(path, "k"), project(path, "v")) for path in cross_attentions(config)}
 
 
-def cross_attentions(config: EncoderConfig) -> list[str]:
-    """A UNet's cross-attentions in the order of IP-Adapter files: down, up, middle."""
-    levels, layers = range(config.levels), config.layers_per_block
-    down = [f"down_blocks.{i}.attentions.{j}" for i in levels if config.attention_levels[i] for j in range(layers)]
-    up = [f"up_blocks.{i}.attentions.{j}" for i in levels if config.attention_levels[~i] for j in range(layers + 1)]
-    return [f"{block}.transformer_blocks.0.attn2" for block in (*down, *up, "mid_block.attentions.0")]
+def cross_attentions(config: EncoderConfig) -> dict[str, int]:
+    """A UNet's cross-attentions with their channels, in the order of IP-Adapter files: down, up, middle."""
+    levels, widths, layers = range(config.levels), config.block_out_channels, config.layers_per_block
+    down = [(f"down_blocks.{i}", j, widths[i]) for i in levels if config.attention_levels[i] for j in range(layers)]
+    up = [(f"up_blocks.{i}", j, widths[~i]) for i in levels if config.attention_levels[~i] for j in range(layers + 1)]
+    return {f"{at}.attentions.{j}{_LAYER}": width for at, j, width in (*down, *up, ("mid_block", 0, widths[-1]))}
 
 
 def from_original(
@@ -152,7 +155,14 @@ def from_original(
         raise ValueError(f"its cross-attentions are not this backbone's: ip_adapter.{wrong[0]} ({len(wrong)} in all)")
     width = config.cross_attention_dim if isinstance(config, ImageProjectionConfig) else config.output_dims
     if width != unet.cross_attention_dim:
-        raise ValueError(f"an IP-Adapter of width {width} for a backbone of width {unet.cross_attention_dim}")
+        raise ValueError(
+            f"made for another base model: its width is {width}, the backbone's {unet.cross_attention_dim}"
+        )
+    for n, (path, channels) in enumerate(cross_attentions(unet).items()):
+        for key in (f"{2 * n + 1}.to_{x}_ip.weight" for x in "kv"):
+            if np.shape(layers[key]) != (channels, width):
+                found = f"ip_adapter.{key} has the shape {np.shape(layers[key])}"
+                raise ValueError(f"made for another base model: {found}, {path} here takes {(channels, width)}")
     return config, projection, {names[key]: array for key, array in layers.items()}
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bdm_jax.models.attention import attention
+from bdm_jax.models.attention import decoupled_attention
 from bdm_jax.models.convolution import Conv
 
 
@@ -131,10 +131,10 @@ class Attention(nnx.Module):
         """Context (B,S,D) -> keys and values, each (B,S,N,K)."""
         return self._split(self.to_k(context)), self._split(self.to_v(context))
 
-    def __call__(self, x, keys=None, mask=None):
-        """`keys` as from `keys`, of x itself where None; `mask` (B,S) bool."""
-        key, value = self.keys(x) if keys is None else keys
-        out = attention(self._split(self.to_q(x)), key, value, mask)
+    def __call__(self, x, keys=None, mask=None, images=()):
+        """`keys` as from `keys`, of x itself where None; `mask` (B,S) bool; `images`: pictures' keys and values."""
+        keys = self.keys(x) if keys is None else keys
+        out = decoupled_attention(self._split(self.to_q(x)), keys, images, mask)
         return self.to_out[0](out.reshape(x.shape))
 
     def _split(self, x):
@@ -182,7 +182,8 @@ class TransformerBlock(nnx.Module):
         queries, keys = self.norm2(x), cond.keys or self.attn2.keys(cond.tokens)
         batch = max(len(x), len(cond.tokens))
         x, queries, *keys = (repeat(part, batch) for part in (x, queries, *keys))
-        x += self.attn2(queries, keys, None if cond.mask is None else repeat(cond.mask, batch))
+        images = [tuple(repeat(part, batch) for part in pair) for pair in cond.image_keys or ()]
+        x += self.attn2(queries, keys, None if cond.mask is None else repeat(cond.mask, batch), images)
         return x + self.ff(self.norm3(x))
 
 

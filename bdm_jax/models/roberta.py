@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bdm_jax.models.attention import attention
 from bdm_jax.models.config import RobertaConfig
-from bdm_jax.models.layers import attention
 
 
 def _norm(config: RobertaConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:

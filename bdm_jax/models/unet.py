@@ -1,9 +1,11 @@
 """The Stable-Diffusion UNet, in two separate calls: `encode` and `decode` (Rombach et al. 2022; diffusers'
 UNet2DConditionModel).
 
-Whatever is added to the skips and to the middle (the BDM branch, ControlNets) is added between the two calls.
+Whatever is added to the skips and to the middle (the BDM branch, ControlNets) is added between the two calls; what is
+added inside the encoder (T2I-Adapters) is an argument of the first.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
@@ -111,12 +113,19 @@ class UNetEncoder(nnx.Module):
         return replace(cond, keys=keys)
 
     def encode(
-        self, latents: jax.Array, t: jax.Array | TimeShifts, cond: Conditioning, hint: jax.Array | None = None
+        self,
+        latents: jax.Array,
+        t: jax.Array | TimeShifts,
+        cond: Conditioning,
+        hint: jax.Array | None = None,
+        features: Sequence[jax.Array] | None = None,
     ) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """Noisy latents (B,H,W,C) at timesteps t (B,) -> (skip tensors in the order they are made, output of the
         middle).
 
         `hint`, already embedded to the width of the first level, is added after the first convolution (ControlNet).
+        `features` (1,h,w,C), one per level, are added to what the level's last layer returns, in its skip too
+        (T2I-Adapter).
 
         The text may have U times as many rows as the latents: each row of the latents then stands for U, one after the
         other, and what comes before the text is first read is computed once for them. What is returned has B*U rows.
@@ -130,6 +139,8 @@ class UNetEncoder(nnx.Module):
             for index in range(len(block.resnets)):
                 x = block.layer(index, x, shifts, cond, f"down_blocks.{level}")
                 skips.append(x)
+            if features is not None:
+                x = skips[-1] = x + features[level]
             if hasattr(block, "downsamplers"):
                 x = block.downsamplers[0](x)
                 skips.append(x)

@@ -1,7 +1,8 @@
-"""Stock ControlNets beside the branch (Zhang et al. 2023): each reads a map and the English text, the residuals add up.
+"""Networks that read a map, beside the branch: ControlNets (Zhang et al. 2023) and T2I-Adapters (Mou et al. 2023).
 
-The Chinese words go to the branch; a ControlNet, which was trained on CLIP's English states, gets the English or the
-empty prompt.
+What they add adds up. The Chinese words go to the branch; a ControlNet, which was trained on CLIP's English states,
+gets the English or the empty prompt. A T2I-Adapter reads its map only, once per picture; what it adds inside the
+backbone's encoder is seen by the backbone alone.
 """
 
 import math
@@ -11,18 +12,21 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from bdm_jax.components import Component, load_component
 from bdm_jax.data.images import read_picture
 from bdm_jax.errors import UserError, unknown
-from bdm_jax.models.config import ControlNetConfig, UNetConfig
+from bdm_jax.models.config import ControlNetConfig, T2IAdapterConfig, UNetConfig
 from bdm_jax.models.functional import Params, bind
 from bdm_jax.plugins.spec import parse_control
 
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet at work: `hint` is its map (H,W,3) uint8; start and end are fractions of the steps."""
+    """A ControlNet or a T2I-Adapter at work: `hint` is its map (H,W,3) uint8; start and end are fractions of the
+    steps.
+    """
 
     network: Component
     hint: np.ndarray
@@ -32,9 +36,9 @@ class Control:
     name: str = "control"
 
 
-def load(text: str, dtype: str | None = None) -> Control:
+def load(text: str, dtype: str | None = None, kind: str = "controlnet") -> Control:
     """A control as it is written on the command line (see `spec.parse_control`); with `from`, its map is made of a
-    picture.
+    picture. `kind`: controlnet or t2i_adapter.
     """
     network, picture, values = parse_control(text)
     hint = read_picture(picture)
@@ -44,19 +48,29 @@ def load(text: str, dtype: str | None = None) -> Control:
         if maker not in HINTS:
             raise unknown("map", maker, HINTS)
         hint = HINTS[maker](hint)
-    return Control(load_component(network, dtype, "controlnet"), hint, **values, name=network.name)
+    return Control(load_component(network, dtype, kind), hint, **values, name=network.name)
 
 
-def check(control: Control, unet: UNetConfig) -> None:
-    """Raises UserError for a network of another base model and for settings that cannot be."""
+def check(control: Control, unet: UNetConfig, factor: int) -> None:
+    """Raises UserError for a network of another base model and for settings that cannot be.
+
+    `factor`: pixels per latent on a side.
+    """
     config = control.network.config
-    if not isinstance(config, ControlNetConfig):
-        raise UserError(f"{control.name}: a {type(config).__name__} in place of a ControlNet")
-    for what, own, other in (
-        ("text width", config.cross_attention_dim, unet.cross_attention_dim),
-        ("skip channels", config.skip_channels, unet.skip_channels),
-        ("latent channels", config.in_channels, unet.in_channels),
-    ):
+    if isinstance(config, T2IAdapterConfig):
+        widths = config.channels + config.channels[-1:] * (config.adapter_type == "light_adapter")
+        sizes = [("channels", widths, unet.block_out_channels), ("factor", config.downscale_factor, factor)]
+        if config.in_channels not in (1, 3):
+            raise UserError(f"{control.name}: reads {config.in_channels} channels; maps have 3, or 1 where grey")
+    elif isinstance(config, ControlNetConfig):
+        sizes = [
+            ("text width", config.cross_attention_dim, unet.cross_attention_dim),
+            ("skip channels", config.skip_channels, unet.skip_channels),
+            ("latent channels", config.in_channels, unet.in_channels),
+        ]
+    else:
+        raise UserError(f"{control.name}: a {type(config).__name__} in place of a ControlNet or a T2I-Adapter")
+    for what, own, other in sizes:
         if own != other:
             raise UserError(f"{control.name}: made for another base model ({what} {own}, the backbone's {other})")
     if not math.isfinite(control.strength):
@@ -72,12 +86,18 @@ def check_size(control: Control, size: tuple[int, int]) -> None:
         raise UserError(f"{control.name}: its map has {own} pixels, the picture {wanted}; draw or resize it to that")
 
 
-def embed(control: Control, hint: np.ndarray) -> jax.Array:
-    """A map (H,W,3) uint8 -> what the ControlNet adds after its first convolution, (1,h,w,C); once per picture."""
-    return _embed(*control.network, hint[None])
+def embed(control: Control, hint: np.ndarray) -> jax.Array | tuple[jax.Array, ...]:
+    """A map (H,W,3) uint8 -> what a ControlNet adds after its first convolution, (1,h,w,C), or what a T2I-Adapter adds
+    at each level; once per picture.
+    """
+    config, params = control.network
+    if isinstance(config, T2IAdapterConfig) and config.in_channels == 1:
+        hint = np.asarray(Image.fromarray(hint).convert("L"))[..., None]
+    return _embed(config, params, hint[None])
 
 
 @partial(jax.jit, static_argnums=0)
-def _embed(config: ControlNetConfig, params: Params, hints: jax.Array) -> jax.Array:
-    dtype = params["conv_in.kernel"].dtype
-    return bind(config, params).controlnet_cond_embedding((hints.astype(jnp.float32) / 255).astype(dtype))
+def _embed(config: ControlNetConfig | T2IAdapterConfig, params: Params, hints: jax.Array):
+    network = bind(config, params)
+    read = network if isinstance(config, T2IAdapterConfig) else network.controlnet_cond_embedding
+    return read((hints.astype(jnp.float32) / 255).astype(next(iter(params.values())).dtype))

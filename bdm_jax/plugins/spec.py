@@ -52,21 +52,38 @@ def parse_embedding(text: str) -> tuple[Path, str | None]:
 def parse_control(text: str) -> tuple[Path, Path, dict[str, str | float]]:
     """`NETWORK,MAP[,strength=0.8][,start=0][,end=0.6][,from=canny]` -> the two paths and what is set.
 
-    Raises UserError for what is no such setting, or no number where one is needed.
+    A ControlNet and its map, or a T2I-Adapter. Raises UserError for what is no such setting, or no number where one is
+    needed.
     """
-    network, *rest = text.split(",")
-    paths = [part for part in rest if "=" not in part]
-    if not network or len(paths) != 1 or not paths[0]:
-        raise UserError(f"control {text!r}: write it as NETWORK,MAP[,strength=1][,start=0][,end=1][,from=canny]")
+    settings = {"strength": "1", "start": "0", "end": "1", "from": "canny"}
+    (network, picture), values = _parse("control", text, ("NETWORK", "MAP"), settings)
+    return network, picture, values
+
+
+def parse_image_prompt(text: str) -> tuple[Path, Path, Path, dict[str, float]]:
+    """`ADAPTER,VISION,PICTURE[,strength=0.7]` -> the three paths and what is set. Raises UserError likewise."""
+    paths, values = _parse("image prompt", text, ("ADAPTER", "VISION", "PICTURE"), {"strength": "1"})
+    return *paths, values
+
+
+def _parse(
+    what: str, text: str, names: tuple[str, ...], settings: dict[str, str]
+) -> tuple[list[Path], dict[str, str | float]]:
+    """Paths, of which the first may have = in its name, and settings; `settings` has an example of each."""
+    first, *rest = text.split(",")
+    paths = [first, *(part for part in rest if "=" not in part)]
+    if len(paths) != len(names) or not all(paths):
+        more = "".join(f"[,{key}={value}]" for key, value in settings.items())
+        raise UserError(f"{what} {text!r}: write it as {','.join(names)}{more}")
     values: dict[str, str | float] = {}
     for key, _, value in (part.partition("=") for part in rest if "=" in part):
-        if key not in ("strength", "start", "end", "from"):
-            raise unknown("setting of a control", key, ("strength", "start", "end", "from"))
+        if key not in settings:
+            raise unknown(f"setting of {'an' if what[0] == 'i' else 'a'} {what}", key, settings)
         number = _number(value)
         if key != "from" and number is None:
-            raise UserError(f"control {text!r}: {key}={value} is not a number")
+            raise UserError(f"{what} {text!r}: {key}={value} is not a number")
         values[key] = value if key == "from" else number
-    return Path(network), Path(paths[0]), values
+    return [*map(Path, paths)], values
 
 
 def _number(text: str) -> float | None:

@@ -77,7 +77,8 @@ def encode_ids(
     batch, windows, length = ids.shape
     rows = ids.reshape(batch * windows, length)
     masks = () if mask is None else (mask.reshape(rows.shape),)
-    states = bind(config, params)(rows, *masks)
+    dtype = next(iter(params.values())).dtype
+    states = bind(config, params)(rows, *masks).astype(dtype)  # norms give fp32, which would spread to all that read it
     seen = None if mask is None else join(mask[..., None])[..., 0]
     return Conditioning(join(states.reshape(batch, windows, length, -1)), seen)
 

@@ -8,9 +8,9 @@ import torch
 from diffusers import T2IAdapter
 
 from bdm_jax.models import functional
-from bdm_jax.models.adapter import original_modules, unshuffle
+from bdm_jax.models.adapter import unshuffle
 from bdm_jax.models.config import T2IAdapterConfig, UNetConfig
-from convert.keys import KeyTable
+from convert.keys import original_t2i_adapter
 from convert.layouts import to_torch, tree_from_torch, tree_to_torch
 
 LIGHT = "light_adapter"
@@ -66,7 +66,8 @@ def test_full_size(name):
     ours = {key: np.broadcast_to(np.float32(0), leaf.shape) for key, leaf in functional.abstract(config).items()}
     shapes = {key: array.shape for key, array in (to_torch(*item) for item in ours.items())}
     assert shapes == {key: tuple(tensor.shape) for key, tensor in reference.state_dict().items()}
-    table = KeyTable(modules=original_modules(config))
+    light = config.adapter_type == LIGHT
+    table = original_t2i_adapter(len(config.channels) + light, config.num_res_blocks, light)
     original = tree_to_torch(ours, table)
     assert tree_from_torch(original, functional.abstract(config), "original", table).keys() == ours.keys()
     layers = ("block1.weight", "block1.bias", "block2.weight", "block2.bias")

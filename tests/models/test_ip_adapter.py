@@ -11,8 +11,9 @@ from diffusers.models.embeddings import ImageProjection as TheirProjection
 from diffusers.models.embeddings import IPAdapterPlusImageProjection
 
 from bdm_jax.models import functional
+from bdm_jax.models.attention import decoupled_attention
 from bdm_jax.models.config import SD15_UNET, ImageProjectionConfig, ResamplerConfig, UNetConfig, to_json
-from bdm_jax.models.ip_adapter import cross_attentions, decoupled_attention, from_original
+from bdm_jax.models.ip_adapter import cross_attentions, from_original
 from convert.layouts import to_torch, tree_from_torch
 
 BASE = ImageProjectionConfig(image_embed_dim=10, cross_attention_dim=12, num_image_text_embeds=4)
@@ -59,8 +60,7 @@ def test_decoupled_attention_equals_diffusers(scale, randomised, assert_parity, 
     ours = decoupled_attention(
         project(x, "to_q"),
         (project(text, "to_k"), project(text, "to_v")),
-        (project(image, "processor.to_k_ip.0"), project(image, "processor.to_v_ip.0")),
-        scale,
+        [(project(image, "processor.to_k_ip.0"), scale * project(image, "processor.to_v_ip.0"))],
     )
     assert_parity(ours.reshape(2, 5, 8) @ weights["to_out.0.weight"] + weights["to_out.0.bias"], expected.numpy())
 
@@ -149,6 +149,7 @@ def test_full_size(rng):
         ({"image_proj.norm.weight": None}, "image projection is damaged: 'norm.weight'"),
         ({"ip_adapter.1.to_k_ip.weight": None}, "not this backbone's: ip_adapter.1.to_k_ip.weight .1 in all"),
         ({"ip_adapter.99.to_k_ip.weight": 1}, "not this backbone's: ip_adapter.99.to_k_ip.weight"),
+        ({"ip_adapter.1.to_k_ip.weight": 1}, "another base model: ip_adapter.1.to_k_ip.weight has the shape .1, 1.,"),
         ({"other": 1}, "not an IP-Adapter"),
     ],
 )
@@ -162,5 +163,5 @@ def test_other_files_are_named(change, message, rng):
 
 def test_another_backbones_width_is_named(rng):
     wide = original(ImageProjectionConfig(10, 16, 4), UNET, rng)
-    with pytest.raises(ValueError, match="of width 16 for a backbone of width 12"):
+    with pytest.raises(ValueError, match="its width is 16, the backbone's 12"):
         from_original(wide, UNET)

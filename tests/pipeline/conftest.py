@@ -121,6 +121,8 @@ def plain(tiny, tiny_folder, torch_nets):
         clean=None,
         begin=0,
         controls=(),
+        unet=None,
+        adapt=lambda i, english_text: {},
         after=lambda x, i, scheduler: x,
         **config,
     ):
@@ -152,7 +154,8 @@ def plain(tiny, tiny_folder, torch_nets):
                     residuals = [one + other for one, other in zip(residuals, [*down, mid], strict=True)]
                 more = {"down_block_additional_residuals": residuals[:-1]}
                 more["mid_block_additional_residual"] = residuals[-1]
-                return torch_nets["unet"](x, t, english[[english_text]], **more).sample
+                more |= adapt(i, english_text)
+                return (unet or torch_nets["unet"])(x, t, english[[english_text]], **more).sample
 
             x = after(scheduler.step(guide(i, predict), t, x).prev_sample, i, scheduler)
         return x.numpy()

@@ -1,0 +1,114 @@
+"""IP-Adapters (Ye et al. 2023, arXiv 2308.06721): a picture is read beside the text, by the backbone alone.
+
+A CLIP vision tower and the adapter's projection make tokens of the picture, and the adapter's layers keys and values of
+these for every cross-attention of the backbone: once for all steps and pictures. What guidance leads away from is, as
+in diffusers, the base adapter's reading of a vector of zeros, or Plus' of a picture of zeros.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdm_jax.components import Component, load_component
+from bdm_jax.data.images import read_picture
+from bdm_jax.errors import UserError
+from bdm_jax.models.clip import normalised
+from bdm_jax.models.config import (
+    CLIPVisionConfig,
+    EncoderConfig,
+    ImageProjectionConfig,
+    ResamplerConfig,
+    UNetConfig,
+)
+from bdm_jax.models.functional import Params, abstract, bind
+from bdm_jax.models.ip_adapter import from_original, image_keys
+from bdm_jax.plugins.spec import parse_image_prompt
+from convert.layouts import to_jax, tree_from_torch
+from convert.pickles import is_checkpoint, read_checkpoint
+from convert.weights import read_weights
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """A picture (H,W,3) uint8, the vision tower that looks at it, and the tensors of an IP-Adapter's file."""
+
+    adapter: Mapping[str, Any]
+    vision: Component
+    picture: np.ndarray
+    strength: float = 1.0
+    name: str = "image prompt"
+
+
+def load(text: str, dtype: str | None = None) -> ImagePrompt:
+    """An image prompt as it is written on the command line (see `spec.parse_image_prompt`)."""
+    path, vision, picture, values = parse_image_prompt(text)
+    adapter = read_checkpoint(path) if path.is_file() and is_checkpoint(path) else read_weights(path).tensors
+    tower = load_component(vision, dtype, "image_encoder")
+    return ImagePrompt(adapter, tower, read_picture(picture), **values, name=path.name)
+
+
+def read(prompt: ImagePrompt, unet: UNetConfig) -> tuple[Component, Params]:
+    """The adapter's projection and its layers for this backbone, as they lie in the file.
+
+    Raises UserError or FileError for what is no IP-Adapter, is one of another backbone or vision tower, or is damaged;
+    and for a strength that cannot be.
+    """
+    if not math.isfinite(prompt.strength):
+        raise UserError(f"{prompt.name}: strength {prompt.strength} is not a finite number")
+    if not isinstance(tower := prompt.vision.config, CLIPVisionConfig):
+        raise UserError(f"{prompt.name}: a {type(tower).__name__} in place of a CLIP vision tower")
+    try:
+        config, projection, layers = from_original(_arrays(prompt.adapter), unet)
+    except ValueError as error:
+        raise UserError(f"{prompt.name}: {error}") from error
+    plus = isinstance(config, ResamplerConfig)
+    own, given = (config.embed_dims, tower.hidden_size) if plus else (config.image_embed_dim, tower.projection_dim)
+    if own != given:
+        raise UserError(f"{prompt.name}: made for another vision tower (width {own}, this one's {given})")
+    projection = tree_from_torch(projection, abstract(config), f"{prompt.name}: image_proj")
+    return Component(config, projection), dict(to_jax(key, array) for key, array in layers.items())
+
+
+def keys(prompt: ImagePrompt, unet: Component) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Keys and values (2,T,N,K) by transformer, for the negative and the positive half, the strength in the values."""
+    (config, projection), layers = read(prompt, unet.config)
+    dtype = unet.params["conv_in.bias"].dtype
+    projection, layers = ({key: np.asarray(a, dtype) for key, a in tree.items()} for tree in (projection, layers))
+    picture = normalised(prompt.picture, prompt.vision.config.image_size)
+    configs = unet.config, prompt.vision.config, config
+    return _keys(configs, prompt.vision.params, projection, layers, picture, np.float32(prompt.strength))
+
+
+@partial(jax.jit, static_argnums=0)
+def _keys(
+    configs: tuple[EncoderConfig, CLIPVisionConfig, ImageProjectionConfig | ResamplerConfig],
+    vision: Params,
+    projection: Params,
+    layers: Params,
+    picture: jax.Array,
+    strength: jax.Array,
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    unet, tower, config = configs
+    images = jnp.stack([jnp.zeros_like(picture), picture]).astype(next(iter(vision.values())).dtype)
+    vectors, states = bind(tower, vision)(images)
+    seen = states if isinstance(config, ResamplerConfig) else vectors.at[0].set(0)
+    dtype = next(iter(projection.values())).dtype
+    tokens = bind(config, projection)(seen.astype(dtype))
+    made = image_keys(unet, layers, tokens.astype(dtype))  # norms give fp32, which would spread to the backbone
+    return {path: (key, strength.astype(value.dtype) * value) for path, (key, value) in made.items()}
+
+
+def _arrays(adapter: Any) -> dict[str, Any]:
+    """The tensors, in a dict or in dicts of a dict. Raises ValueError for anything else: a file may hold any value."""
+    parts = [adapter] if isinstance(adapter, Mapping) else []
+    parts += [part for part in adapter.values() if isinstance(part, Mapping)] if parts else []
+    leaves = [leaf for part in parts for leaf in part.values() if not (part is adapter and isinstance(leaf, Mapping))]
+    if not leaves or not all(isinstance(leaf, np.ndarray) for leaf in leaves):
+        raise ValueError("not an IP-Adapter: expected image_proj.* and ip_adapter.*, nothing else")
+    return adapter
