@@ -1,8 +1,10 @@
 """Captions out of names and keywords, and which records each language may learn from."""
 
+import re
+
 import numpy as np
 
-from bdm_jax.data.records import Source
+from bdm_jax.data.source import BadRecord, Source
 from bdm_jax.errors import UserError
 
 LANGUAGES = ("zh", "en")
@@ -12,18 +14,28 @@ STYLE_PHRASES = {
 }
 _SEPARATORS = {"zh": "，", "en": ", "}
 _KEYWORDS_AT_MOST = 2
+_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]")
+_KANA_HANGUL = re.compile("[\u3040-\u30fa\u1100-\u11ff\uac00-\ud7af]")
 
 
 def caption(record: dict, language: str, rng: np.random.Generator, style: bool = False) -> str:
-    """One caption of a record: half of the time its name, else its name and one or two of its keywords.
+    """One caption of a record: of its `captions` in the language any with the same chance. A record of the bundled set
+    has none: half of the time its name, else its name and one or two of its keywords.
 
     Args:
-        record: as read by `records.open_source`, with `zh`, `en`, `zh_keywords`, `en_keywords`, `style`.
+        record: as read by `records.open_source`, with `captions`, or with `zh`, `en`, `zh_keywords`, `en_keywords`,
+            `style`.
         language: "zh" or "en".
         rng: source of the choice.
         style: append the phrase of the record's art style, for training on several styles at once.
+
+    Raises:
+        BadRecord: no caption in the language.
     """
     _check_language(language)
+    if "captions" in record:
+        texts = of_language(record, language)
+        return texts[int(rng.integers(len(texts)))]
     parts = [record[language]]
     keywords = record[f"{language}_keywords"]
     if len(keywords) and rng.random() < 0.5:
@@ -35,10 +47,32 @@ def caption(record: dict, language: str, rng: np.random.Generator, style: bool =
 
 
 def name(record: dict, language: str, style: bool = False) -> str:
-    """The plain prompt for a record: its name, with the phrase of its art style where asked."""
+    """The plain prompt for a record: its first caption, or its name, with the phrase of its art style where asked."""
     _check_language(language)
+    if "captions" in record:
+        return of_language(record, language)[0]
     phrase = [STYLE_PHRASES[record["style"]][language]] if style else []
     return _SEPARATORS[language].join([record[language], *phrase])
+
+
+def of_language(record: dict, language: str) -> list[str]:
+    """Those of its captions that are written in the language, at least one. Raises BadRecord."""
+    texts = [text for text in record["captions"] if is_written_in(text, language)]
+    if not texts:
+        raise BadRecord(record["key"], f"no {language} caption", f"none of {len(record['captions'])} captions is in it")
+    return texts
+
+
+def is_written_in(text: str, language: str) -> bool:
+    """By script: "zh" has at least half of its letters Han, no kana and no Hangul; "en" at least half Latin.
+
+    A Chinese caption of a product often holds its Latin name; Japanese has Han characters too, but never without kana
+    for long.
+    """
+    letters = [character for character in text if character.isalpha()]
+    if language == "zh":
+        return not _KANA_HANGUL.search(text) and 0 < len(letters) <= 2 * len(_HAN.findall(text))
+    return 0 < len(letters) <= 2 * sum(letter < "\u0250" for letter in letters)
 
 
 def concepts(

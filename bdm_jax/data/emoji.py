@@ -2,6 +2,7 @@
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from bdm_jax.data import artwork
 
@@ -14,6 +15,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
     """
 
     VERSION = tfds.core.Version("1.0.0")
+    code_path = epath.Path(__file__)  # TFDS finds it with importlib_resources, which it uses without requiring it
     RELEASE_NOTES = {"1.0.0": "Fluent flat and Noto artwork at 128 x 128 with the names of CLDR 48.2."}
     MANUAL_DOWNLOAD_INSTRUCTIONS = "The unpacked npm packages; `python -m bdm_jax.data.render_emoji` fetches them."
 

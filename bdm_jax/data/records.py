@@ -1,57 +1,120 @@
-"""Reading any prepared set: TFDS array_record -> random access records -> safe pixels -> batches through Grain."""
+"""Opening any source of records by its path: prepared TFDS sets, array_record files, tar shards, image folders."""
 
-import io
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import os
+import posixpath
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import grain
+import fsspec
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
+from fsspec import AbstractFileSystem
 
+from bdm_jax.data.arrays import ArrayRecordSource
+from bdm_jax.data.folders import METADATA, FolderSource
+from bdm_jax.data.images import decode_image  # noqa: F401
+from bdm_jax.data.loader import make_loader  # noqa: F401
+from bdm_jax.data.photos import PhotoSource
+from bdm_jax.data.source import BadRecord, Source, make_record
+from bdm_jax.data.tars import TarSource
 from bdm_jax.errors import UserError
 
-MAX_PIXELS = 64_000_000
-_FORMATS = ("PNG", "JPEG", "WEBP")
-
-
-class Source(Protocol):
-    """Random access to records: `len(source)`, `source[i] -> dict`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+_TFDS = "dataset_info.json"
+_NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class RecordSource:
-    """A TFDS split whose images stay encoded: text is `str`, sequences of text are `list[str]`, images are bytes."""
+    """A TFDS split whose images stay encoded: text is `str`, sequences of text are `list[str]`, images are bytes.
 
-    def __init__(self, folder: Path, split: str, data: Sequence, image_keys: tuple[str, ...]):
-        self.folder, self.split = folder, split
+    Where the set has captions, its records are those of `Source`; a set without (the bundled one) keeps its features.
+    """
+
+    def __init__(self, folder: str, split: str, data: Sequence, image_keys: tuple[str, ...], fingerprint: str):
+        self.folder, self.split, self.fingerprint = folder, split, fingerprint
         self._data, self._image_keys = data, image_keys
 
     def __len__(self) -> int:
         return len(self._data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._data[int(index)]
-        return {key: value if key in self._image_keys else _plain(value) for key, value in record.items()}
+        index = int(index)
+        name = f"{self.split}/{index}"
+        try:
+            values = self._data[index]
+        except RuntimeError as error:  # what array_record raises where a chunk's hash is wrong
+            raise BadRecord(name, "damaged record", f"it cannot be read ({error})") from error
+        record = {key: value if key in self._image_keys else _plain(value) for key, value in values.items()}
+        if len(self._image_keys) == 1 and "image" not in record:
+            record["image"] = record.pop(self._image_keys[0])
+        name = record.get("key", name)
+        made = make_record(name, record)
+        return made if made["captions"] else {**record, "key": name}
 
     def __repr__(self) -> str:
-        return f"RecordSource({self.folder.name}, {self.split}, {len(self)} records)"
+        return f"RecordSource({self.folder}, {self.split}, {len(self)} records)"
 
 
-def open_source(folder: str | Path, split: str = "train") -> RecordSource:
-    """Open a prepared TFDS folder (the one with `dataset_info.json`), whatever its size.
+def open_source(path: str | Path, split: str = "train", cache: Path | None = None) -> Source:
+    """Open records, whatever their form and size.
+
+    Args:
+        path: a prepared TFDS folder (with `dataset_info.json`); a folder, a file or a pattern (`*`, `{0000..0127}`) of
+            .tar or .array_record files; a folder with `metadata.jsonl`; a folder of pictures (`photos.py`). On a disk
+            or in a bucket: `gs://` needs the package gcsfs, `s3://` needs s3fs. array_record files (TFDS's too) are
+            read by their own library, from disks and `gs://`.
+        split: of a TFDS set, or the subfolder of a folder that holds none of these itself.
+        cache: folder for the index of tar shards; see `TarSource`.
 
     Raises:
-        UserError: no such folder, not a prepared set in array_record files, or no such split.
+        UserError: nothing there, of no known form, or no such split.
     """
-    folder = Path(folder)
-    if not (folder / "dataset_info.json").is_file():
-        raise UserError(f"{folder} is not a prepared data set: dataset_info.json is missing there")
+    fs, root = _file_system(os.fspath(path))
+    if (names := _files(fs, root)) is not None:
+        return _open_files(fs, root, names, cache)
+    if not fs.isdir(root):
+        raise UserError(f"{path}: no such file or folder (a prepared set is the folder with its {_TFDS})")
+    if fs.isfile(posixpath.join(root, _TFDS)):
+        return _open_prepared(os.fspath(path), split)
+    if fs.isfile(posixpath.join(root, METADATA)):
+        return FolderSource(fs, root)
+    if split and fs.isdir(inner := posixpath.join(root, split)):
+        return open_source(fs.unstrip_protocol(inner), "", cache)
+    if len(photos := PhotoSource(fs, root)):
+        return photos
+    kinds = f"{_TFDS} (a prepared set), {METADATA}, .tar or .array_record files, pictures"
+    raise UserError(f"{path} holds no records: no {kinds}")
+
+
+def list_files(path: str | Path) -> list[str]:
+    """The .tar or .array_record files that a path stands for, each a path for `open_source`; none for other kinds."""
+    fs, root = _file_system(os.fspath(path))
+    return [fs.unstrip_protocol(name) for name in _files(fs, root) or ()]
+
+
+def _files(fs: AbstractFileSystem, root: str) -> list[str] | None:
+    """Those of a file, a pattern or a folder that is nothing else; None for what is no list of files."""
+    if re.search(r"[*?\[{]", root) or fs.isfile(root):
+        return _expand(fs, root)
+    if not fs.isdir(root) or any(fs.isfile(posixpath.join(root, name)) for name in (_TFDS, METADATA)):
+        return None
+    return sorted(name for name in fs.ls(root, detail=False) if _kind(name)) or None
+
+
+def _open_files(fs: AbstractFileSystem, root: str, names: Sequence[str], cache: Path | None) -> Source:
+    kinds = sorted({_kind(name) or "others" for name in names})
+    if not names or len(kinds) > 1 or kinds == ["others"]:
+        found = f"files of the kinds {', '.join(kinds)}" if names else "no files"
+        raise UserError(f"{root}: {found}; .tar or .array_record files are read, one kind at a time")
+    if kinds == [".tar"]:
+        return TarSource(fs, names, cache)
+    local = "file" in np.atleast_1d(fs.protocol)
+    return ArrayRecordSource([name if local else fs.unstrip_protocol(name) for name in names])
+
+
+def _open_prepared(folder: str, split: str) -> RecordSource:
     builder = tfds.builder_from_directory(folder)
     if split not in builder.info.splits:
         raise UserError(f"{folder} has no split {split!r}; it has {', '.join(builder.info.splits)}")
@@ -62,123 +125,46 @@ def open_source(folder: str | Path, split: str = "train") -> RecordSource:
         data = builder.as_data_source(split=split, decoders=decoders)
     except NotImplementedError as error:
         raise UserError(f"{folder} is not array_record: prepare it with file_format='array_record'") from error
-    return RecordSource(folder, split, data, images)
+    told = f"{builder.info.full_name} {split} {len(data)} {builder.info.splits[split].num_bytes}"
+    return RecordSource(folder, split, data, images, told)
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, name: str = "image") -> np.ndarray:
-    """PNG, JPEG or WebP bytes -> uint8 (H, W, 3); transparent pictures are laid over white.
-
-    Args:
-        data: encoded bytes, not trusted.
-        max_pixels: refuse larger pictures before a pixel is decoded.
-        name: what the error message calls the record.
-
-    Raises:
-        UserError: unreadable, truncated, of another format, or too large.
-    """
+def _file_system(path: str) -> tuple[AbstractFileSystem, str]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                if image.width * image.height > max_pixels:
-                    raise UserError(f"{name}: {image.width} x {image.height} pixels exceed the limit of {max_pixels}")
-                return np.array(_over_white(image))
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{name}: the image cannot be read ({error})") from error
-    except (ValueError, MemoryError, OverflowError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{name}: the image is damaged ({error})") from error
+        fs, root = fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        raise UserError(f"{path}: {error} (pip install it)") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    return fs, root.rstrip("/") or "/"
 
 
-def make_loader(
-    source: Source,
-    indices: Sequence[int],
-    transform: Callable[[dict, np.random.Generator], dict[str, np.ndarray]],
-    batch_size: int,
-    seed: int,
-    start_step: int = 0,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 2,
-    prefetch: int = 32,
-) -> "Loader":
-    """Endless shuffled batches over `indices` of `source`, the same on every machine and after every restart.
-
-    The order is a fresh permutation per epoch, made from `seed`. Batches run across the ends of epochs: all are full.
-    Sample number p of the run goes through `transform(record, rng)`, whose generator depends only on (seed, p).
-    With several processes, process i gets samples i, i + count, i + 2 count, ... of each global batch.
-
-    Args:
-        source: random access records, as from `open_source`.
-        indices: the records to use; for English-side training take them from `captions.concepts`.
-        transform: record -> dict of arrays (or scalars) of fixed shape.
-        batch_size: samples per global batch; a multiple of `process_count`.
-        seed: of the order and of the transforms.
-        start_step: number of the first batch, as after a restart.
-        threads, prefetch: reading threads and decoded samples kept ready; neither changes the result.
-
-    Returns:
-        A `Loader`: iterator of dicts of stacked arrays, with `get_state()` and `set_state()`.
-    """
-    if not len(indices):
-        raise UserError("no records to load: the list of indices is empty")
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"batch_size {batch_size} is not a positive multiple of the {process_count} processes")
-    samples = grain.MapDataset.source(_Subset(source, np.asarray(indices))).seed(seed).shuffle().repeat()
-    samples = samples.random_map(transform)[process_index::process_count]
-    batches = samples.batch(batch_size // process_count, drop_remainder=True)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-    return Loader(batches, options, start_step)
+def _expand(fs: AbstractFileSystem, pattern: str) -> list[str]:
+    """File names of a pattern, sorted; numbers in braces keep their width, as in WebDataset's shard names."""
+    ranges = [(int(a), int(b), len(a)) for a, b in _NUMBERS.findall(pattern)]
+    frame = _NUMBERS.sub("{}", pattern)
+    choices = itertools.product(*([f"{n:0{width}d}" for n in range(a, b + 1)] for a, b, width in ranges))
+    patterns = [frame.format(*choice) for choice in choices] if ranges else [pattern]
+    if not any(re.search(r"[*?\[]", name) for name in patterns):
+        if missing := [name for name in patterns if not fs.isfile(name)]:
+            raise UserError(f"{len(missing)} of {len(patterns)} files are missing, the first one: {missing[0]}")
+        return patterns
+    return sorted({name for each in patterns for name in fs.glob(each)})
 
 
-class Loader(Iterator):
-    """Iterator of batches whose whole state is the number of the next one."""
-
-    def __init__(self, batches: grain.MapDataset, options: grain.ReadOptions, step: int):
-        self._batches, self._options = batches, options
-        self.set_state({"step": step})
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        batch = next(self._iterator)
-        self._step += 1
-        return batch
-
-    def get_state(self) -> dict[str, int]:
-        """What `set_state` needs to go on with the same next batch."""
-        return {"step": self._step}
-
-    def set_state(self, state: dict[str, int]) -> None:
-        """Continue at batch `state["step"]`, exactly as an uninterrupted run would."""
-        self._step = int(state["step"])
-        self._iterator = iter(self._batches[self._step :].to_iter_dataset(self._options))
-
-
-class _Subset:
-    def __init__(self, source: Source, indices: np.ndarray):
-        self._source, self._indices = source, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._source[int(self._indices[index])]
+def _kind(name: str) -> str | None:
+    file = posixpath.basename(name)
+    return ".tar" if file.endswith(".tar") else ".array_record" if ".array_record" in file else None
 
 
 def _plain(value: Any) -> Any:
     """TFDS' bytes and object arrays -> str, list[str] and Python scalars."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list) or (isinstance(value, np.ndarray) and value.dtype == object):
         return [_plain(item) for item in value]
     if isinstance(value, np.generic):
         return value.item()
     return value
-
-
-def _over_white(image: Image.Image) -> Image.Image:
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdm_jax.data import artwork, records, render_emoji
+from bdm_jax.data import artwork, images, render_emoji
 from bdm_jax.errors import UserError
 from bdm_jax.paths import EMOJI
 
@@ -40,8 +40,8 @@ def test_joins_by_code_point_without_skin_tones(packages):
     rows = list(artwork.records(packages, styles=("fluent",), size=16))
     assert [row["id"] for row in rows] == ["1f3ee", "262f"]
     assert rows[0]["zh_keywords"] == ["灯"] and rows[0]["zh_only"]
-    assert (records.decode_image(rows[0]["image"]) == [255, 0, 0]).all()
-    tall = records.decode_image(rows[1]["image"])
+    assert (images.decode_image(rows[0]["image"]) == [255, 0, 0]).all()
+    tall = images.decode_image(rows[1]["image"])
     assert tall.shape == (16, 16, 3) and (tall[:, 0] == 255).all() and (tall[:, 8] == [0, 0, 255]).all()
 
 
@@ -55,9 +55,9 @@ def test_png_is_exact_where_there_are_few_colours():
     few = np.zeros((32, 32, 3), np.uint8)
     few[::2, :, 1] = np.arange(32) * 7
     data = artwork.encode_png(few)
-    assert np.array_equal(records.decode_image(data), few) and Image.open(io.BytesIO(data)).mode == "P"
+    assert np.array_equal(images.decode_image(data), few) and Image.open(io.BytesIO(data)).mode == "P"
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    assert np.array_equal(records.decode_image(artwork.encode_png(noise)), noise)
+    assert np.array_equal(images.decode_image(artwork.encode_png(noise)), noise)
 
 
 def test_summary_counts():

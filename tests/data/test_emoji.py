@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from bdm_jax.data import artwork, captions, records
+from bdm_jax.data import artwork, captions, images, records
 from bdm_jax.errors import UserError
 from bdm_jax.paths import ASSETS, EMOJI
 
@@ -38,7 +38,7 @@ def test_records_are_sorted_and_unique(rows):
 
 def test_every_picture_is_readable_and_not_blank(rows):
     for row in rows[::7]:
-        picture = records.decode_image(row["image"], name=row["id"])
+        picture = images.decode_image(row["image"], name=row["id"])
         assert picture.shape == (128, 128, 3) and picture.dtype == np.uint8
         assert picture.std() > 0, row["id"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdm_jax.data import records
+from bdm_jax.data import images, loader, records
 from bdm_jax.errors import UserError
 from bdm_jax.paths import EMOJI
 
@@ -40,41 +40,41 @@ def equal(a, b):
 
 def test_every_epoch_is_another_permutation_of_the_indices():
     indices = np.array([3, 5, 8, 13, 21, 34])
-    batches = take(records.make_loader(Numbers(50), indices, draw, 4, seed=1), 6)
+    batches = take(loader.make_loader(Numbers(50), indices, draw, 4, seed=1), 6)
     numbers = np.concatenate([batch["number"] for batch in batches]).reshape(4, 6)
     assert all(sorted(epoch) == indices.tolist() for epoch in numbers)
     assert len({tuple(epoch) for epoch in numbers}) > 1
 
 
 def test_same_seed_same_batches_whatever_the_threads():
-    one = take(records.make_loader(Numbers(50), range(50), draw, 8, seed=1, threads=1, prefetch=1), 20)
-    many = take(records.make_loader(Numbers(50), range(50), draw, 8, seed=1, threads=8), 20)
-    other = take(records.make_loader(Numbers(50), range(50), draw, 8, seed=2), 20)
+    one = take(loader.make_loader(Numbers(50), range(50), draw, 8, seed=1, threads=1, prefetch=1), 20)
+    many = take(loader.make_loader(Numbers(50), range(50), draw, 8, seed=1, threads=8), 20)
+    other = take(loader.make_loader(Numbers(50), range(50), draw, 8, seed=2), 20)
     assert equal(one, many) and not equal(one, other)
 
 
 def test_noise_depends_on_the_position_not_on_the_batch_size():
-    small = take(records.make_loader(Numbers(10), range(10), draw, 2, seed=1), 12)
-    large = take(records.make_loader(Numbers(10), range(10), draw, 8, seed=1), 3)
+    small = take(loader.make_loader(Numbers(10), range(10), draw, 2, seed=1), 12)
+    large = take(loader.make_loader(Numbers(10), range(10), draw, 8, seed=1), 3)
     joined = [np.concatenate([batch["noise"] for batch in batches]) for batches in (small, large)]
     assert np.array_equal(*joined) and len(np.unique(joined[0])) == joined[0].size
 
 
 def test_resume_is_exact():
-    whole = take(records.make_loader(Numbers(50), range(50), draw, 8, seed=1), 20)
-    first = records.make_loader(Numbers(50), range(50), draw, 8, seed=1)
+    whole = take(loader.make_loader(Numbers(50), range(50), draw, 8, seed=1), 20)
+    first = loader.make_loader(Numbers(50), range(50), draw, 8, seed=1)
     take(first, 9)
     state = first.get_state()
-    second = records.make_loader(Numbers(50), range(50), draw, 8, seed=1)
+    second = loader.make_loader(Numbers(50), range(50), draw, 8, seed=1)
     second.set_state(state)
     assert equal(take(second, 11), whole[9:])
-    assert equal(take(records.make_loader(Numbers(50), range(50), draw, 8, seed=1, start_step=9), 11), whole[9:])
+    assert equal(take(loader.make_loader(Numbers(50), range(50), draw, 8, seed=1, start_step=9), 11), whole[9:])
 
 
 def test_processes_share_the_global_batches():
-    whole = take(records.make_loader(Numbers(50), range(50), draw, 8, seed=1), 10)
+    whole = take(loader.make_loader(Numbers(50), range(50), draw, 8, seed=1), 10)
     parts = [
-        take(records.make_loader(Numbers(50), range(50), draw, 8, seed=1, process_index=i, process_count=2), 10)
+        take(loader.make_loader(Numbers(50), range(50), draw, 8, seed=1, process_index=i, process_count=2), 10)
         for i in range(2)
     ]
     for batch, even, odd in zip(whole, *parts, strict=True):
@@ -84,17 +84,17 @@ def test_processes_share_the_global_batches():
 
 def test_loads_pictures_of_the_bundled_set():
     source = records.open_source(EMOJI)
-    loader = records.make_loader(
-        source, [0, 1, 2], lambda record, rng: {"image": records.decode_image(record["image"])}, 6, seed=0
+    batches = loader.make_loader(
+        source, [0, 1, 2], lambda record, rng: {"image": images.decode_image(record["image"])}, 6, seed=0
     )
-    batch = next(loader)
+    batch = next(batches)
     assert batch["image"].shape == (6, 128, 128, 3) and batch["image"].dtype == np.uint8
 
 
 @pytest.mark.parametrize(("indices", "batch_size", "count"), [([], 4, 1), ([1], 0, 1), ([1], 3, 2)])
 def test_impossible_loaders_are_refused(indices, batch_size, count):
     with pytest.raises(UserError):
-        records.make_loader(Numbers(5), indices, draw, batch_size, seed=0, process_count=count)
+        loader.make_loader(Numbers(5), indices, draw, batch_size, seed=0, process_count=count)
 
 
 def encoded(image, kind="PNG"):
@@ -130,25 +130,25 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_pictures_give_one_error_that_names_the_record(kind):
     with pytest.raises(UserError, match="record 7") as error:
-        records.decode_image(HOSTILE[kind], name="record 7")
+        images.decode_image(HOSTILE[kind], name="record 7")
     assert "\n" not in str(error.value)
 
 
 def test_own_pixel_limit():
     with pytest.raises(UserError, match="64 x 64 pixels"):
-        records.decode_image(PICTURE, max_pixels=64 * 63)
-    assert records.decode_image(PICTURE, max_pixels=64 * 64).shape == (64, 64, 3)
+        images.decode_image(PICTURE, max_pixels=64 * 63)
+    assert images.decode_image(PICTURE, max_pixels=64 * 64).shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16", "CMYK"])
 def test_every_mode_becomes_rgb(mode):
     image = Image.new(mode, (5, 3)) if mode == "I;16" else Image.new("RGBA", (5, 3), "red").convert(mode)
-    picture = records.decode_image(encoded(image, "JPEG" if mode == "CMYK" else "PNG"))
+    picture = images.decode_image(encoded(image, "JPEG" if mode == "CMYK" else "PNG"))
     assert picture.shape == (3, 5, 3) and picture.dtype == np.uint8
 
 
 def test_transparency_is_laid_over_white():
-    assert (records.decode_image(encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0)))) == 255).all()
+    assert (images.decode_image(encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0)))) == 255).all()
 
 
 def test_opening_a_wrong_folder_says_what_is_missing(tmp_path):

@@ -1,0 +1,80 @@
+"""Image folders with a metadata.jsonl, as Hugging Face's `imagefolder` reads them: `file_name` and its captions."""
+
+import hashlib
+import posixpath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fsspec import AbstractFileSystem
+
+from bdm_jax.data.images import MAX_BYTES
+from bdm_jax.data.source import BadRecord, make_record, parse_json
+
+METADATA = "metadata.jsonl"
+_READ = 1 << 22
+
+
+class FolderSource:
+    """One record per line of `root`/metadata.jsonl; `file_name` is relative to `root` and stays below it.
+
+    Lines are read when they are asked for: only where they begin is kept, 8 bytes each.
+    """
+
+    def __init__(self, fs: AbstractFileSystem, root: str):
+        self._fs, self._root = fs, root.rstrip("/")
+        self._local = "file" in np.atleast_1d(fs.protocol)
+        self._lines = posixpath.join(self._root, METADATA)
+        self._starts, self._size, self.fingerprint = _scan(fs, self._lines)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = int(index)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        name = f"{METADATA} line {index + 1}"
+        end = int(self._starts[index + 1]) if index + 1 < len(self) else self._size
+        values = parse_json(name, self._fs.cat_file(self._lines, int(self._starts[index]), end))
+        file_name = values.pop("file_name", None)
+        if not isinstance(file_name, str):
+            raise BadRecord(name, "broken metadata", "no file_name")
+        return make_record(file_name, {**values, "image": self._read(file_name)})
+
+    def _read(self, file_name: str) -> bytes:
+        path = posixpath.normpath(posixpath.join(self._root, file_name))
+        inside = path.startswith(self._root + "/")
+        if inside and self._local:
+            inside = Path(path).resolve().is_relative_to(Path(self._root).resolve())  # links lead elsewhere
+        if not inside or "\0" in file_name:
+            raise BadRecord(file_name, "outside the folder", "the file is not below the folder of its metadata")
+        try:
+            # a local read makes room for all that it is asked for; on a bucket, asking for the size is one request more
+            size = Path(path).stat().st_size if self._local else MAX_BYTES
+            data = self._fs.cat_file(path, 0, min(size, MAX_BYTES) + 1)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise BadRecord(file_name, "missing file", "no such file") from error
+        if len(data) > MAX_BYTES:
+            raise BadRecord(file_name, "too large", f"larger than {MAX_BYTES >> 20} MiB")
+        return data
+
+    def __repr__(self) -> str:
+        return f"FolderSource({self._root}, {len(self)} records)"
+
+
+def _scan(fs: AbstractFileSystem, path: str) -> tuple[np.ndarray, int, str]:
+    """Where each line that is not blank begins (N,) int64, the file's size, a digest of its content."""
+    digest, starts, at, rest = hashlib.sha256(), [], 0, b""
+    with fs.open(path, "rb") as file:
+        while block := file.read(_READ):
+            digest.update(block)
+            lines = (rest + block).split(b"\n")
+            for line in lines[:-1]:
+                if line.strip():
+                    starts.append(at)
+                at += len(line) + 1
+            rest = lines[-1]
+    if rest.strip():
+        starts.append(at)
+    return np.array(starts, np.int64), at + len(rest), digest.hexdigest()[:16]

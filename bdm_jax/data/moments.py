@@ -1,0 +1,116 @@
+"""Shards of precomputed latents: written chunk by chunk, each whole or not at all; read bucket by bucket.
+
+precompute.json                        what they were made with; the autoencoder's digest among it
+chunk-000012-512x768.array_record      the samples of one bucket among the records of chunk 12
+chunk-000012.json                      that the chunk is finished: its files, its counts
+"""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from bdm_jax.data.arrays import ArrayRecordSource, to_example
+from bdm_jax.data.loader import Part
+from bdm_jax.errors import UserError
+from convert.files import read_json, write_json
+
+MANIFEST = "precompute.json"
+_DONE = re.compile(r"chunk-(\d+)\.json")
+
+
+def begin(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Note what the shards are made with, or find that those there are made with the same.
+
+    Raises:
+        UserError: they are made with something else (both values are named).
+    """
+    if not (folder / MANIFEST).is_file():
+        write_json(folder / MANIFEST, settings)
+    _check(folder, settings)
+
+
+def finished(folder: Path) -> dict[int, dict[str, Any]]:
+    """Chunk -> what was noted at its end."""
+    found = {int(match[1]): path for path in folder.iterdir() if (match := _DONE.fullmatch(path.name))}
+    return {number: read_json(path) for number, path in sorted(found.items())}
+
+
+class Chunk:
+    """The files of one chunk on their way. They count only after `finish`; what an earlier attempt left is replaced."""
+
+    def __init__(self, folder: Path, number: int):
+        self._folder, self._stem = folder, f"chunk-{number:06d}"
+        self._writers: dict[str, ArrayRecordWriter] = {}
+        self._counts: dict[str, int] = {}
+
+    def write(self, record: dict[str, Any], bucket: tuple[int, int]) -> None:
+        """Append a record to its bucket's file."""
+        name = f"{self._stem}-{bucket[0]}x{bucket[1]}.array_record"
+        if name not in self._writers:
+            self._writers[name] = ArrayRecordWriter(str(self._folder / f".{name}.tmp"), "group_size:1")
+            self._counts[name] = 0
+        self._writers[name].write(to_example(record))
+        self._counts[name] += 1
+
+    def finish(self, notes: Mapping[str, Any]) -> None:
+        """Put the files in place, then the note that says so."""
+        files = {}
+        for name, writer in self._writers.items():
+            writer.close()
+            temporary, path = self._folder / f".{name}.tmp", self._folder / name
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            files[name] = {"records": self._counts[name], "bytes": path.stat().st_size}
+        write_json(self._folder / f"{self._stem}.json", {**notes, "files": files})
+
+
+def open_moments(folder: str | Path, vae: str | None = None) -> list[Part]:
+    """Precomputed latents as parts for `mix_loader`, one per bucket; nothing is read yet.
+
+    Their records hold `moments` (h,w,2C) float16, mean and log-variance of the raw latents, `states` (captions,S,D)
+    where text was encoded, and what the source told.
+
+    Args:
+        folder: written by `python -m bdm_jax.precompute`, on a disk.
+        vae: digest of the autoencoder that the run works with (`bdm_jax.precompute.digest`).
+
+    Raises:
+        UserError: not such a folder, made with another autoencoder, not finished, or a file is missing or cut.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} holds no precomputed latents: {MANIFEST} is missing there")
+    manifest = read_json(folder / MANIFEST)
+    if vae is not None:
+        _check(folder, {"vae": vae})
+    done = finished(folder)
+    if len(done) < manifest["chunks"]:
+        raise UserError(
+            f"{folder}: {len(done)} of {manifest['chunks']} chunks are there: run the same precompute again"
+        )
+    files: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for notes in done.values():
+        for name, told in notes["files"].items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != told["bytes"]:
+                raise UserError(f"{path}: missing or cut; remove its chunk's .json and run the same precompute again")
+            height, width = map(int, name.removesuffix(".array_record").rpartition("-")[2].split("x"))
+            files[height, width].append(f"{path}[0:{told['records']}]")
+    sources = {bucket: ArrayRecordSource(paths) for bucket, paths in sorted(files.items())}
+    return [Part(source, range(len(source)), bucket=bucket) for bucket, source in sources.items()]
+
+
+def _check(folder: Path, settings: Mapping[str, Any]) -> None:
+    there = read_json(folder / MANIFEST)
+    for name, value in settings.items():
+        if there.get(name) != value:
+            raise UserError(
+                f"{folder} was precomputed with {name} {there.get(name)}, this run has {value}: choose another folder, "
+                "or work with what it was made with"
+            )

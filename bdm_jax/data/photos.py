@@ -1,0 +1,40 @@
+"""A plain folder of pictures, as the makers of LoRAs and DreamBooths keep them: `dog.jpg`, and its caption in `dog.txt`
+where it has one.
+"""
+
+import hashlib
+import posixpath
+from typing import Any
+
+from fsspec import AbstractFileSystem
+
+from bdm_jax.data.images import MAX_BYTES
+from bdm_jax.data.source import BadRecord, make_record, parse_text
+
+_KINDS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class PhotoSource:
+    """One record per picture directly in `root`, sorted by name; lines of the text beside it are its captions."""
+
+    def __init__(self, fs: AbstractFileSystem, root: str):
+        self._fs, self._root = fs, root
+        names = [posixpath.basename(path) for path in fs.ls(root, detail=False)]
+        self._names = sorted(name for name in names if name.lower().endswith(_KINDS) and not name.startswith("."))
+        self._texts = {name for name in names if name.lower().endswith(".txt")}
+        self.fingerprint = hashlib.sha256("\n".join(self._names).encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        name = self._names[int(index)]
+        data = self._fs.cat_file(posixpath.join(self._root, name), 0, MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise BadRecord(name, "too large", f"larger than {MAX_BYTES >> 20} MiB")
+        text = f"{posixpath.splitext(name)[0]}.txt"
+        lines = parse_text(name, self._fs.cat_file(posixpath.join(self._root, text))) if text in self._texts else ""
+        return make_record(name, {"image": data, "captions": [line.strip() for line in lines.splitlines()]})
+
+    def __repr__(self) -> str:
+        return f"PhotoSource({self._root}, {len(self)} records)"

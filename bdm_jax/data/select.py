@@ -1,0 +1,190 @@
+"""Which records of a source are trained on, and in which bucket of sizes each of them falls: one pass, then kept."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from bdm_jax.data.captions import is_written_in
+from bdm_jax.data.images import image_size
+from bdm_jax.data.loader import Part
+from bdm_jax.data.source import BadRecord, Filtered, Source
+from bdm_jax.data.threads import map_ahead
+from bdm_jax.errors import UserError
+from convert.files import new_folder, read_json, write_json
+
+Size = tuple[int, int]  # height, width in pixels
+_AESTHETIC = ("aesthetic", "aesthetic_score", "AESTHETIC_SCORE")
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What a record must be. A caption that does not pass is dropped, a record when none is left.
+
+    language: that the captions are written in, by their script. shortest, longest: characters of a caption.
+    aesthetic: least score (`aesthetic`, `aesthetic_score` or `AESTHETIC_SCORE`; a record without one does not pass).
+    side: least pixels of the picture's shorter side.
+    """
+
+    language: Literal["zh", "en"] | None = None
+    shortest: int = 1
+    longest: int = 1000
+    aesthetic: float | None = None
+    side: int = 1
+
+    def apply(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record with those of its captions that pass, and the size that its picture's header tells.
+
+        Raises Filtered, whose cause says why it does not pass, or BadRecord for a damaged header.
+        """
+        key, record = record["key"], dict(record)
+        if "captions" in record:
+            long_enough = [text for text in record["captions"] if self.shortest <= len(text) <= self.longest]
+            if not long_enough:
+                raise Filtered(key, "caption length", f"no caption of {self.shortest} to {self.longest} characters")
+            captions = [t for t in long_enough if self.language is None or is_written_in(t, self.language)]
+            if not captions:
+                raise Filtered(key, "language", f"no caption is written in {self.language}")
+            record["captions"] = captions
+        if self.aesthetic is not None:
+            score = aesthetic_score(record)
+            if score is None:
+                raise Filtered(key, "no aesthetic score", f"none of {', '.join(_AESTHETIC)} is there")
+            if not score >= self.aesthetic:
+                raise Filtered(key, "aesthetic score", f"{score} is less than {self.aesthetic}")
+        if "image" in record:
+            height, width = record["height"], record["width"] = image_size(record["image"], name=key)
+            if min(height, width) < self.side:
+                raise Filtered(key, "resolution", f"{width} x {height} pixels: a side is below {self.side}")
+        return record
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Records of a source that are used, by what `filters`.
+
+    indices: (N,) uint32 or uint64, ascending. bucket: (N,) uint8, which of `buckets` each falls in. left_out: cause ->
+    count of those that are not used.
+    """
+
+    indices: np.ndarray
+    bucket: np.ndarray
+    buckets: tuple[Size, ...]
+    left_out: dict[str, int]
+    filters: Filters
+
+    def parts(self, source: Source, weight: float | None = None) -> list[Part]:
+        """What `mix_loader` draws from: one part per bucket, `weight` divided among them by their records. Records come
+        without the captions that do not pass.
+        """
+        parts = []
+        for number, size in enumerate(self.buckets):
+            if len(chosen := self.indices[self.bucket == number]):
+                share = None if weight is None else weight * len(chosen) / len(self.indices)
+                parts.append(Part(_Passing(source, self.filters), chosen, share, size))
+        return parts
+
+
+class _Passing:
+    """A source whose records hold what passes only."""
+
+    def __init__(self, source: Source, filters: Filters):
+        self._source, self._filters = source, filters
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._filters.apply(self._source[index])
+
+    def __repr__(self) -> str:
+        return repr(self._source)
+
+
+def aesthetic_score(record: dict[str, Any]) -> float | None:
+    """What the source tells of it under one of its usual names, a number or None."""
+    score = next((record[name] for name in _AESTHETIC if name in record), None)
+    return float(score) if isinstance(score, int | float) and not math.isnan(score) else None
+
+
+def make_buckets(side: int = 512, step: int = 64, longest: float = 2.0) -> tuple[Size, ...]:
+    """Sizes (height, width) in multiples of `step` with about side x side pixels and never more, the sides' ratio at
+    most `longest`; from the widest to the tallest, the square among them (as NovelAI's aspect-ratio buckets).
+    """
+    if side % step or side < step or longest < 1:
+        raise UserError(f"buckets: side {side} is no multiple of {step}, or the ratio {longest} is below 1")
+    sizes = set()
+    for short in range(step, side + 1, step):
+        long = side * side // short // step * step
+        if long <= longest * short:
+            sizes |= {(short, long), (long, short)}
+    return tuple(sorted(sizes, key=lambda size: (size[0] / size[1], size)))
+
+
+def nearest(size: Size, buckets: Sequence[Size]) -> int:
+    """Number of the bucket whose ratio of sides is nearest to that of a picture (height, width)."""
+    ratio = math.log(size[0] / size[1])
+    return min(range(len(buckets)), key=lambda number: abs(math.log(buckets[number][0] / buckets[number][1]) - ratio))
+
+
+def select(
+    source: Source,
+    filters: Filters,
+    buckets: Sequence[Size] = ((512, 512),),
+    cache: Path | None = None,
+    threads: int = 8,
+) -> Selection:
+    """Read every record once, decode headers but no pixels, and keep what passes.
+
+    Args:
+        source: records, with a `fingerprint` where `cache` is given.
+        buckets: as from `make_buckets`; at most 256.
+        cache: folder in which the result is kept; read from there, memory-mapped, if source, filters and buckets are
+            the same. One process makes it before others read it.
+
+    Raises:
+        UserError: no record passes (the causes are counted).
+    """
+    buckets = tuple(map(tuple, buckets))
+    told = json.dumps([getattr(source, "fingerprint", None), len(source), asdict(filters), buckets])
+    folder = None if cache is None else cache / f"selection-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    if folder is not None and (folder / "left_out.json").is_file():
+        arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("indices", "bucket"))
+        return Selection(*arrays, buckets, read_json(folder / "left_out.json"), filters)
+    left_out: Counter[str] = Counter()
+    kept: list[tuple[np.ndarray, np.ndarray]] = []
+    chunks = (range(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK))
+    for indices, numbers, causes in map_ahead(lambda chunk: _chunk(source, filters, buckets, chunk), chunks, threads):
+        kept.append((indices, numbers))
+        left_out.update(causes)
+    indices, numbers = (np.concatenate(arrays) for arrays in zip(*kept, strict=True)) if kept else (np.zeros(0),) * 2
+    if not len(indices):
+        raise UserError(f"{source!r}: no record passes the filters: {dict(left_out)}")
+    if folder is not None:
+        with new_folder(folder) as new:
+            np.save(new / "indices.npy", indices)
+            np.save(new / "bucket.npy", numbers)
+            write_json(new / "left_out.json", left_out)
+        return select(source, filters, buckets, cache)
+    return Selection(indices, numbers, buckets, dict(left_out), filters)
+
+
+def _chunk(source: Source, filters: Filters, buckets: Sequence[Size], numbers: range) -> tuple:
+    indices, places, causes = [], [], []
+    for number in numbers:
+        try:
+            record = filters.apply(source[number])
+        except BadRecord as error:
+            causes.append(error.cause)
+        else:
+            indices.append(number)
+            places.append(nearest((record["height"], record["width"]), buckets) if len(buckets) > 1 else 0)
+    kind = np.uint32 if len(source) <= 2**32 else np.uint64
+    return np.array(indices, kind), np.array(places, np.uint8), causes
