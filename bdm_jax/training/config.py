@@ -9,13 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
+
+from bdm_jax.distributed import is_first
 from bdm_jax.errors import UserError
 from bdm_jax.paths import EMOJI
+from bdm_jax.training.controlnet import ControlNetTask
+from bdm_jax.training.dreambooth import DreamBoothTask
+from bdm_jax.training.finetune import FinetuneTask
+from bdm_jax.training.inversion import InversionTask
+from bdm_jax.training.lora import LoRATask
 from bdm_jax.training.tasks import BackboneTask, BranchTask, TextTask, VAETask
 from convert.files import read_json, write_json
 
 # May differ between the legs of one run: how it is watched, when it pauses, on which devices and in which folder.
 _FREE_TO_CHANGE = {"minutes", "export_only", "log_every", "sample_every", "checkpoint_every", "keep", "run", "mesh"}
+_FREE_IN_TASK = {"remat"}
 
 
 @dataclass(frozen=True)
@@ -34,12 +44,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up, then constant or falling on a cosine to zero at the last step.
+    """What turns gradients into updates: warm-up, then constant or falling on a cosine to zero at the last step.
 
+    name: adafactor keeps a fraction of the memory of adamw, lion half of it; adafactor does not read b1 and b2.
     `copied_factor` times the learning rate is what a branch's copied weights get; its zero convolutions and the keys
     and values of its text, which start anew, get the whole.
     """
 
+    name: Literal["adamw", "adafactor", "lion"] = "adamw"
     learning_rate: float = 1e-3
     copied_factor: float = 1.0
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -53,22 +65,44 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; data=-1 takes all that fsdp leaves."""
+    """Devices along each axis; data=-1 takes all that the others leave.
+
+    The state is split over fsdp. strategy: "fsdp" gathers a parameter where it is used, "zero1" all of them once per
+    step, in the compute type, which is faster where they fit.
+    """
 
     data: int = -1
     fsdp: int = 1
+    tensor: int = 1
+    strategy: Literal["fsdp", "zero1"] = "fsdp"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One run. `steps` is its whole length; `minutes` ends a leg early, at a checkpoint from which the next leg goes
     on. `export_only` trains nothing and writes export/ from the newest checkpoint.
+
+    accumulate: the batch goes through the networks in so many parts, one after the other. compute: the type of frozen
+    networks and of all that is computed with them; "auto" is float32 on a CPU, bfloat16 elsewhere. What is trained,
+    its average and its optimizer state are float32 always.
     """
 
-    task: VAETask | BackboneTask | TextTask | BranchTask
+    task: (
+        VAETask
+        | BackboneTask
+        | TextTask
+        | BranchTask
+        | LoRATask
+        | DreamBoothTask
+        | FinetuneTask
+        | InversionTask
+        | ControlNetTask
+    )
     run: Path
     steps: int
     batch_size: int = 16
+    accumulate: int = 1
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
     minutes: float | None = None
     export_only: bool = False
@@ -84,12 +118,17 @@ class TrainConfig:
         """Plain values, for the file beside the checkpoints."""
         return {"task_name": type(self.task).__name__, **json.loads(json.dumps(dataclasses.asdict(self), default=str))}
 
+    def compute_dtype(self) -> jnp.dtype:
+        """What `compute` means on this machine."""
+        auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        return jnp.dtype(auto if self.compute == "auto" else self.compute)
+
     def digest(self) -> str:
         """Of everything that decides what the run computes."""
         values = {key: value for key, value in self.to_json().items() if key not in _FREE_TO_CHANGE}
         for name, part in (("task", self.task), ("data", self.data)):  # their folders may move
             folders = {f.name for f in dataclasses.fields(part) if isinstance(getattr(part, f.name), Path)}
-            values[name] = {key: value for key, value in values[name].items() if key not in folders}
+            values[name] = {key: value for key, value in values[name].items() if key not in folders | _FREE_IN_TASK}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -100,7 +139,7 @@ def check(config: TrainConfig) -> None:
         UserError: a value that cannot be, a folder that cannot be written, or one that holds a run which computes
             something else (the differing fields are named).
     """
-    for name in ("steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "keep"):
+    for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "sample_every", "keep"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)}: must be at least 1")
     if config.seed < 0 or (config.minutes is not None and config.minutes <= 0):
@@ -109,11 +148,12 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"optimizer.learning_rate={config.optimizer.learning_rate}: must be a positive number")
     if config.data.style is None and not getattr(config.task, "style_in_caption", True):
         raise UserError("data.style=None trains on all styles: captions must name them, set task.style_in_caption")
-    if config.checkpoint_every % config.log_every:
-        raise UserError(
-            f"checkpoint_every={config.checkpoint_every} must be a multiple of log_every={config.log_every}, "
-            "or a resumed run would log other means than an uninterrupted one"
-        )
+    if config.accumulate > 1 and isinstance(config.task, TextTask):
+        raise UserError(f"accumulate={config.accumulate}: the captions of a whole batch are compared, it has no parts")
+    if getattr(config.task, "zero_snr", False) and config.task.prediction_type == "epsilon":
+        raise UserError("task.zero_snr needs task.prediction_type=v_prediction: pure noise says nothing of the picture")
+    if not is_first():
+        return
     try:
         config.run.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=config.run).close()
@@ -134,4 +174,5 @@ def check(config: TrainConfig) -> None:
 def remember(config: TrainConfig) -> None:
     """Write the config beside the checkpoints, once everything it names has proved to be there."""
     check(config)
-    write_json(config.run / "config.json", {**config.to_json(), "digest": config.digest()})
+    if is_first():
+        write_json(config.run / "config.json", {**config.to_json(), "digest": config.digest()})

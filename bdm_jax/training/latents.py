@@ -11,28 +11,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdm_jax.components import Component
+from bdm_jax.data.images import covering
 from bdm_jax.data.records import Source, decode_image
 from bdm_jax.models.config import TinyVAEConfig, VAEConfig
 from bdm_jax.models.functional import Params, bind
+from convert.files import atomic_file
 
 _BATCH = 16
 
 
 def record_key(record: dict) -> str:
     """The name of a record within its set."""
-    return f"{record['style']}/{record['id']}"
+    return f"{record['style']}/{record['id']}" if "style" in record else record["key"]
 
 
 def record_moments(
-    vae: Component, source: Source, indices: np.ndarray, cache: Path | None = None
+    vae: Component,
+    source: Source,
+    indices: np.ndarray,
+    cache: Path | None = None,
+    size: tuple[int, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Record key -> mean and log-variance of its raw latents, (h, w, 2C) fp32.
 
-    `cache` (.npz) is read when it was made with the same weights and records, else written anew.
+    `cache` (.npz) is read when it was made with the same weights and records, else written anew. With `size` (height,
+    width) pictures of any size are made that large, what is over cut off evenly; without, all must have one size.
     """
     records = [source[int(i)] for i in indices]
     keys = [record_key(record) for record in records]
     digest = hashlib.sha256("\n".join(keys).encode())
+    if size is not None:  # pictures of a user, who may put another one under a name
+        digest.update(f"{size}".encode() + b"".join(hashlib.sha256(record["image"]).digest() for record in records))
     for path in sorted(vae.params):
         digest.update(np.asarray(vae.params[path]).tobytes())
     if cache is not None and cache.is_file():
@@ -41,12 +50,12 @@ def record_moments(
                 return dict(zip(keys, stored["moments"], strict=True))
 
     pictures = (decode_image(record["image"], name=record_key(record)) for record in records)
+    if size is not None:
+        pictures = (covering(picture, size) for picture in pictures)
     moments = np.stack(list(_through(_moments, vae, pictures)))
     if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = cache.with_suffix(".partial.npz")
-        np.savez(unfinished, moments=moments, digest=digest.hexdigest())
-        unfinished.replace(cache)
+        with atomic_file(cache) as file:
+            np.savez(file, moments=moments, digest=digest.hexdigest())
     return dict(zip(keys, moments, strict=True))
 
 

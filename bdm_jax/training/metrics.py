@@ -1,7 +1,10 @@
-"""What a run reports: a JSON line and TensorBoard scalars for programs, a progress bar for people."""
+"""What a run reports: JSON lines and TensorBoard scalars for programs, a progress bar for people."""
 
 import json
 import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -11,19 +14,46 @@ from tensorboardX import SummaryWriter
 from convert.files import atomic_file
 
 
-class Metrics:
-    """Writes run/metrics.jsonl and run/tensorboard; shows loss, images/s and the time left.
-
-    `start` is the step that a resumed run begins at: lines of later steps, written by a leg that was killed, are
-    dropped.
+class Clock:
+    """Where the host's time goes. What happens outside `of` is the steps themselves: on an accelerator these go on
+    while the next batch is made, so that "data" is an upper bound of the time lost by waiting.
     """
 
+    def __init__(self):
+        self._began, self._spent = time.monotonic(), defaultdict(float)
+
+    @contextmanager
+    def of(self, cause: str) -> Iterator[None]:
+        """What happens in here is for this cause."""
+        before = time.monotonic()
+        try:
+            yield
+        finally:
+            self._spent[cause] += time.monotonic() - before
+
+    def take(self) -> dict[str, float]:
+        """Cause -> seconds since the last call, "step" for all that had no other."""
+        now = time.monotonic()
+        spent = {**self._spent, "step": max(now - self._began - sum(self._spent.values()), 0.0)}
+        self._began, self._spent = now, defaultdict(float)
+        return spent
+
+
+class Metrics:
+    """Writes run/metrics.jsonl (what was computed), run/speed.jsonl (how fast) and run/tensorboard; shows loss,
+    images/s and the time left.
+
+    `start` is the step that a resumed run begins at: lines of later steps, written by a leg that was killed, are
+    dropped. `work`, to be set: seconds that an image would take on all devices at their stated peak, for the share of
+    it that is used (MFU); None where that is unknown.
+    """
+
+    work: float | None = None
+
     def __init__(self, folder: Path, start: int, total: int, batch_size: int):
-        self._path = folder / "metrics.jsonl"
-        kept = self._path.read_text().splitlines() if self._path.is_file() else []
-        kept = [line for line in kept if line.endswith("}") and json.loads(line)["step"] <= start]
-        with atomic_file(self._path) as file:
-            file.write("".join(line + "\n" for line in kept).encode())
+        self._path, self._speed_path = folder / "metrics.jsonl", folder / "speed.jsonl"
+        for path in (self._path, self._speed_path):
+            _drop_after(path, start)
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._batch_size, self._total = batch_size, total
         self._before, self._step_before, self._speed = time.monotonic(), start, 0.0
@@ -33,30 +63,35 @@ class Metrics:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.1f} images/s"),
+            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self._bar = self._progress.add_task(folder.name, total=total, completed=start, loss=float("nan"), speed=0.0)
+        self._bar = self._progress.add_task(folder.name, total=total, completed=start, loss=float("nan"), rate="")
         self._progress.start()
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Values of the steps since the last call, already averaged."""
-        now = time.monotonic()
+    def log(self, step: int, values: dict[str, float], seconds: dict[str, float] | None = None) -> None:
+        """Values of the steps since the last call, already averaged, and where the time has gone since."""
+        now, seconds = time.monotonic(), seconds or {}
         if step > self._step_before:
             self._speed = (step - self._step_before) * self._batch_size / max(now - self._before, 1e-9)
         self._before, self._step_before, speed = now, step, self._speed
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values, "images_per_second": round(speed, 2)}) + "\n")
-        for name, value in {**values, "images_per_second": speed}.items():
+        timing = {"images_per_second": round(speed, 2)}
+        if self.work is not None:
+            timing["mfu"] = round(speed * self.work, 4)
+        _append(self._path, {"step": step, **values, "images_per_second": timing["images_per_second"]})
+        rounded = {cause: round(value, 3) for cause, value in seconds.items()}
+        _append(self._speed_path, {"step": step, **timing, "seconds": rounded})
+        for name, value in {**values, **timing, **{f"seconds/{cause}": s for cause, s in seconds.items()}}.items():
             self._tensorboard.add_scalar(name, value, step)
-        self._progress.update(self._bar, completed=step, loss=values["loss"], speed=speed)
+        rate = _rate(speed, timing.get("mfu"), seconds)
+        self._progress.update(self._bar, completed=step, loss=values["loss"], rate=rate)
         if self._lines is not None:
             left = (self._total - step) * self._batch_size / max(speed, 1e-9)
-            rate = f"{speed:.1f} images/s  {left / 60:.0f} min left"
-            self._lines.print(f"step {step}/{self._total}  loss {values['loss']:.4f}  {rate}", highlight=False)
+            line = f"step {step}/{self._total}  loss {values['loss']:.4f}  {rate}  {left / 60:.0f} min left"
+            self._lines.print(line, highlight=False)
 
     def image(self, name: str, step: int, picture) -> None:
         """A picture (H,W,3) uint8 for TensorBoard."""
@@ -70,3 +105,27 @@ class Metrics:
         """Flush everything and leave the terminal clean."""
         self._progress.stop()
         self._tensorboard.close()
+
+
+def _rate(speed: float, mfu: float | None, seconds: dict[str, float]) -> str:
+    """ "55.0 images/s  41% of peak  12% waiting for data": what is known, and the wait only where it is felt."""
+    parts = [f"{speed:.1f} images/s"]
+    if mfu is not None:
+        parts.append(f"{mfu:.0%} of peak")
+    waiting = seconds.get("data", 0.0) / max(sum(seconds.values()), 1e-9)
+    if waiting >= 0.05:
+        parts.append(f"{waiting:.0%} waiting for data")
+    return "  ".join(parts)
+
+
+def _append(path: Path, values: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Leave the lines up to this step, of those that were written whole."""
+    kept = path.read_text().splitlines() if path.is_file() else []
+    kept = [line for line in kept if line.endswith("}") and json.loads(line)["step"] <= step]
+    with atomic_file(path) as file:
+        file.write("".join(line + "\n" for line in kept).encode())

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bdm_jax.models.branch import STARTS_ANEW
-from bdm_jax.sharding import batch_sharding, replicated, tree_sharding
-from bdm_jax.training.config import OptimizerConfig
-from bdm_jax.training.tasks import Trees
+from bdm_jax.sharding import batch_sharding, place, replicated, split_sharding, tree_sharding
+from bdm_jax.training.config import OptimizerConfig, TrainConfig
+from bdm_jax.training.job import Trees
 
 Loss = Callable[[Trees, Trees, dict[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -33,16 +33,29 @@ class TrainState:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW on clipped gradients; biases and norms (one-dimensional parameters) do not decay."""
+    """Clipped gradients through `config.name`; biases and norms (one-dimensional parameters) do not decay.
+
+    AdamW (arXiv 1711.05101); Lion (arXiv 2302.06675); Adafactor (arXiv 1804.04235) without momentum and with an
+    absolute learning rate: second moments as the outer product of rows and columns, updates of at most unit RMS.
+    """
     warmup = min(config.warmup_steps, steps // 2)
     if config.schedule == "cosine":
         rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, steps)
-    else:
+    elif warmup:
         rate = optax.warmup_constant_schedule(0.0, config.learning_rate, warmup)
+    else:  # without steps of warm-up, optax's schedule stays at its start, zero
+        rate = config.learning_rate
+    direction = {
+        "adamw": lambda: optax.scale_by_adam(config.b1, config.b2),
+        "lion": lambda: optax.scale_by_lion(config.b1, config.b2),
+        "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+    }[config.name]()
     decays = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decays),
+        direction,
+        optax.add_decayed_weights(config.weight_decay, decays),
+        optax.scale_by_learning_rate(rate),
         optax.stateless(lambda updates, _: _slow_copies(updates, config.copied_factor)),
     )
 
@@ -56,38 +69,90 @@ def _slow_copies(updates: Trees, factor: float) -> Trees:
     return {**updates, **({"branch": branch} if branch else {})}
 
 
+def abstract_state(params: Trees, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes and types of the state for these parameters, or for their shapes."""
+    return jax.eval_shape(lambda p: _new_state(p, optimizer), params)
+
+
 def make_state(params: Trees, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state before the first step, placed on the mesh."""
-    create = lambda p: TrainState(  # noqa: E731
-        jnp.zeros((), jnp.int32), p, jax.tree.map(jnp.copy, p), optimizer.init(p)
-    )
-    shardings = tree_sharding(mesh, jax.eval_shape(create, params))
-    return jax.jit(create, out_shardings=shardings)(params)
+    shardings = state_sharding(mesh, abstract_state(params, optimizer))
+    create = jax.jit(lambda p: _new_state(p, optimizer), out_shardings=shardings)
+    return create(place(params, shardings.params))
+
+
+def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:
+    """Where every array of the state lives: a parameter by its rule; what has its name and shape, with it."""
+    params = tree_sharding(mesh, state.params)
+
+    def where(path, leaf):
+        keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        if len(keys) >= 2:
+            name, parameter = keys[-2:]
+            if state.params.get(name, {}).get(parameter, leaf).shape == leaf.shape and parameter in params[name]:
+                return params[name][parameter]
+        return split_sharding(mesh, leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(where, state)
 
 
 def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, ema_decay: float, seed: int, mesh: Mesh, state: TrainState
+    loss: Loss, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh, state: TrainState
 ) -> Callable[[TrainState, Trees, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """Compile `(state, frozen, batch) -> (state, metrics)`; the old state's memory is reused.
 
-    `loss(params, frozen, batch, key) -> (scalar, metrics)`, its key made of the seed and the step. The average of the
-    parameters warms up with them: its decay is min(ema_decay, (1 + step) / (10 + step)).
+    `loss(params, frozen, batch, key) -> (mean, metrics)`: its parameters come in the run's compute type, its key is
+    made of the seed and the step. Gradients of `config.accumulate` parts of the batch are averaged in fp32. The average
+    of the parameters warms up with them: its decay is min(ema_decay, (1 + step) / (10 + step)). Of `state` only the
+    shapes are read.
     """
+    shardings = state_sharding(mesh, state)
+    dtype = config.compute_dtype()
+    gradients_of = _accumulated(jax.value_and_grad(loss, has_aux=True), config.accumulate, mesh)
 
     def step(state: TrainState, frozen: Trees, batch):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, key)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        working = jax.tree.map(lambda p: p.astype(dtype), state.params)
+        if config.mesh.strategy == "zero1":
+            working = jax.lax.with_sharding_constraint(working, replicated(mesh))
+        (value, metrics), gradients = gradients_of(working, frozen, batch, key)
+        gradients = jax.lax.with_sharding_constraint(gradients, shardings.params)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        decay = jnp.minimum(config.optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda average, now: average + (1.0 - decay) * (now - average), state.ema, params)
-        metrics = {"loss": value, "gradient_norm": optax.global_norm(gradients), **metrics}
+        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients), **metrics}
         return TrainState(state.step + 1, params, ema, optimizer_state), metrics
 
-    shardings = tree_sharding(mesh, state)
     return jax.jit(
         step,
         in_shardings=(shardings, replicated(mesh), batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def _new_state(params: Trees, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+
+def _accumulated(value_and_gradient: Callable, parts: int, mesh: Mesh) -> Callable:
+    """The same function over `parts` equal parts of its batch, one after the other: means, in fp32."""
+    full = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
+    if parts == 1:
+        return lambda *arguments: full(value_and_gradient(*arguments))
+
+    def split(x):  # every device's rows are dealt out to the parts, so that none of them has to move
+        x = jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"))))
+
+    def over_parts(params, frozen, batch, key):
+        one = lambda part: full(value_and_gradient(params, frozen, part, key))  # noqa: E731
+        batch = jax.tree.map(split, batch)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], batch))
+        )
+        total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None), zeros, batch)
+        return jax.tree.map(lambda x: x / parts, total)
+
+    return over_parts

@@ -5,10 +5,9 @@ alone, how a record becomes a sample, the loss, and how the result becomes a fol
 """
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,81 +15,50 @@ import numpy as np
 import optax
 
 from bdm_jax.components import Component, load_component, save_component
-from bdm_jax.data.captions import caption, name
 from bdm_jax.data.records import Source, decode_image
 from bdm_jax.diffusion import losses
 from bdm_jax.diffusion.schedule import Schedule
-from bdm_jax.generate import Request, generate
+from bdm_jax.errors import UserError
 from bdm_jax.models.branch import init_branch_from_unet
 from bdm_jax.models.conditioning import Conditioning
 from bdm_jax.models.config import (
     BranchConfig,
     CLIPTextConfig,
+    Config,
     EncoderConfig,
     RobertaConfig,
     UNetConfig,
     VAEConfig,
+    from_json,
 )
-from bdm_jax.models.functional import Params, bind, init
+from bdm_jax.models.functional import abstract, bind, init
 from bdm_jax.paths import TOKENIZERS
 from bdm_jax.pipeline import BridgePipeline
 from bdm_jax.text.encode import encode
 from bdm_jax.text.tokenizer import Tokenizer
-from bdm_jax.text.windows import split
+from bdm_jax.training.diffusion import CaptionJob, DiffusionJob
+from bdm_jax.training.job import Shapes, TimestepBias, Trees, draw
 from bdm_jax.training.latents import record_key, record_moments, round_trip
-
-Trees = dict[str, Params]  # component name -> its parameters
-TimestepBias = Literal["none", "later"]
-Batch = dict[str, jax.Array]
-
-
-class Job(Protocol):
-    """A task made ready: networks initialised or loaded, latents cached."""
-
-    params: Trees
-    frozen: dict[str, Any]
-
-    def sample(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """One record -> one row of a batch; runs in the loader's threads."""
-
-    def loss(self, params: Trees, frozen: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Mean loss of a batch and what else to log; pure."""
-
-    def export(
-        self, params: Trees, folder: Path, source: Source, indices: np.ndarray, metadata: dict[str, str]
-    ) -> None:
-        """Write what came out as folders that `load_component` and diffusers read, `metadata` in what was trained."""
-
-    def pictures(self, params: Trees, records: list[dict]) -> list[np.ndarray]:
-        """Pictures (H,W,3) uint8 that show how far training is, one per record."""
-
-
-def draw(key: jax.Array, count: int, make: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """(count, ...) draws that depend on the key and the place in the global batch only, on any number of devices."""
-    return jax.vmap(lambda i: make(jax.random.fold_in(key, i)))(jnp.arange(count))
-
-
-def timestep(key: jax.Array, count: int, bias: TimestepBias) -> jax.Array:
-    """One of 0..count-1, each as likely as the others, or, with "later", likely in proportion to itself: the noisier
-    half, where the words decide what the picture shows, then gets three quarters of the training.
-    """
-    if bias == "none":
-        return jax.random.randint(key, (), 0, count)
-    return jnp.minimum(jnp.int32(count * jnp.sqrt(jax.random.uniform(key))), count - 1)
-
+from bdm_jax.training.networks import Remat, network, type_of
+from convert.files import read_json
 
 # --------------------------------------------------------------------------------------------------- the autoencoder
 
 
 @dataclass(frozen=True)
 class VAETask:
-    """Train an AutoencoderKL on pictures."""
+    """Train an AutoencoderKL on pictures. remat: as in `BackboneTask`."""
 
     vae: VAEConfig = field(default_factory=VAEConfig)
     kl_weight: float = 1e-3
+    remat: Remat = "none"
     language: str = "zh"  # whose records it sees; no caption is read
 
-    def start(self, source: Source, indices: np.ndarray, run: Path, seed: int) -> "VAEJob":
+    def shapes(self) -> Shapes:
+        """Of what is trained and of what is left alone; nothing is allocated."""
+        return {"vae": abstract(self.vae)}, {}
+
+    def start(self, source: Source, indices: np.ndarray, run: Path, seed: int, dtype: jnp.dtype) -> "VAEJob":
         """Fresh weights."""
         return VAEJob(self, {"vae": init(self.vae, seed)})
 
@@ -107,10 +75,11 @@ class VAEJob:
 
     def loss(self, params, frozen, batch, key):
         images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
-        vae = bind(self.task.vae, params["vae"])
-        mean, logvar = vae.encode(images)
-        noise = draw(key, len(mean), lambda k: jax.random.normal(k, mean.shape[1:]))
-        decoded = vae.decode(mean + jnp.exp(0.5 * logvar) * noise)
+        vae = network(self.task.vae, params["vae"], self.task.remat)
+        mean, logvar = (x.astype(jnp.float32) for x in vae.encode(images.astype(type_of(params["vae"]))))
+        noise = draw(key, batch["place"], lambda k: jax.random.normal(k, mean.shape[1:]))
+        latents = mean + jnp.exp(0.5 * logvar) * noise
+        decoded = vae.decode(latents.astype(type_of(params["vae"]))).astype(jnp.float32)
         reconstruction = jnp.mean(losses.reconstruction(images, decoded))
         kl = jnp.mean(losses.kl_to_unit_normal(mean, logvar))
         error = jnp.mean(jnp.square((decoded - images) / 2))
@@ -138,6 +107,9 @@ class BackboneTask:
 
     vae: a folder with a `vae` component. caption_dropout: share of captions replaced by "", so that guidance works.
     timestep_bias: "later" trains noisy steps more, as diffusers' --timestep_bias_strategy does.
+    min_snr: weight the loss by min(SNR, min_snr) in terms of x0 (arXiv 2303.09556), None not at all. offset_noise: how
+    much of the noise is one number per sample and channel. zero_snr: the last step is pure noise (arXiv 2305.08891).
+    remat: "blocks" keeps only the inputs of resnets and transformers and computes the rest again for the gradient.
     """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -145,77 +117,41 @@ class BackboneTask:
     vae: Path = Path("runs/emoji-vae/export/vae")
     tokenizer: Path = TOKENIZERS / "english"
     prediction_type: Literal["epsilon", "v_prediction"] = "v_prediction"
+    zero_snr: bool = False
     timestep_bias: TimestepBias = "none"
+    min_snr: float | None = None
+    offset_noise: float = 0.0
+    remat: Remat = "none"
     caption_dropout: float = 0.1
     style_in_caption: bool = False
     guidance: float = 3.0
     language: str = "en"
 
-    def start(self, source: Source, indices: np.ndarray, run: Path, seed: int) -> "BackboneJob":
+    def shapes(self) -> Shapes:
+        """Of what is trained and of what is left alone; nothing is allocated."""
+        return {"unet": abstract(self.unet), "text_encoder": abstract(self.text_encoder)}, {}
+
+    def start(self, source: Source, indices: np.ndarray, run: Path, seed: int, dtype: jnp.dtype) -> "BackboneJob":
         """Fresh UNet and text tower; the autoencoder is loaded and only used."""
         vae = load_component(self.vae, "float32")  # on any device: it is written out again unchanged
         moments = record_moments(vae, source, indices, run / "latents.npz")
         params = {"unet": init(self.unet, seed), "text_encoder": init(self.text_encoder, seed + 1)}
         tokenizer = Tokenizer.from_pretrained(self.tokenizer)
-        return BackboneJob(self, params, vae, tokenizer, Schedule(prediction_type=self.prediction_type), moments)
+        schedule = Schedule(prediction_type=self.prediction_type, rescale_betas_zero_snr=self.zero_snr)
+        return BackboneJob(self, params, vae, tokenizer, schedule, moments)
 
 
-class _CaptionJob:
-    """What training on cached latents and captions has in common."""
-
-    def __init__(self, task, params: Trees, vae: Component, tokenizer: Tokenizer, schedule: Schedule, moments):
-        self.task, self.params, self.vae, self.tokenizer = task, params, vae, tokenizer
-        self.schedule, self.moments = schedule, moments
-
-    def sample(self, record, rng):
-        language, style = self.task.language, self.task.style_in_caption
-        texts = [caption(record, language, rng, style), name(record, language, style)]
-        longer, shorter = self.tokenizer.content(texts)
-        content = longer if len(longer) <= self.tokenizer.length - 2 else shorter
-        if rng.random() < self.task.caption_dropout:
-            content = []
-        special = (self.tokenizer.start, self.tokenizer.end, self.tokenizer.pad)
-        ids = split([content], 1, self.tokenizer.length, *special)
-        return {"moments": self.moments[record_key(record)], "ids": ids[0]}
-
-
-class _DiffusionJob(_CaptionJob):
-    """What training of a denoiser has in common."""
-
-    def noised(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Batch -> noisy latents (B,h,w,C), timesteps (B,), targets (B,h,w,C)."""
-        mean, logvar = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
-        count, shape = len(mean), mean.shape[1:]
-        key_latent, key_noise, key_t = jax.random.split(key, 3)
-        spread = draw(key_latent, count, lambda k: jax.random.normal(k, shape))
-        latents = (mean + jnp.exp(0.5 * logvar) * spread) * self.vae.config.scaling_factor
-        noise = draw(key_noise, count, lambda k: jax.random.normal(k, shape))
-        t = draw(key_t, count, lambda k: timestep(k, self.schedule.num_train_timesteps, self.task.timestep_bias))
-        return self.schedule.add_noise(latents, noise, t), t, self.schedule.target(latents, noise, t)
-
-    def export(self, params, folder, source, indices, metadata):
-        """A whole pipeline folder."""
-        self.pipeline(params).save_pretrained(folder, metadata=metadata)
-
-    def pictures(self, params, records):
-        texts = [name(record, self.task.language, self.task.style_in_caption) for record in records]
-        requests = [
-            Request(text, seed=seed) if self.task.language == "zh" else Request("", english=text, seed=seed)
-            for seed, text in enumerate(texts)
-        ]
-        return list(generate(self.pipeline(params), requests, steps=20, batch_size=len(requests)))
-
-
-class BackboneJob(_DiffusionJob):
+class BackboneJob(DiffusionJob):
     """`BackboneTask` made ready."""
 
     frozen: dict = {}
 
     def loss(self, params, frozen, batch, key):
         x, t, target = self.noised(batch, key)
-        cond = Conditioning(bind(self.task.text_encoder, params["text_encoder"])(batch["ids"]))
-        prediction = bind(self.task.unet, params["unet"])(x, t, cond)
-        return jnp.mean(losses.denoising(prediction, target)), {}
+        x = x.astype(type_of(params["unet"]))
+        cond = Conditioning(bind(self.task.text_encoder, params["text_encoder"])(batch["ids"]).astype(x.dtype))
+        unet = network(self.task.unet, params["unet"], self.task.remat)
+        return self.error(unet(x, t, cond), target, t), {}
 
     def pipeline(self, params: Trees) -> BridgePipeline:
         """The system that these parameters make."""
@@ -247,7 +183,14 @@ class TextTask:
     style_in_caption: bool = False
     language: str = "zh"
 
-    def start(self, source: Source, indices: np.ndarray, run: Path, seed: int) -> "TextJob":
+    def shapes(self) -> Shapes:
+        """Of what is trained and of what is left alone; the autoencoder's sizes are read, no weights."""
+        vae = _config(self.vae)
+        side = vae.sample_size // 2 ** (len(vae.block_out_channels) - 1)
+        kernel = jax.ShapeDtypeStruct((side * side * vae.latent_channels, self.text_encoder.hidden_size), jnp.float32)
+        return {"text_encoder": abstract(self.text_encoder), "picture": {"kernel": kernel}}, {}
+
+    def start(self, source: Source, indices: np.ndarray, run: Path, seed: int, dtype: jnp.dtype) -> "TextJob":
         """Fresh tower and map; the autoencoder is loaded and only used."""
         vae = load_component(self.vae, "float32")
         moments = record_moments(vae, source, indices, run / "latents.npz")
@@ -257,7 +200,7 @@ class TextTask:
         return TextJob(self, params, vae, Tokenizer.from_pretrained(self.tokenizer), Schedule(), moments)
 
 
-class TextJob(_CaptionJob):
+class TextJob(CaptionJob):
     """`TextTask` made ready."""
 
     frozen: dict = {}
@@ -270,10 +213,12 @@ class TextJob(_CaptionJob):
 
     def similarity(self, params: Trees, ids: jax.Array, moments: jax.Array) -> jax.Array:
         """Captions (B,S) and pictures (N,h,w,2C) -> cosines (B,N)."""
+        kernel = params["picture"]["kernel"]
         means = moments[..., : moments.shape[-1] // 2] * self.vae.config.scaling_factor
-        pictures = means.reshape(len(means), -1) @ params["picture"]["kernel"]
+        pictures = means.reshape(len(means), -1).astype(kernel.dtype) @ kernel
         texts = bind(self.task.text_encoder, params["text_encoder"])(ids).mean(axis=1)
-        unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+        full = lambda x: x.astype(jnp.float32)  # noqa: E731
+        unit = lambda x: full(x) / jnp.linalg.norm(full(x), axis=-1, keepdims=True)  # noqa: E731
         return unit(texts) @ unit(pictures).T
 
     def export(self, params, folder, source, indices, metadata):
@@ -284,7 +229,7 @@ class TextJob(_CaptionJob):
 
     def pictures(self, params, records):
         """For the name of each record, the picture that it finds among them."""
-        ids = self.tokenizer([name(record, self.task.language, self.task.style_in_caption) for record in records])
+        ids = self.tokenizer([self.name(record) for record in records])
         moments = np.stack([self.moments[record_key(record)] for record in records])
         found = np.asarray(self.similarity(params, ids, moments)).argmax(axis=1)
         return [decode_image(records[i]["image"]) for i in found]
@@ -298,30 +243,38 @@ class BranchTask:
     """Train a branch on a frozen backbone whose own prompt is "", reading a frozen text tower of another language.
 
     backbone: a pipeline folder. text_encoder, tokenizer: component folders. The branch starts as a copy of the
-    backbone's encoder.
+    backbone's encoder. min_snr, offset_noise, remat: as in `BackboneTask`. Schedule and target are the backbone's.
     """
 
     backbone: Path = Path("runs/emoji-backbone/export")
     text_encoder: Path = Path("runs/emoji-text/export/branch_text_encoder")
     tokenizer: Path = Path("runs/emoji-text/export/branch_tokenizer")
     timestep_bias: TimestepBias = "none"
+    min_snr: float | None = None
+    offset_noise: float = 0.0
+    remat: Remat = "none"
     caption_dropout: float = 0.1
     style_in_caption: bool = False
     guidance: float = 3.0
     language: str = "zh"
 
-    def start(self, source: Source, indices: np.ndarray, run: Path, seed: int) -> "BranchJob":
+    def shapes(self) -> Shapes:
+        """Of what is trained and of what is left alone; the frozen networks' sizes are read, no weights."""
+        unet, tower = _config(self.backbone / "unet"), _config(self.text_encoder)
+        return {"branch": abstract(_branch_config(unet, tower))}, {"unet": abstract(unet), "tower": abstract(tower)}
+
+    def start(self, source: Source, indices: np.ndarray, run: Path, seed: int, dtype: jnp.dtype) -> "BranchJob":
         """Fresh zero convolutions, the rest of the branch copied; everything else is loaded and only used."""
         backbone = BridgePipeline.from_pretrained(self.backbone, "float32")
-        tower = load_component(self.text_encoder, "float32")
+        tower = load_component(self.text_encoder, dtype.name)
         moments = record_moments(backbone.vae, source, indices, run / "latents.npz")
-        shared = {field.name: getattr(backbone.unet.config, field.name) for field in fields(EncoderConfig)}
-        config = BranchConfig(**{**shared, "cross_attention_dim": tower.config.hidden_size})
+        config = _branch_config(backbone.unet.config, tower.config)
         branch = Component(config, init_branch_from_unet(init(config, seed), backbone.unet.params))
+        backbone = replace(backbone, unet=_as(backbone.unet, dtype), text_encoder=_as(backbone.text_encoder, dtype))
         return BranchJob(self, branch, tower, backbone, Tokenizer.from_pretrained(self.tokenizer), moments)
 
 
-class BranchJob(_DiffusionJob):
+class BranchJob(DiffusionJob):
     """`BranchTask` made ready."""
 
     def __init__(
@@ -330,16 +283,17 @@ class BranchJob(_DiffusionJob):
         super().__init__(task, {"branch": branch.params}, backbone.vae, tokenizer, backbone.schedule, moments)
         self.config, self.tower, self.backbone = branch.config, tower, backbone
         empty = encode(backbone.tokenizer, *backbone.text_encoder, [""])
+        empty = replace(empty, tokens=empty.tokens.astype(type_of(backbone.unet.params)))
         self.frozen = {"unet": backbone.unet.params, "tower": tower.params, "english": empty}
 
     def loss(self, params, frozen, batch, key):
         x, t, target = self.noised(batch, key)
-        chinese = Conditioning(bind(self.tower.config, frozen["tower"])(batch["ids"]))
+        x = x.astype(type_of(params["branch"]))
+        chinese = Conditioning(bind(self.tower.config, frozen["tower"])(batch["ids"]).astype(x.dtype))
         english = jax.tree.map(lambda states: jnp.broadcast_to(states, (len(x), *states.shape[1:])), frozen["english"])
-        unet = bind(self.backbone.unet.config, frozen["unet"])
-        residuals = bind(self.config, params["branch"])(x, t, chinese)
-        prediction = unet(x, t, english, residuals)
-        return jnp.mean(losses.denoising(prediction, target)), {}
+        unet = network(self.backbone.unet.config, frozen["unet"], self.task.remat)
+        branch = network(self.config, params["branch"], self.task.remat)
+        return self.error(unet(x, t, english, branch(x, t, chinese)), target, t), {}
 
     def export(self, params, folder, source, indices, metadata):
         """A whole pipeline folder; frozen components are handed on file by file, in whatever type they came."""
@@ -348,6 +302,11 @@ class BranchJob(_DiffusionJob):
         frozen = {part: task.backbone / part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
         for part, origin in {**frozen, "branch_text_encoder": task.text_encoder}.items():
             shutil.copytree(origin, folder / part, dirs_exist_ok=True)
+
+    def pictures(self, params, records):
+        """In the type that the backbone is in, as users draw them."""
+        branch = _as(Component(self.config, params["branch"]), type_of(self.backbone.unet.params))
+        return super().pictures({"branch": branch.params}, records)
 
     def pipeline(self, params: Trees) -> BridgePipeline:
         """The bridge that these parameters make of the backbone."""
@@ -358,3 +317,18 @@ class BranchJob(_DiffusionJob):
             branch_tokenizer=self.tokenizer,
             guidance=self.task.guidance,
         )
+
+
+def _config(folder: Path) -> Config:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no such component folder (config.json is missing there)")
+    return from_json(read_json(folder / "config.json"))
+
+
+def _branch_config(unet: UNetConfig, tower: RobertaConfig) -> BranchConfig:
+    shared = {field.name: getattr(unet, field.name) for field in fields(EncoderConfig)}
+    return BranchConfig(**{**shared, "cross_attention_dim": tower.hidden_size})
+
+
+def _as(component: Component, dtype: jnp.dtype) -> Component:
+    return component._replace(params={path: jnp.asarray(value, dtype) for path, value in component.params.items()})

@@ -1,5 +1,6 @@
 """A tiny random backbone folder and a branch run on it, over real records of the bundled set."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from bdm_jax.pipeline import BridgePipeline
 from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
 from bdm_jax.training.tasks import BranchTask
+
+sys.path.insert(0, str(Path(__file__).parent))  # for toy.py, which also runs as a program
 
 _SMALL_TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 

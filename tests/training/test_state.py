@@ -9,28 +9,36 @@ import pytest
 
 # Runs in a process of its own: the number of devices is fixed when JAX starts.
 PROGRAM = """
-import json
+import json, sys
+from pathlib import Path
 import jax, numpy as np
 from bdm_jax.sharding import make_mesh, place_batch, replicated
-from bdm_jax.training.config import OptimizerConfig
+from bdm_jax.training.config import MeshConfig, OptimizerConfig, TrainConfig
 from bdm_jax.training.state import make_optimizer, make_state, make_step
+from bdm_jax.training.tasks import VAETask
 
 rng = np.random.default_rng(0)
 draw = lambda *shape: rng.standard_normal(shape, dtype=np.float32) / shape[0] ** 0.5
-params = {"net": {"wide.kernel": draw(256, 512), "bias": np.zeros(512, np.float32)}}
+params = {"net": {"attn.to_q.kernel": draw(256, 512), "bias": np.zeros(512, np.float32)}}
 frozen = {"net": {"kernel": draw(512, 4)}}
 data = [{"x": draw(8, 256), "y": draw(8, 4)} for _ in range(5)]
 
 def loss(params, frozen, batch, key):
-    hidden = batch["x"] @ params["net"]["wide.kernel"] + params["net"]["bias"]
-    error = hidden @ frozen["net"]["kernel"] - batch["y"] + 0.1 * jax.random.normal(key, (8, 4))
+    hidden = batch["x"] @ params["net"]["attn.to_q.kernel"] + params["net"]["bias"]
+    error = hidden @ frozen["net"]["kernel"] - batch["y"] + 0.1 * jax.random.normal(key, (4,))
     return (error**2).mean(), {}
 
-mesh = make_mesh(fsdp=jax.device_count() // 2 or 1)
+axes, strategy = json.loads(sys.argv[1]), sys.argv[2]
+parts = 8 // (jax.device_count() // axes.get("tensor", 1))
+config = TrainConfig(
+    task=VAETask(), run=Path("unused"), steps=5, batch_size=8, accumulate=parts,
+    optimizer=OptimizerConfig(warmup_steps=1, ema_decay=0.9), mesh=MeshConfig(**axes, strategy=strategy),
+)
+mesh = make_mesh(**axes)
 with jax.set_mesh(mesh):
-    optimizer = make_optimizer(OptimizerConfig(warmup_steps=1), 5)
+    optimizer = make_optimizer(config.optimizer, 5)
     state = make_state(params, optimizer, mesh)
-    step = make_step(loss, optimizer, 0.9, 0, mesh, state)
+    step = make_step(loss, optimizer, config, mesh, state)
     constant = jax.device_put(frozen, replicated(mesh))
     losses = []
     for batch in data:
@@ -42,27 +50,39 @@ print(json.dumps({
     "losses": losses,
     "copies": len(leaves),
     "shards": sorted({leaf.addressable_shards[0].data.size for leaf in leaves}),
-    "checksum": float(abs(np.asarray(state.ema["net"]["wide.kernel"])).sum()),
+    "checksum": float(abs(np.asarray(state.ema["net"]["attn.to_q.kernel"])).sum()),
     "frozen": bool((np.asarray(constant["net"]["kernel"]) == frozen["net"]["kernel"]).all()),
 }))
 """
 
 
-def run(devices):
+def run(devices, strategy="fsdp", **axes):
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", PROGRAM, json.dumps(axes), strategy]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_four_devices_compute_what_one_computes():
-    """Weights, their average and both of Adam's moments are split over `fsdp`; sums differ in their order only."""
-    one, four = run(1), run(4)
-    assert (one["devices"], four["devices"]) == (1, 4)
-    assert one["copies"] == four["copies"] == 4
-    assert one["shards"] == [256 * 512] and four["shards"] == [256 * 512 // 2]
-    assert four["losses"] == pytest.approx(one["losses"], rel=1e-5)
-    assert four["checksum"] == pytest.approx(one["checksum"], rel=1e-5)
-    assert one["losses"][-1] != one["losses"][0]
-    assert one["frozen"] and four["frozen"]
+@pytest.fixture(scope="module")
+def one():
+    """One device, the batch in eight parts."""
+    result = run(1)
+    assert result["devices"] == 1 and result["copies"] == 4 and result["shards"] == [256 * 512]
+    assert result["losses"][-1] != result["losses"][0] and result["frozen"]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("devices", "strategy", "axes", "split"),
+    [(4, "fsdp", {"fsdp": 2}, 2), (8, "zero1", {"fsdp": 4}, 4), (8, "fsdp", {"fsdp": 2, "tensor": 2}, 4)],
+)
+def test_a_mesh_computes_what_one_device_computes(one, devices, strategy, axes, split):
+    """Weights, their average and both of Adam's moments are split; sums differ in their order only."""
+    many = run(devices, strategy, **axes)
+    assert many["devices"] == devices and many["copies"] == 4
+    assert many["shards"] == [256 * 512 // split]
+    assert many["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert many["checksum"] == pytest.approx(one["checksum"], rel=1e-5)
+    assert many["frozen"]

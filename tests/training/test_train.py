@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import configs
+from bdm_jax.models.functional import abstract
 
 _SCRIPT = Path(__file__).parents[2] / "train.py"
 
@@ -42,10 +43,12 @@ def test_every_config_is_valid_and_is_listed(run):
     [
         (("emoji-brunch",), "unknown config 'emoji-brunch': did you mean 'emoji-branch'?"),
         (("emoji-vae", "--steps", "0"), "steps=0: must be at least 1"),
-        (("emoji-vae", "--checkpoint-every", "30"), "checkpoint_every=30 must be a multiple of log_every=20"),
+        (("emoji-text", "--accumulate", "2"), "accumulate=2: the captions of a whole batch are compared"),
+        (("emoji-vae", "--accumulate", "3"), "batch_size=4 is not a multiple of 3"),
+        (("emoji-backbone", "--task.zero-snr", "--task.prediction-type", "epsilon"), "task.zero_snr needs"),
         (("emoji-vae", "--mesh.data", "7"), "does not fit"),
         (("emoji-vae", "--data.style", "oil"), "unknown style 'oil'"),
-        (("emoji-vae", "--data.folder", "nowhere"), "nowhere is not a prepared data set"),
+        (("emoji-vae", "--data.folder", "nowhere"), "nowhere"),
         (("emoji-backbone", "--task.vae", "nowhere"), "nowhere: no such file or component folder"),
         (("emoji-branch", "--task.backbone", "nowhere"), "nowhere: no such model folder"),
     ],
@@ -55,6 +58,25 @@ def test_bad_input_is_one_line_and_status_2(run, arguments, message):
     assert status == 2
     lines = err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+def test_explain_says_where_everything_lies_and_trains_nothing(run, tmp_path):
+    """Parameters, their average and both of Adam's moments; the sum is that of the sizes on one device."""
+    status, out, _ = run("emoji-vae", "--explain", "--mesh.data", "1")
+    lines = out.splitlines()
+    assert status == 0 and not any(tmp_path.iterdir())
+    assert "1 cpu devices: data=1 x fsdp=1 x tensor=1" in lines[0]
+    count = sum(leaf.size for leaf in abstract(configs.load("emoji-vae").task.vae).values())
+    assert f"{4 * (4 * count + 3):,}" in lines[-2]
+    assert sum(line.startswith("params/vae/") for line in lines) == len(abstract(configs.load("emoji-vae").task.vae))
+
+
+def test_the_end_of_a_leg_is_status_3(run, monkeypatch):
+    from bdm_jax.training import loop
+
+    for finished, status in ((True, 0), (False, 3)):
+        monkeypatch.setattr(loop, "train", lambda config, finished=finished: finished)
+        assert run("emoji-vae")[0] == status
 
 
 def test_unknown_field_offers_the_nearest(run):

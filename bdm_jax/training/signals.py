@@ -1,0 +1,32 @@
+"""Requests to end: SIGTERM and SIGINT are heard between steps, by all processes of a job at the same step."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[int], bool]]:
+    """A function from a step's number to whether the run is asked to end after it; to be called after every step.
+
+    With several processes a signal to one of them is enough. JAX's preemption service hears SIGTERM there and finds a
+    step that none has passed; SIGINT is handed on to it.
+    """
+    if jax.process_count() > 1:
+        terminate = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        before = {signal.SIGINT: signal.signal(signal.SIGINT, terminate)}
+        asked = multihost_utils.reached_preemption_sync_point
+    else:
+        stop: list[bool] = []
+        hear = lambda *_: stop.append(True)  # noqa: E731
+        before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        asked = lambda step: bool(stop)  # noqa: E731
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

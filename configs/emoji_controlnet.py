@@ -1,0 +1,21 @@
+"""A ControlNet for the demo's backbone that follows edges.
+
+python train.py emoji-controlnet        (the bundled demo model is all it needs)
+Two CPU cores: about six minutes, estimated; see docs/training.md for what was measured. Pictures should have the map's
+edges, with and without the branch.
+"""
+
+from pathlib import Path
+
+from bdm_jax.paths import DEMO
+from bdm_jax.training.config import OptimizerConfig, TrainConfig
+from bdm_jax.training.controlnet import ControlNetTask
+from configs import emoji_backbone
+
+CONFIG = TrainConfig(
+    task=ControlNetTask(model=DEMO, hint="canny", hint_widths=(8, 16, 32, 64, 96), timestep_bias="later"),
+    run=Path("runs/emoji-controlnet"),
+    steps=800,
+    data=emoji_backbone.DATA,
+    optimizer=OptimizerConfig(learning_rate=1e-3, ema_decay=0.99),
+)

@@ -1,0 +1,21 @@
+"""The demo's backbone fine-tuned to another art style: shaded (Noto) in place of flat (Fluent) drawings.
+
+python train.py emoji-style             (the bundled demo model is all it needs)
+Two CPU cores: about six minutes, estimated; see docs/training.md for what was measured. As emoji-lora, of which it is
+the upper bound.
+"""
+
+from pathlib import Path
+
+from bdm_jax.paths import DEMO
+from bdm_jax.training.config import OptimizerConfig, TrainConfig
+from bdm_jax.training.finetune import FinetuneTask
+from configs import emoji_lora
+
+CONFIG = TrainConfig(
+    task=FinetuneTask(model=DEMO),
+    run=Path("runs/emoji-style"),
+    steps=800,
+    data=emoji_lora.DATA,
+    optimizer=OptimizerConfig(learning_rate=3e-4, ema_decay=0.99),
+)
