@@ -122,8 +122,18 @@ def _one_head(query_btk, key_bsk, value_bsk, mask):
 def _flash(query, key, value):
     from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention  # imports on a TPU machine only
 
-    query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
-    return flash_attention(query, key, value, sm_scale=1 / math.sqrt(query.shape[-1])).transpose(0, 2, 1, 3)
+    def kernel(query, key, value):
+        query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
+        return flash_attention(query, key, value, sm_scale=1 / math.sqrt(query.shape[-1])).transpose(0, 2, 1, 3)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return kernel(query, key, value)
+    # The compiler cannot split a kernel: each device is given its own samples, and its heads where `tensor` has them.
+    rows = tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
+    heads = "tensor" if query.shape[2] % mesh.shape.get("tensor", 1) == 0 else None
+    spec = jax.sharding.PartitionSpec(rows, None, heads if heads in mesh.shape else None)
+    return jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(query, key, value)
 
 
 def _capability(platform: str) -> float:

@@ -48,8 +48,8 @@ DEFAULT_SPACING = {name: "leading" if name in ("ddim", "ddpm", "pndm", "lcm") el
 WITHOUT = {("pndm", "sample"), ("euler-a", "sample"), ("dpmpp-sde", "sample")}  # diffusers refuses them
 TRAJECTORIES = sorted({(n, kind) for n in SCHEDULERS for kind in ("epsilon", "v_prediction", "sample")} - WITHOUT)
 ZERO_SNR = ("ddim", "ddpm", "lcm", "euler", "euler-a", "dpmpp-2m", "dpmpp-2m-sde", "unipc")
-# There diffusers' pndm leaves out a step (its timesteps lack the doubled one), its lms weighs a history that it does not
-# have (of order 4 from the first step on), and its lcm spaces the timesteps anew.
+# There diffusers' pndm leaves out a step (its timesteps lack the doubled one), its lms weighs a history that it lacks,
+# of order 4 from the first step on, and its lcm spaces the timesteps anew.
 NOT_OVER_A_PICTURE = ("pndm", "lms", "lcm")
 SIGMAS = [name for name in SAMPLERS if name.endswith(("-karras", "-exponential"))]
 

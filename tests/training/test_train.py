@@ -31,7 +31,8 @@ def run(monkeypatch, capsys, tmp_path):
 
 
 def test_every_config_is_valid_and_is_listed(run):
-    assert configs.names() == ["emoji-backbone", "emoji-branch", "emoji-text", "emoji-vae"]
+    assert {"emoji-backbone", "emoji-branch", "emoji-text", "emoji-vae", "bdm-sd15", "sd15-lora"} <= {*configs.names()}
+    assert "demo" not in configs.names()
     for name in configs.names():
         assert len(configs.load(name).digest()) == 16
     status, out, _ = run("--help")
