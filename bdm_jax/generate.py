@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bdm_jax.components import Component
-from bdm_jax.data.images import covering, read_mask, read_picture
+from bdm_jax.data.images import covering
 from bdm_jax.denoise import (
     STEPS_PER_CALL,
     Kept,
@@ -29,6 +29,7 @@ from bdm_jax.diffusion import samplers
 from bdm_jax.diffusion.samplers import SAMPLERS, SamplerState, Steps
 from bdm_jax.diffusion.torch_noise import randn
 from bdm_jax.errors import UserError, unknown
+from bdm_jax.jobs import Job, batches, default_size, in_english, load, read_jobs, stack
 from bdm_jax.models.conditioning import Conditioning
 from bdm_jax.models.config import EncoderConfig, T2IAdapterConfig, VAEConfig
 from bdm_jax.models.convolution import prepare
@@ -40,7 +41,7 @@ from bdm_jax.plugins.image_prompts import ImagePrompt
 from bdm_jax.settings import Request, Settings
 from bdm_jax.settings import check as check_settings
 from bdm_jax.steering import POSITIVE, calls, chunk, guided_parts, rows
-from bdm_jax.text.encode import Tokens, encode_tokens, read
+from bdm_jax.text.encode import encode_tokens
 
 Progress = Callable[[int, int], None]
 Watch = Callable[[int, np.ndarray], None]
@@ -83,7 +84,7 @@ def generate(
         raise UserError(f"batch size {batch_size} is less than 1")
     if settings.bare or pipeline.branch is None:
         pipeline = replace(pipeline, branch=None, branch_text_encoder=None, branch_tokenizer=None)
-        requests = [_english(request) for request in requests]
+        requests = [in_english(request) for request in requests]
     check(pipeline, requests, settings)
     factor = pipeline.vae.config.factor
     maps = [control for control in controls if isinstance(control, Control)]
@@ -108,14 +109,6 @@ def generate(
         watch_every,
     )
     return drawing.pictures(requests, progress or (lambda done, total: None))
-
-
-def default_size(pipeline: BridgePipeline, controls: Sequence[Control | ImagePrompt] = ()) -> tuple[int, int]:
-    """(height, width) in pixels of the pictures that the UNet was trained on, or of the first control's map."""
-    factor = pipeline.vae.config.factor
-    if maps := [control.hint for control in controls if isinstance(control, Control)]:
-        return _floored(maps[0], factor)
-    return (pipeline.unet.config.sample_size * factor,) * 2
 
 
 def check(pipeline: BridgePipeline, requests: Sequence[Request], settings: Settings) -> None:
@@ -149,26 +142,6 @@ def check(pipeline: BridgePipeline, requests: Sequence[Request], settings: Setti
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A request with its ids and their weights, each (2, windows, length): negative prompt, then positive."""
-
-    request: Request
-    english: Tokens
-    chinese: Tokens | None
-    size: tuple[int, int]
-
-    @property
-    def kind(self) -> tuple:
-        """What jobs of one batch have in common."""
-        windows = len(self.english.ids[0]), 0 if self.chinese is None else len(self.chinese.ids[0])
-        return windows, self.size, self.request.image is None, self.request.mask is None
-
-    @property
-    def one_english(self) -> bool:
-        return np.array_equal(*self.english.ids) and np.array_equal(*self.english.weights)
-
-
-@dataclass(frozen=True)
 class _Pass:
     """One way through the steps: from noise, or from a picture as it is at the first of them."""
 
@@ -192,15 +165,15 @@ class _Drawing:
         """Everything that can fail early does so here; the iterator draws."""
         if self.settings.reference:
             starts = range(0, len(requests), self.batch_size)
-            batches = [self._jobs(requests[begin : begin + self.batch_size]) for begin in starts]
+            groups = [self._jobs(requests[begin : begin + self.batch_size]) for begin in starts]
         else:
-            batches = _batches([job for request in requests for job in self._jobs([request])], self.batch_size)
-        plan = [(batch, self._passes(batch[0])) for batch in batches]
+            groups = batches([job for request in requests for job in self._jobs([request])], self.batch_size)
+        plan = [(batch, self._passes(batch[0])) for batch in groups]
         for control, (batch, _) in itertools.product(self.maps, plan):
             check_size(control, batch[0].size)
         return self._draw(plan, progress)
 
-    def _draw(self, plan: list[tuple[list[_Job], list[_Pass]]], progress: Progress) -> Iterator[np.ndarray]:
+    def _draw(self, plan: list[tuple[list[Job], list[_Pass]]], progress: Progress) -> Iterator[np.ndarray]:
         largest = max(len(batch) for batch, _ in plan)
         largest = -(-largest // self.mesh.size) * self.mesh.size
         total, done = sum(len(p.steps.t) for _, passes in plan for p in passes), 0
@@ -215,29 +188,10 @@ class _Drawing:
                 done += len(way.steps.t)
             yield from images[: len(batch)]
 
-    def _jobs(self, requests: list[Request]) -> list[_Job]:
-        """Jobs whose prompts of one language all take as many windows as the longest."""
-        reference, pipeline = self.settings.reference, self.pipeline
-        english = [text for request in requests for text in (request.english_negative, request.english)]
-        english = _pairs(read(pipeline.tokenizer, english, reference=reference))
-        chinese = [None] * len(requests)
-        if pipeline.branch is not None:
-            masked = pipeline.masked if self.settings.masked is None else self.settings.masked
-            texts = [text for request in requests for text in (request.negative, request.prompt)]
-            chinese = _pairs(read(pipeline.branch_tokenizer, texts, reference=reference, masked=masked))
-        return [_Job(*parts, self._size(parts[0])) for parts in zip(requests, english, chinese, strict=True)]
+    def _jobs(self, requests: list[Request]) -> list[Job]:
+        return read_jobs(self.pipeline, self.settings, self.maps, requests)
 
-    def _size(self, request: Request) -> tuple[int, int]:
-        """(height, width) that a request is drawn at first; its image and mask are looked at on the way."""
-        image, mask = _load(request)
-        if mask is not None and mask.shape != image.shape[:2]:
-            sizes = (f"{array.shape[1]}x{array.shape[0]}" for array in (mask, image))
-            raise UserError("the mask has {} pixels, the image {}: they must be of one size".format(*sizes))
-        if self.settings.size is not None or image is None:
-            return self.settings.size or default_size(self.pipeline, self.maps)
-        return _floored(image, self.pipeline.vae.config.factor)
-
-    def _passes(self, job: _Job) -> list[_Pass]:
+    def _passes(self, job: Job) -> list[_Pass]:
         settings, from_picture = self.settings, job.request.image is not None
         passes = [_Pass(job.size, self._table(settings.strength if from_picture else 1.0), from_picture)]
         if settings.hires > 1:
@@ -262,18 +216,18 @@ class _Drawing:
             )
         return table
 
-    def _texts(self, jobs: list[_Job]) -> dict[Parts, Texts]:
+    def _texts(self, jobs: list[Job]) -> dict[Parts, Texts]:
         """Both languages' texts for the rows with guidance (first) and for those without."""
         pipeline, settings = self.pipeline, self.settings
         tower = partial(encode_tokens, reference=settings.reference)
         one_english = all(job.one_english for job in jobs) and not self.images
         english = [job.english for job in jobs]
         pair = tower(
-            *pipeline.text_encoder, self._split(_stack(english, slice(one_english, 2))), layer=settings.clip_skip
+            *pipeline.text_encoder, self._split(stack(english, slice(one_english, 2))), layer=settings.clip_skip
         )
         chinese = None
         if pipeline.branch is not None:
-            chinese = tower(*pipeline.branch_text_encoder, self._split(_stack([job.chinese for job in jobs])))
+            chinese = tower(*pipeline.branch_text_encoder, self._split(stack([job.chinese for job in jobs])))
             chinese = with_keys(*pipeline.branch, chinese)
         controls = [with_keys(*control.network, pair) for control in self._nets()]
         guided = Texts(self._with_images(with_keys(*pipeline.unet, pair), len(jobs)), chinese, controls)
@@ -297,7 +251,7 @@ class _Drawing:
     def _one_pass(
         self,
         count: int,
-        jobs: list[_Job],
+        jobs: list[Job],
         texts: dict[Parts, Texts],
         way: _Pass,
         images: np.ndarray | None,
@@ -317,7 +271,7 @@ class _Drawing:
         hints, features = ([embed(c, covering(c.hint, way.size)) for c in some] for some in (nets, adapters))
         clean = kept = masks = None
         if way.from_picture:
-            loaded = [_load(job.request) for job in jobs]
+            loaded = [load(job.request) for job in jobs]
             originals = [image for image, _ in loaded] if images is None else images
             originals = np.stack([covering(image, way.size) for image in originals])
             clean = encode(pipeline.vae, self._split(originals))
@@ -379,34 +333,9 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
-def _floored(image: np.ndarray, factor: int) -> tuple[int, int]:
-    """(height, width) of an image, in whole latents."""
-    height, width = (side // factor * factor for side in image.shape[:2])
-    if not height or not width:
-        raise UserError(f"an image of {image.shape[1]}x{image.shape[0]} pixels is too small; give a size")
-    return height, width
-
-
-def _english(request: Request) -> Request:
-    english, negative = request.english or request.prompt, request.english_negative or request.negative
-    return replace(request, prompt="", negative="", english=english, english_negative=negative)
-
-
 def _residuals(pipeline: BridgePipeline) -> int:
     """How many tensors a branch adds: one for every skip, one for the middle."""
     return len(pipeline.unet.config.skip_channels) + 1
-
-
-def _pairs(tokens: Tokens) -> list[Tokens]:
-    """Tokens of 2B prompts -> B times the tokens of two."""
-    halves = lambda x: [None] * (len(tokens.ids) // 2) if x is None else x.reshape(-1, 2, *x.shape[1:])  # noqa: E731
-    return [Tokens(*parts) for parts in zip(*map(halves, tokens), strict=True)]
-
-
-def _stack(pairs: list[Tokens], which: slice = slice(0, 2)) -> Tokens:
-    """Tokens (2,n,L) of B samples -> (B*U,n,L) of all, sample by sample."""
-    stack = lambda parts: None if parts[0] is None else np.concatenate([part[which] for part in parts])  # noqa: E731
-    return Tokens(*map(stack, zip(*pairs, strict=True)))
 
 
 def _last(pair):
@@ -414,19 +343,7 @@ def _last(pair):
     return jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:])[:, 1], pair)
 
 
-def _batches(jobs: list[_Job], batch_size: int) -> list[list[_Job]]:
-    """Neighbours of one kind go together: the windows of one prompt never change another's picture."""
-    groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job.kind)]
-    return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
-
-
-def _load(request: Request) -> tuple[np.ndarray | None, np.ndarray | None]:
-    image, mask = request.image, request.mask
-    image = image if image is None or isinstance(image, np.ndarray) else read_picture(image)
-    return image, mask if mask is None or isinstance(mask, np.ndarray) else read_mask(mask)
-
-
-def _torch_noise(jobs: list[_Job], count: int, shape: tuple[int, int, int]) -> np.ndarray:
+def _torch_noise(jobs: list[Job], count: int, shape: tuple[int, int, int]) -> np.ndarray:
     """The reference's noise: one draw for a batch of `count`, channels first, from the first seed."""
     height, width, channels = shape
     drawn = randn(jobs[0].request.seed, (count, channels, height, width))

@@ -1,7 +1,7 @@
 """A ControlNet for the demo's backbone that follows edges.
 
 python train.py emoji-controlnet        (the bundled demo model is all it needs)
-Two CPU cores: about six minutes, estimated; see docs/training.md for what was measured. Pictures should have the map's
+Two CPU cores: about six minutes, estimated, not run yet. Pictures should have the map's
 edges, with and without the branch.
 """
 

@@ -1,7 +1,7 @@
 """DreamBooth on the demo's backbone: one dog, Noto's, as "sks dog face"; other dogs stay Fluent's.
 
 python train.py emoji-dreambooth        (the bundled demo model is all it needs)
-Two CPU cores: about four minutes, estimated; see docs/training.md for what was measured. "sks dog face" should be
+Two CPU cores: about four minutes, estimated, not run yet. "sks dog face" should be
 nearer to the subject's picture than "dog face", and all other words should draw what they drew before.
 """
 

@@ -1,7 +1,7 @@
 """Textual inversion on the demo: a word of two vectors for a picture that the backbone knows by other words.
 
 python train.py emoji-inversion         (the bundled demo model is all it needs)
-Two CPU cores: about four minutes, estimated; see docs/training.md for what was measured. "<stripes>" begins as a black
+Two CPU cores: about four minutes, estimated, not run yet. "<stripes>" begins as a black
 cat and should end as the tiger of the set; the model stays as it is, byte for byte.
 """
 

@@ -22,7 +22,8 @@ from bdm_jax.drawing import preview
 from bdm_jax.drawing.metadata import complete_settings, describe, digest
 from bdm_jax.drawing.pictures import contact_sheet, file_name, next_index, write_png
 from bdm_jax.errors import UserError
-from bdm_jax.generate import Progress, default_size, generate
+from bdm_jax.generate import Progress, generate
+from bdm_jax.jobs import default_size
 from bdm_jax.pipeline import BridgePipeline
 from bdm_jax.plugins.controls import Control
 from bdm_jax.settings import Picture as Source

@@ -11,7 +11,8 @@ from bdm_jax.data.images import covering
 from bdm_jax.data.records import decode_image
 from bdm_jax.data.source import BadRecord
 from bdm_jax.errors import UserError, unknown
-from bdm_jax.generate import default_size, generate
+from bdm_jax.generate import generate
+from bdm_jax.jobs import default_size
 from bdm_jax.models.config import Config, ControlNetConfig, EncoderConfig, UNetConfig
 from bdm_jax.models.functional import Params, abstract, init
 from bdm_jax.plugins.controls import Control

@@ -13,7 +13,8 @@ from PIL import Image
 from bdm_jax.data.records import open_source
 from bdm_jax.distributed import first_says, is_first
 from bdm_jax.errors import UserError
-from bdm_jax.generate import default_size, generate
+from bdm_jax.generate import generate
+from bdm_jax.jobs import default_size
 from bdm_jax.settings import Request, Settings
 from bdm_jax.training.finetune import FinetuneJob, FinetuneTask
 from bdm_jax.training.latents import record_moments

@@ -18,7 +18,7 @@ from bdm_jax.components import Component, choose, find
 from bdm_jax.data.captions import caption, name
 from bdm_jax.data.records import Source
 from bdm_jax.errors import UserError
-from bdm_jax.generate import default_size
+from bdm_jax.jobs import default_size
 from bdm_jax.models.conditioning import Conditioning
 from bdm_jax.models.config import Config
 from bdm_jax.models.functional import abstract, cast

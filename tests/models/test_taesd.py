@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from bdm_jax.components import Component
 from bdm_jax.diffusion.schedule import Schedule
-from bdm_jax.generate import default_size, generate
+from bdm_jax.generate import generate
+from bdm_jax.jobs import default_size
 from bdm_jax.models import functional
 from bdm_jax.models.config import TAESD, CLIPTextConfig, TinyVAEConfig, UNetConfig, from_json, to_json
 from bdm_jax.paths import TOKENIZERS
