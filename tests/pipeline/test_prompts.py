@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from bdm_jax.denoise import denoise
-from bdm_jax.generate import _Drawing, generate
+from bdm_jax.generate import generate
+from bdm_jax.jobs import read_jobs
 from bdm_jax.settings import Request, Settings
 
 
@@ -44,7 +45,7 @@ def test_weights_compile_nothing_anew(tiny):
 def test_reference_pads_a_batch_to_its_longest_prompt_and_drops_the_branchs_weights(tiny):
     long = Request("猫" * 20, "(低:1.5)质量", english="a (cat)")
     short = replace(long, prompt="猫")
-    read = lambda requests, **how: _Drawing(tiny, Settings(**how), (), 8, None, None, 5)._jobs(requests)  # noqa: E731
+    read = lambda requests, **how: read_jobs(tiny, Settings(**how), (), requests)  # noqa: E731
     assert [read([request])[0].kind[0] for request in (long, short)] == [(1, 2), (1, 1)]
     jobs = read([long, short], reference=True)
     assert [job.kind[0] for job in jobs] == [(1, 2)] * 2
