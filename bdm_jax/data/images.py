@@ -11,6 +11,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from bdm_jax.data.source import BadRecord
 from bdm_jax.errors import UserError
+from bdm_jax.paths import read_bytes
 
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 1 << 28
@@ -54,12 +55,12 @@ def image_size(data: bytes, max_pixels: int = MAX_PIXELS, name: str = "image") -
 
 def read_picture(path: str | Path) -> np.ndarray:
     """A picture's file -> uint8 (H, W, 3), upright by its camera's note. Raises UserError as `decode_image` does."""
-    return decode_image(_read(Path(path)), name=str(path))
+    return decode_image(read_bytes(Path(path), MAX_BYTES, "picture"), name=str(path))
 
 
 def read_mask(path: str | Path) -> np.ndarray:
     """A mask's file -> uint8 (H, W): white where something is to happen, black (or transparent) where not."""
-    picture = decode_image(_read(Path(path)), name=str(path), background="black")
+    picture = decode_image(read_bytes(Path(path), MAX_BYTES, "picture"), name=str(path), background="black")
     return np.array(Image.fromarray(picture).convert("L"))
 
 
@@ -104,17 +105,6 @@ def _rough(image: Image.Image, data: bytes) -> str | None:
     wide = image.mode.startswith("I") or image.mode == "F"
     # a PNG of 16 bits and several channels comes out of PIL with 8: only its header tells
     return "16 bits" if wide or (image.format == "PNG" and data[24] > 8) else None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if len(data) > MAX_BYTES:
-        raise UserError(f"{path}: larger than {MAX_BYTES >> 20} MiB, no picture that can be drawn on")
-    return data
 
 
 def _over(image: Image.Image, background: str) -> Image.Image:

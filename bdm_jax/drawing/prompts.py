@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bdm_jax.errors import UserError, unknown
+from bdm_jax.paths import read_bytes
 from bdm_jax.settings import Request
 
 MAX_BYTES = 1 << 26
@@ -59,13 +60,7 @@ _Found = Iterator[tuple[int, dict[str, Any]]]  # line, values by column
 
 
 def _read(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if len(data) > MAX_BYTES:
-        raise UserError(f"{path}: larger than {MAX_BYTES >> 20} MiB, no file of prompts")
+    data = read_bytes(path, MAX_BYTES, "file of prompts")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

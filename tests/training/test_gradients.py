@@ -1,6 +1,5 @@
 """What the gradient of the branch's loss costs: nothing in the backbone's encoder, and with remat less memory."""
 
-import math
 from types import SimpleNamespace
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 from flax import nnx
 
 from bdm_jax.components import Component
+from bdm_jax.costs import flops
 from bdm_jax.data.records import open_source
 from bdm_jax.diffusion.schedule import Schedule
 from bdm_jax.models.conditioning import Conditioning
@@ -44,25 +44,7 @@ def made(backbone_folder, tmp_path_factory):
 
 def multiplications(function, *arguments):
     """Of all convolutions and matrix products, by the sizes in the jaxpr."""
-
-    def count(jaxpr):
-        total = 0
-        for equation in jaxpr.eqns:
-            out = equation.outvars[0].aval
-            if equation.primitive.name == "conv_general_dilated":
-                numbers, kernel = equation.params["dimension_numbers"].rhs_spec, equation.invars[1].aval.shape
-                places = math.prod(kernel[axis] for axis in numbers[1:])
-                # where a gradient spreads its picture by a stride, the zeros in between are no work
-                total += out.size * places // math.prod(equation.params["lhs_dilation"])
-            elif equation.primitive.name == "dot_general":
-                (contracted, _), _ = equation.params["dimension_numbers"]
-                total += out.size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            for value in equation.params.values():
-                inner = getattr(value, "jaxpr", value)
-                total += count(inner) * equation.params.get("length", 1) if hasattr(inner, "eqns") else 0
-        return total
-
-    return count(jax.make_jaxpr(jax.jit(function))(*arguments).jaxpr)
+    return flops(function, *arguments) // 2
 
 
 def test_no_gradient_flows_through_the_backbone_s_encoder(made):
