@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from bdm_jax import compile_cache
+from bdm_jax import compile_cache, costs
 from bdm_jax.errors import UserError
 from bdm_jax.models.conditioning import Conditioning
 from bdm_jax.models.config import (
@@ -131,11 +131,6 @@ def bench(settings: Settings, sizes: Sizes = Sizes()) -> dict[str, Any]:
     return {"settings": values, "machine": machine, "peak_tflops": peak / 1e12, "rows": rows}
 
 
-def count_flops(function: Callable, *arguments) -> float:
-    """Floating-point operations of matrix products and convolutions, by tracing: nothing is computed or compiled."""
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
 def matmul_peak(side: int = 2048) -> float:
     """FLOP/s of a square matrix product, the best of ten: in bf16, in fp32 on a CPU."""
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -209,7 +204,7 @@ def _step(sizes: Sizes, side: int, batch: int, against: bool, one_english: bool)
     full = Conditioning(np.repeat(english, 2, axis=0) if one_english else english)
     times = (np.full(2 * batch, 500.0, np.float32),) * 2
     arguments = *_spec(both), times, full, Conditioning(chinese)
-    flops = count_flops(networks.step, tuple(map(abstract, configs)), *arguments)
+    flops = costs.flops(networks.step, tuple(map(abstract, configs)), *arguments)
     theirs = _torch_step(configs, both, full.tokens, chinese) if against else None
     return Problem(lambda: step(params, x, *beforehand), theirs, flops)
 
@@ -219,7 +214,7 @@ def _text(sizes: Sizes, side: int, batch: int, against: bool, part: str) -> Prob
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2 * batch, length), np.int32)
     params = init(config, 0)
     run = jax.jit(lambda params, ids: bind(config, params)(ids))
-    flops = count_flops(lambda params: bind(config, params)(jnp.asarray(ids)), abstract(config))
+    flops = costs.flops(lambda params: bind(config, params)(jnp.asarray(ids)), abstract(config))
     return Problem(lambda: run(params, ids), _torch_text(config, ids) if against else None, flops)
 
 
@@ -228,7 +223,7 @@ def _vae(sizes: Sizes, side: int, batch: int, against: bool) -> Problem:
     x = _normal(batch, side, side, config.latent_channels)
     params = prepare(config, init(config, 0), (side, side))
     run = jax.jit(lambda params, x: bind(config, params).decode(x))
-    flops = count_flops(lambda params, x: bind(config, params).decode(x), abstract(config), *_spec(x))
+    flops = costs.flops(lambda params, x: bind(config, params).decode(x), abstract(config), *_spec(x))
     return Problem(lambda: run(params, x), _torch_vae(config, x) if against else None, flops)
 
 
@@ -245,7 +240,7 @@ def _train(sizes: Sizes, side: int, batch: int, against: bool) -> Problem:
 
     unet, branch = (init(config, 0) for config in configs)
     step = jax.jit(jax.value_and_grad(loss))
-    flops = count_flops(jax.value_and_grad(loss), abstract(configs[1]), abstract(configs[0]))
+    flops = costs.flops(jax.value_and_grad(loss), abstract(configs[1]), abstract(configs[0]))
     theirs = _torch_step(configs, x, english, chinese, train=True) if against else None
     return Problem(lambda: step(branch, unet), theirs, flops)
 
@@ -342,33 +337,6 @@ def _torch_text(config, ids: np.ndarray):
             return module(tokens)[0].numpy()
 
     return run
-
-
-# ----------------------------------------------------------------------------------------------------------- counting
-
-
-def _count(jaxpr) -> float:
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        out = eqn.outvars[0].aval
-        if eqn.primitive.name == "dot_general":
-            (contract, _), _ = eqn.params["dimension_numbers"]
-            total += 2 * out.size * int(np.prod([eqn.invars[0].aval.shape[i] for i in contract]))
-        elif eqn.primitive.name == "conv_general_dilated":
-            outputs = eqn.params["dimension_numbers"].rhs_spec[0]
-            kernel = eqn.invars[1].aval
-            total += 2 * out.size * kernel.size / kernel.shape[outputs]
-        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        total += times * sum(map(_count, _inner(eqn.params)))
-    return total
-
-
-def _inner(params: dict[str, Any]):
-    for value in params.values():
-        for part in value if isinstance(value, tuple | list) else (value,):
-            part = getattr(part, "jaxpr", part)
-            if hasattr(part, "eqns"):
-                yield part
 
 
 if __name__ == "__main__":

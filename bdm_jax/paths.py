@@ -14,7 +14,7 @@ def read_bytes(path: Path, most: int, kind: str) -> bytes:
     """A user's file of at most so many bytes. Raises UserError that names it where it cannot be read or is larger."""
     try:
         with path.open("rb") as file:
-            # `read` reserves what is asked for: as much as there is, but of a pipe, which tells no size, up to the limit
+            # `read` reserves what is asked for: as much as there is; of a pipe, which tells no size, up to the limit
             data = file.read((min(path.stat().st_size, most) or most) + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error

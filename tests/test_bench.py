@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdm_jax import bench
+from bdm_jax import bench, costs
 from bdm_jax.models.config import BranchConfig, CLIPTextConfig, RobertaConfig, UNetConfig, VAEConfig
 
 SHARED = dict(
@@ -37,9 +37,9 @@ def test_flops_of_products_convolutions_and_loops():
     x, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
     numbers = ("NHWC", "HWIO", "NHWC")
     convolution = lambda x, k: jax.lax.conv_general_dilated(x, k, (2, 2), "SAME", dimension_numbers=numbers)  # noqa: E731
-    assert bench.count_flops(convolution, x, kernel) == 2 * 2 * 4 * 4 * 5 * 9 * 3
-    assert bench.count_flops(jax.jit(jnp.matmul), np.ones((4, 6)), np.ones((6, 7))) == 2 * 4 * 6 * 7
-    assert bench.count_flops(lambda x: jax.lax.map(lambda row: row @ row.T, x), np.ones((5, 2, 3))) == 5 * 2 * 2 * 2 * 3
+    assert costs.flops(convolution, x, kernel) == 2 * 2 * 4 * 4 * 5 * 9 * 3
+    assert costs.flops(jax.jit(jnp.matmul), np.ones((4, 6)), np.ones((6, 7))) == 2 * 4 * 6 * 7
+    assert costs.flops(lambda x: jax.lax.map(lambda row: row @ row.T, x), np.ones((5, 2, 3))) == 5 * 2 * 2 * 2 * 3
 
 
 @pytest.mark.parametrize("arguments", [["--size", "100"], ["--repeats", "0"]])
