@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdm_jax.bench import Networks, count_flops
+from bdm_jax.bench import Networks
+from bdm_jax.costs import flops
 from bdm_jax.models import functional
 from bdm_jax.models.branch import Residuals
 from bdm_jax.models.conditioning import Conditioning
@@ -97,11 +98,11 @@ def test_counted_savings_at_full_size():
     both, chinese = Conditioning(array(2, 77, 768)), Conditioning(array(2, 52, 1024))
     one = Conditioning(array(1, 77, 768))
     networks = Networks(SD15_UNET, BDM_BRANCH)
-    plain = count_flops(networks.step, params, array(2, *size, 4), (array(2), array(2)), both, chinese)
+    plain = flops(networks.step, params, array(2, *size, 4), (array(2), array(2)), both, chinese)
     shares = {}
     for name, english in {"two prompts": both, "one prompt": one}.items():
         known = jax.eval_shape(networks.beforehand, params, array(1), english, chinese)
-        shares[name] = count_flops(networks.step, params, array(1, *size, 4), *known) / plain
+        shares[name] = flops(networks.step, params, array(1, *size, 4), *known) / plain
     print(plain, shares)
     assert plain == pytest.approx(2.142e12, rel=0.01)
     assert shares["one prompt"] == pytest.approx(1 - 0.145, abs=0.003)
