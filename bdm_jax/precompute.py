@@ -5,7 +5,6 @@ number of processes too, it goes on with the chunks that are missing. Shards as 
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from collections import Counter, defaultdict
@@ -29,10 +28,11 @@ from bdm_jax.data.select import Filters, Size, make_buckets, nearest
 from bdm_jax.data.source import BadRecord, Filtered, Skips, Source
 from bdm_jax.data.threads import map_ahead
 from bdm_jax.errors import UserError
-from bdm_jax.models.config import RobertaConfig, VAEConfig, to_json
-from bdm_jax.models.functional import bind
+from bdm_jax.models.config import RobertaConfig, VAEConfig
+from bdm_jax.models.functional import bind, cast
 from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.text.windows import split
+from bdm_jax.training.latents import digest, encode
 from convert.files import FileError
 
 _THREADS = 8
@@ -56,22 +56,23 @@ def precompute(
     part: tuple[int, int] = (0, 1),
     chunk: int = 16384,
     batch_size: int = 32,
+    dtype: str | None = None,
     skips: Skips | None = None,
 ) -> dict[str, Any]:
     """Write the moments of every record that passes, of this part's chunks; returns the counts of all finished ones.
 
-    A picture is scaled and cut to the bucket nearest to it, never distorted. Float16; computed in the type that the
-    weights have, on this process's devices.
+    A picture is scaled and cut to the bucket nearest to it, never distorted. Float16, on this process's devices.
 
     Args:
         source: records with pictures; with a `fingerprint`.
         out: folder of the shards.
-        vae: its config and weights.
+        vae: its config and weights, fp32, as a run loads them.
         buckets: (height, width) in multiples of the autoencoder's factor.
         text: also encode the captions, each cut to one window.
         part: (i, n): chunks i, i + n, i + 2 n, ... are of this process.
         chunk: records between two notes on disk; what an interruption costs at most.
         batch_size: pictures through the networks at a time; made a multiple of the devices.
+        dtype: what is computed in; by default float32 on a CPU, else bfloat16.
         skips: counts the faults of this process; by default up to 1%.
 
     Raises:
@@ -82,10 +83,10 @@ def precompute(
         raise UserError(f"part {part[0]}/{part[1]}: count from 0 to {part[1] - 1}")
     if wrong := [size for size in buckets if size[0] % vae.config.factor or size[1] % vae.config.factor]:
         raise UserError(f"bucket {wrong[0]}: its sides are no multiples of the autoencoder's {vae.config.factor}")
-    chunks = -(-len(source) // chunk)
+    chunks, dtype = -(-len(source) // chunk), dtype or default_dtype()
     settings = {
         "vae": digest(vae),
-        "compute": str(next(iter(vae.params.values())).dtype),
+        "compute": dtype,
         "source": source.fingerprint,
         "records": len(source),
         "chunk": chunk,
@@ -95,7 +96,7 @@ def precompute(
         "text": None if text is None else digest(text.tower),
     }
     begin(out, settings)
-    encoder = _Encoder(vae, text, batch_size)
+    encoder = _Encoder(vae, text, batch_size, dtype)
     done = finished(out)
     for number in range(part[0], chunks, part[1]):
         if number not in done:
@@ -105,29 +106,20 @@ def precompute(
     return {**_counts(out), "left_out_of_index": index}
 
 
-def digest(component: Component) -> str:
-    """Of a network's sizes and weights, in whatever type they are held."""
-    sha = hashlib.sha256(json.dumps(to_json(component.config), sort_keys=True, default=str).encode())
-    for path in sorted(component.params):
-        sha.update(path.encode())
-        sha.update(np.asarray(component.params[path], np.float32).tobytes())
-    return sha.hexdigest()[:32]
-
-
 class _Encoder:
     """Networks on all devices of this process; the batch is split over them."""
 
-    def __init__(self, vae: Component, text: Text | None, batch_size: int):
+    def __init__(self, vae: Component, text: Text | None, batch_size: int, dtype: str):
         mesh = Mesh(np.array(jax.local_devices()), ("data",))
         self._split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
-        self._vae = Component(vae.config, jax.device_put(vae.params, whole))
+        self._vae = Component(vae.config, jax.device_put(cast(vae.params, dtype), whole))
         self.text = text
-        self._tower = text and Component(text.tower.config, jax.device_put(text.tower.params, whole))
+        self._tower = text and Component(text.tower.config, jax.device_put(cast(text.tower.params, dtype), whole))
 
     def moments(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """At most a batch of (H,W,3) uint8 -> (B,h,w,2C) float16."""
-        return self._run(_moments, self._vae, pictures)
+        return self._run(encode, self._vae, pictures).astype(np.float16)
 
     def states(self, texts: Sequence[str]) -> tuple[list[np.ndarray], int]:
         """Captions -> their states (S,D) float16, and how many were cut."""
@@ -143,13 +135,6 @@ class _Encoder:
         filled = np.stack([*rows, *rows[-1:] * (self.batch_size - len(rows))])
         values = function(network.config, network.params, jax.device_put(filled, self._split))
         return np.asarray(values)[: len(rows)]
-
-
-@partial(jax.jit, static_argnums=0)
-def _moments(config: VAEConfig, params, images: jax.Array) -> jax.Array:
-    dtype = next(iter(params.values())).dtype
-    mean, logvar = bind(config, params).encode((images.astype(jnp.float32) / 127.5 - 1.0).astype(dtype))
-    return jnp.concatenate([mean, logvar], axis=-1).astype(jnp.float16)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -183,11 +168,11 @@ def _one_chunk(chunk, source, span, buckets, filters, encoder, skips) -> None:
 def _write(chunk, bucket, rows, encoder, left_out, skips) -> int:
     """Encode and write one batch; returns how many captions were cut."""
     moments = encoder.moments([picture for _, picture in rows])
-    texts = [text for record, _ in rows for text in record["captions"]]
+    texts = [text for record, _ in rows for text in record.get("captions", ())]
     states, cut = encoder.states(texts) if encoder.text and texts else ([], 0)
     rest: Iterator[np.ndarray] = iter(states)
     for (record, _), values in zip(rows, moments, strict=True):
-        own = [next(rest) for _ in record["captions"]] if states else []
+        own = [next(rest) for _ in record.get("captions", ())] if states else []
         if not np.isfinite(values).all():
             error = BadRecord(record["key"], "latents not finite", "its latents are not finite")
             left_out[error.cause] += 1
@@ -242,12 +227,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("--text-encoder and --tokenizer go together")
         if arguments.chunk < 1 or arguments.batch_size < 1:
             raise UserError("--chunk and --batch-size must be at least 1")
-        vae = load_component(arguments.vae, default_dtype(), kind="vae")
+        vae = load_component(arguments.vae, "float32", kind="vae")
         if not isinstance(vae.config, VAEConfig):
             raise UserError(f"{arguments.vae}: a tiny autoencoder has no moments; name an AutoencoderKL")
         text = None
         if arguments.text_encoder is not None:
-            tower = load_component(arguments.text_encoder, default_dtype())
+            tower = load_component(arguments.text_encoder, "float32")
             text = Text(Tokenizer.from_pretrained(arguments.tokenizer), tower)
         size = arguments.size
         counts = precompute(

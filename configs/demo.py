@@ -22,7 +22,8 @@ from bdm_jax.data.render_emoji import main as render_emoji
 from bdm_jax.errors import UserError
 from bdm_jax.paths import DEMO, EMOJI
 from bdm_jax.training.config import TrainConfig, check
-from bdm_jax.training.loop import select, train
+from bdm_jax.training.loop import train
+from bdm_jax.training.sets import select
 from convert.files import FileError, new_folder
 
 MORE_LEGS = 3

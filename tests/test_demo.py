@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from bdm_jax.data.captions import concepts
-from bdm_jax.data.records import decode_image, open_source
+from bdm_jax.data.images import decode_image
+from bdm_jax.data.records import open_source
 from bdm_jax.generate import generate
 from bdm_jax.models.functional import bind
 from bdm_jax.paths import ASSETS, DEMO, EMOJI

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from bdm_jax.errors import UserError
 
 _PICTURES = ("image", "jpg", "jpeg", "png", "webp", "image/encoded", "image_bytes")
 _MOMENTS, _SHAPE = "moments", "_shape"
+_LISTS = ("captions", "zh_keywords", "en_keywords")  # also where there is one
 
 
 class ArrayRecordSource:
@@ -24,18 +25,28 @@ class ArrayRecordSource:
     The picture is the bytes feature `image` (or jpg, png, webp, image/encoded); bytes X for which there is X_shape are
     an array of float16; other bytes are text. Files written with group_size:1 are read record by record.
 
+    Args:
+        paths: the files.
+        counts: how many of each file's first records count, where that is known: no file is opened then.
+        fingerprint: what the records are told apart by; made of the files' names by default.
+
     Raises:
         UserError: a file that is no array_record file.
     """
 
-    def __init__(self, paths: Sequence[str]):
-        self._paths = list(paths)
+    def __init__(self, paths: Sequence[str], counts: Iterable[int] | None = None, fingerprint: str | None = None):
+        self._paths, self._ends = list(paths), None
+        ranges = self._paths
+        if counts is not None:
+            counts = list(counts)
+            self._ends = np.cumsum(counts)
+            ranges = [f"{path}[0:{count}]" for path, count in zip(self._paths, counts, strict=True)]
         try:
-            self._data = ArrayRecordDataSource(self._paths)
+            self._data = ArrayRecordDataSource(ranges)
         except Exception as error:  # the reader tells everything by RuntimeError
             raise UserError(f"{', '.join(self._paths[:3])}: cannot be read as array_record ({error})") from error
         told = "\n".join([f"{len(self)}", *(os.path.basename(path) for path in self._paths)])
-        self.fingerprint = hashlib.sha256(told.encode()).hexdigest()[:16]
+        self.fingerprint = fingerprint or hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self._data)
@@ -44,12 +55,18 @@ class ArrayRecordSource:
         index = int(index)
         if not 0 <= index < len(self):
             raise IndexError(index)
-        name = f"record {index}"
+        name = self._name(index)
         try:
             example = tf_example_pb2.Example.FromString(self._data[index])
         except (RuntimeError, DecodeError) as error:  # array_record keeps a hash of every chunk
             raise BadRecord(name, "damaged record", f"it cannot be read ({error})") from error
         return from_example(name, example)
+
+    def _name(self, index: int) -> str:
+        if self._ends is None:
+            return f"record {index}"
+        file = int(np.searchsorted(self._ends, index, side="right"))
+        return f"{os.path.basename(self._paths[file])} record {index - (int(self._ends[file - 1]) if file else 0)}"
 
     def __repr__(self) -> str:
         return f"ArrayRecordSource({os.path.dirname(self._paths[0])}, {len(self._paths)} files, {len(self)} records)"
@@ -70,7 +87,7 @@ def from_example(name: str, example: tf_example_pb2.Example) -> dict[str, Any]:
             continue
         else:
             plain = [_text(name, item) if isinstance(item, bytes) else item for item in items]
-            values[feature] = plain if len(plain) != 1 or feature == "captions" else plain[0]
+            values[feature] = plain if len(plain) != 1 or feature in _LISTS else plain[0]
     if _MOMENTS not in values and not isinstance(values.get("image"), bytes):
         raise BadRecord(name, "no picture", f"no picture among {', '.join(sorted(values))}")
     return make_record(str(values.get("key", name)), values)

@@ -33,7 +33,7 @@ def caption(record: dict, language: str, rng: np.random.Generator, style: bool =
         BadRecord: no caption in the language.
     """
     _check_language(language)
-    if "captions" in record:
+    if not _is_bundled(record):
         texts = of_language(record, language)
         return texts[int(rng.integers(len(texts)))]
     parts = [record[language]]
@@ -49,7 +49,7 @@ def caption(record: dict, language: str, rng: np.random.Generator, style: bool =
 def name(record: dict, language: str, style: bool = False) -> str:
     """The plain prompt for a record: its first caption, or its name, with the phrase of its art style where asked."""
     _check_language(language)
-    if "captions" in record:
+    if not _is_bundled(record):
         return of_language(record, language)[0]
     phrase = [STYLE_PHRASES[record["style"]][language]] if style else []
     return _SEPARATORS[language].join([record[language], *phrase])
@@ -101,6 +101,10 @@ def concepts(
         raise UserError(f"unknown style {style!r}; the set has {', '.join(styles)}")
     chosen = [i for i, row_style, zh_only in rows if style in (None, row_style) and (include_zh_only or not zh_only)]
     return np.asarray(chosen, np.int64)
+
+
+def _is_bundled(record: dict) -> bool:
+    return not record.get("captions") and "zh_keywords" in record
 
 
 def _check_language(language: str) -> None:

@@ -32,19 +32,6 @@ class Part:
     bucket: tuple[int, int] | None = None
 
 
-def make_loader(
-    source: Source,
-    indices: Sequence[int],
-    transform: Transform,
-    batch_size: int,
-    seed: int,
-    start_step: int = 0,
-    **options: Any,
-) -> "Loader":
-    """`mix_loader` of one source: endless shuffled batches over `indices`."""
-    return mix_loader([Part(source, indices)], transform, batch_size, seed, start_step, **options)
-
-
 def mix_loader(
     parts: Sequence[Part],
     transform: Transform,

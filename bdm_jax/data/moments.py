@@ -5,6 +5,8 @@ chunk-000012-512x768.array_record      the samples of one bucket among the recor
 chunk-000012.json                      that the chunk is finished: its files, its counts
 """
 
+import hashlib
+import json
 import os
 import re
 from collections import defaultdict
@@ -32,6 +34,11 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
     if not (folder / MANIFEST).is_file():
         write_json(folder / MANIFEST, settings)
     _check(folder, settings)
+
+
+def is_precomputed(folder: str | Path) -> bool:
+    """Whether it is a folder of such shards, finished or not."""
+    return (Path(folder) / MANIFEST).is_file()
 
 
 def finished(folder: Path) -> dict[int, dict[str, Any]]:
@@ -78,13 +85,13 @@ def open_moments(folder: str | Path, vae: str | None = None) -> list[Part]:
 
     Args:
         folder: written by `python -m bdm_jax.precompute`, on a disk.
-        vae: digest of the autoencoder that the run works with (`bdm_jax.precompute.digest`).
+        vae: digest of the autoencoder that the run works with (`bdm_jax.training.latents.digest`).
 
     Raises:
         UserError: not such a folder, made with another autoencoder, not finished, or a file is missing or cut.
     """
     folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
+    if not is_precomputed(folder):
         raise UserError(f"{folder} holds no precomputed latents: {MANIFEST} is missing there")
     manifest = read_json(folder / MANIFEST)
     if vae is not None:
@@ -94,16 +101,17 @@ def open_moments(folder: str | Path, vae: str | None = None) -> list[Part]:
         raise UserError(
             f"{folder}: {len(done)} of {manifest['chunks']} chunks are there: run the same precompute again"
         )
-    files: dict[tuple[int, int], list[str]] = defaultdict(list)
+    files: dict[tuple[int, int], dict[str, int]] = defaultdict(dict)
     for notes in done.values():
         for name, told in notes["files"].items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != told["bytes"]:
                 raise UserError(f"{path}: missing or cut; remove its chunk's .json and run the same precompute again")
             height, width = map(int, name.removesuffix(".array_record").rpartition("-")[2].split("x"))
-            files[height, width].append(f"{path}[0:{told['records']}]")
-    sources = {bucket: ArrayRecordSource(paths) for bucket, paths in sorted(files.items())}
-    return [Part(source, range(len(source)), bucket=bucket) for bucket, source in sources.items()]
+            files[height, width][str(path)] = told["records"]
+    told = hashlib.sha256(json.dumps([manifest, done], sort_keys=True).encode()).hexdigest()[:16]
+    sources = {bucket: ArrayRecordSource(list(counts), counts.values(), told) for bucket, counts in files.items()}
+    return [Part(source, range(len(source)), bucket=bucket) for bucket, source in sorted(sources.items())]
 
 
 def _check(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -15,8 +15,6 @@ from fsspec import AbstractFileSystem
 
 from bdm_jax.data.arrays import ArrayRecordSource
 from bdm_jax.data.folders import METADATA, FolderSource
-from bdm_jax.data.images import decode_image  # noqa: F401
-from bdm_jax.data.loader import make_loader  # noqa: F401
 from bdm_jax.data.photos import PhotoSource
 from bdm_jax.data.source import BadRecord, Source, make_record
 from bdm_jax.data.tars import TarSource

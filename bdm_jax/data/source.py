@@ -68,7 +68,7 @@ class Skips:
             self.seen += 1
             self.counts[error.cause] = self.counts.get(error.cause, 0) + 1
             names = self.names.setdefault(error.cause, [])
-            if len(names) < _SHOWN:
+            if len(names) < _SHOWN and error.name not in names:
                 names.append(error.name)
             if self.log is not None:
                 line = {"record": error.name, "cause": error.cause, "message": str(error)}

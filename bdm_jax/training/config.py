@@ -14,32 +14,18 @@ import jax.numpy as jnp
 
 from bdm_jax.distributed import is_first
 from bdm_jax.errors import UserError
-from bdm_jax.paths import EMOJI
 from bdm_jax.training.controlnet import ControlNetTask
 from bdm_jax.training.dreambooth import DreamBoothTask
 from bdm_jax.training.finetune import FinetuneTask
 from bdm_jax.training.inversion import InversionTask
 from bdm_jax.training.lora import LoRATask
+from bdm_jax.training.sets import DataConfig
 from bdm_jax.training.tasks import BackboneTask, BranchTask, TextTask, VAETask
 from convert.files import read_json, write_json
 
 # May differ between the legs of one run: how it is watched, when it pauses, on which devices and in which folder.
 _FREE_TO_CHANGE = {"minutes", "export_only", "log_every", "sample_every", "checkpoint_every", "keep", "run", "mesh"}
-_FREE_IN_TASK = {"remat"}
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which records are trained on.
-
-    folder: a prepared TFDS folder. style: one art style, or None for all. concepts: at most so many of them (the
-    zh_only ones first, then at random by `seed`), None for all.
-    """
-
-    folder: Path = EMOJI
-    style: str | None = None
-    concepts: int | None = None
-    seed: int = 0
+_FREE_IN_PARTS = {"remat", "skip_rate"}
 
 
 @dataclass(frozen=True)
@@ -127,8 +113,8 @@ class TrainConfig:
         """Of everything that decides what the run computes."""
         values = {key: value for key, value in self.to_json().items() if key not in _FREE_TO_CHANGE}
         for name, part in (("task", self.task), ("data", self.data)):  # their folders may move
-            folders = {f.name for f in dataclasses.fields(part) if isinstance(getattr(part, f.name), Path)}
-            values[name] = {key: value for key, value in values[name].items() if key not in folders | _FREE_IN_TASK}
+            folders = {f.name for f in dataclasses.fields(part) if _is_folder(getattr(part, f.name))}
+            values[name] = {key: value for key, value in values[name].items() if key not in folders | _FREE_IN_PARTS}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -146,6 +132,11 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"seed={config.seed} must not be negative, minutes={config.minutes} must be positive")
     if not 0 < config.optimizer.learning_rate < math.inf:
         raise UserError(f"optimizer.learning_rate={config.optimizer.learning_rate}: must be a positive number")
+    weights, sets = config.data.weights, 1 + len(config.data.also)
+    if weights and not (len(weights) == sets and all(0 < weight < math.inf for weight in weights)):
+        raise UserError(f"data.weights={weights}: give a positive number for each of the {sets} sets, or none at all")
+    if not 0 <= config.data.skip_rate <= 1:
+        raise UserError(f"data.skip_rate={config.data.skip_rate}: must be between 0 and 1")
     if config.data.style is None and not getattr(config.task, "style_in_caption", True):
         raise UserError("data.style=None trains on all styles: captions must name them, set task.style_in_caption")
     if config.accumulate > 1 and isinstance(config.task, TextTask):
@@ -176,3 +167,7 @@ def remember(config: TrainConfig) -> None:
     check(config)
     if is_first():
         write_json(config.run / "config.json", {**config.to_json(), "digest": config.digest()})
+
+
+def _is_folder(value: Any) -> bool:
+    return isinstance(value, Path) or (isinstance(value, tuple) and any(isinstance(one, Path) for one in value))

@@ -1,14 +1,13 @@
 """Training a ControlNet (Zhang et al., arXiv 2302.05543): a copy of a frozen backbone's encoder that sees a map."""
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
 from bdm_jax.components import save_component
-from bdm_jax.data.images import covering
-from bdm_jax.data.records import decode_image
+from bdm_jax.data.images import covering, decode_image
 from bdm_jax.data.source import BadRecord
 from bdm_jax.errors import UserError, unknown
 from bdm_jax.generate import generate
@@ -37,6 +36,8 @@ class ControlNetTask(PluginTask):
     hint_column: str | None = None
     hint_widths: tuple[int, ...] = (16, 32, 96, 256)
     caption_dropout: float = 0.5
+
+    reads_pictures: ClassVar[bool] = True
 
     def trained_shapes(self, configs: dict[str, Config]) -> dict[str, Any]:
         return {FOLDER: abstract(controlnet_config(configs["unet"], self.hint_widths))}
@@ -94,7 +95,7 @@ class ControlNetJob(PluginJob):
             drawn += generate(self.system, [request], Settings(steps=20), controls=[control])
         return drawn
 
-    def export(self, params, folder, source, indices, metadata):
+    def export(self, params, folder, metadata):
         """The folder `controlnet`, as diffusers' ControlNetModel reads it."""
         save_component(folder / FOLDER, self.configs[FOLDER], params[FOLDER], metadata=metadata)
 

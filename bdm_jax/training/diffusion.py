@@ -6,6 +6,8 @@ import numpy as np
 
 from bdm_jax.components import Component
 from bdm_jax.data.captions import caption, name
+from bdm_jax.data.loader import Part
+from bdm_jax.data.source import BadRecord
 from bdm_jax.diffusion import losses
 from bdm_jax.diffusion.schedule import Schedule
 from bdm_jax.generate import generate
@@ -19,18 +21,22 @@ from bdm_jax.training.weighting import min_snr
 
 
 class CaptionJob:
-    """Training on cached latents and captions."""
+    """Training on latents and captions: the records of `parts` hold `moments`."""
 
-    def __init__(self, task, params: Trees, vae: Component, tokenizer: Tokenizer, schedule: Schedule, moments):
+    def __init__(
+        self, task, params: Trees, vae: Component, tokenizer: Tokenizer, schedule: Schedule, parts: list[Part]
+    ):
         self.task, self.params, self.vae, self.tokenizer = task, params, vae, tokenizer
-        self.schedule, self.moments = schedule, moments
+        self.schedule, self.parts = schedule, parts
 
     def sample(self, record, rng):
+        if self.task.language == "en" and record.get("zh_only"):
+            raise BadRecord(record_key(record), "zh_only", "English training must not see it")
         longer, shorter = self.tokenizer.content(self.texts(record, rng))
         content = longer if len(longer) <= self.tokenizer.length - 2 else shorter
         if rng.random() < self.task.caption_dropout:
             content = []
-        return {"moments": self.moments[record_key(record)], "ids": self.ids(content)}
+        return {"moments": record["moments"], "ids": self.ids(content)}
 
     def texts(self, record: dict, rng: np.random.Generator) -> tuple[str, str]:
         """What a sample is called, and what it is called where that is too long."""
@@ -72,7 +78,7 @@ class DiffusionJob(CaptionJob):
         """The system that these parameters make."""
         raise NotImplementedError
 
-    def export(self, params, folder, source, indices, metadata):
+    def export(self, params, folder, metadata):
         """A whole pipeline folder."""
         self.pipeline(params).save_pretrained(folder, metadata=metadata)
 

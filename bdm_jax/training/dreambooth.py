@@ -4,6 +4,7 @@ subject's class, of which it is shown its own pictures (prior preservation).
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,8 @@ class DreamBoothTask(FinetuneTask):
     class_images: Path | None = None
     class_count: int = 200
 
+    reads_pictures: ClassVar[bool] = True  # they must be as large as the class's
+
     def make(self, ready: Ready) -> "DreamBoothJob":
         if not 0.0 <= self.prior_weight < float("inf"):
             raise UserError(f"task.prior_weight={self.prior_weight}: must be a number from 0 on")
@@ -54,8 +57,7 @@ class DreamBoothTask(FinetuneTask):
             self._draw_class(ready, folder)
         source = open_source(folder)
         cache, size = ready.run / "class-latents.npz", default_size(ready.system)
-        moments = record_moments(ready.system.vae, source, np.arange(len(source)), cache, size)
-        return np.stack(list(moments.values()))
+        return record_moments(ready.system.vae, source, cache, size)
 
     def _draw_class(self, ready: Ready, folder: Path) -> None:
         """Those pictures that are not there yet; a picture is its seed's."""

@@ -34,6 +34,6 @@ class FinetuneJob(PluginJob):
     def pipeline(self, params: Trees):
         return replace(self.system, **{part: self.component(part, params) for part in params})
 
-    def export(self, params, folder, source, indices, metadata):
+    def export(self, params, folder, metadata):
         """A whole pipeline folder."""
         self.export_system(params, folder, metadata)

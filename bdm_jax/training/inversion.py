@@ -86,7 +86,7 @@ class InversionJob(PluginJob):
         named = Embedding(self.task.token, np.asarray(params[_TREE][_ROWS], np.float32))
         return self.system.with_embeddings([named], self.task.tower)
 
-    def export(self, params, folder, source, indices, metadata):
+    def export(self, params, folder, metadata):
         """`learned_embeds.safetensors`, as diffusers writes it: the token and its vectors (N,D), fp32."""
         folder.mkdir(parents=True, exist_ok=True)
         vectors = np.asarray(params[_TREE][_ROWS], np.float32)

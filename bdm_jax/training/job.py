@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdm_jax.data.records import Source
+from bdm_jax.data.loader import Part
 from bdm_jax.models.functional import Params
 
 Trees = dict[str, Params]  # component name -> its parameters
@@ -18,20 +18,21 @@ Batch = dict[str, jax.Array]  # what `sample` makes, stacked, and "place": (B,) 
 
 
 class Job(Protocol):
-    """A task made ready: networks initialised or loaded, latents cached."""
+    """A task made ready: networks initialised or loaded, sets opened. `parts` are what its samples are drawn from."""
 
     params: Trees
     frozen: dict[str, Any]
+    parts: list[Part]
 
     def sample(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """One record -> one row of a batch; runs in the loader's threads."""
+        """One record of `parts` -> one row of a batch; runs in the loader's threads. Raises BadRecord for a record that
+        cannot be used.
+        """
 
     def loss(self, params: Trees, frozen: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean loss of a batch and what else to log; pure. Parameters and frozen networks are of the compute type."""
 
-    def export(
-        self, params: Trees, folder: Path, source: Source, indices: np.ndarray, metadata: dict[str, str]
-    ) -> None:
+    def export(self, params: Trees, folder: Path, metadata: dict[str, str]) -> None:
         """Write what came out as files that `load_component` and PyTorch's tools read, `metadata` in what was
         trained.
         """

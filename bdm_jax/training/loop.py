@@ -2,8 +2,9 @@
 
 import copy
 import math
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -13,19 +14,20 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from bdm_jax.costs import PEAKS, flops
-from bdm_jax.data.captions import concepts
-from bdm_jax.data.records import Source, make_loader, open_source
+from bdm_jax.data.loader import mix_loader
+from bdm_jax.data.source import BadRecord, Skips
 from bdm_jax.distributed import first_says, gather, is_first
-from bdm_jax.errors import UserError, unknown
+from bdm_jax.errors import UserError
 from bdm_jax.sharding import batch_ways, make_mesh, place, place_batch, replicated, to_host
 from bdm_jax.sharding import explain as placements
 from bdm_jax.training.checkpoint import Checkpoints
-from bdm_jax.training.config import DataConfig, TrainConfig, check, remember
+from bdm_jax.training.config import TrainConfig, check, remember
 from bdm_jax.training.digests import leaves
 from bdm_jax.training.job import Job, Trees
 from bdm_jax.training.latents import record_key
 from bdm_jax.training.metrics import Clock, Metrics
-from bdm_jax.training.position import NUMBER, Numbered, Position
+from bdm_jax.training.position import NUMBER, Position, numbered
+from bdm_jax.training.sets import Sets
 from bdm_jax.training.signals import stop_requests
 from bdm_jax.training.state import abstract_state, make_optimizer, make_state, make_step, state_sharding
 from convert.files import write_json
@@ -61,7 +63,7 @@ def train(config: TrainConfig) -> bool:
     averaged = leg.averaged()
     if is_first():
         told = {"bdm_jax.step": str(leg.at), "bdm_jax.config": config.digest()}
-        leg.job.export(averaged, config.run / "export", leg.source, leg.indices, told)
+        leg.job.export(averaged, config.run / "export", told)
     first_says(0)  # nobody leaves before it is written
     return True
 
@@ -83,82 +85,42 @@ def explain(config: TrainConfig) -> Iterator[str]:
     yield f"frozen networks, whole on every device, in {config.compute_dtype()}: {held:,}"
 
 
-def select(source: Source, data: DataConfig, language: str, only: Sequence[str] = ()) -> np.ndarray:
-    """Indices of the records that a run in this language trains on; English never sees zh_only.
-
-    With `data.concepts` the same concepts are taken for every language and style, all zh_only ones among them. `only`:
-    ids of concepts, or names of other sets' records; () takes all.
-
-    Raises:
-        UserError: of `only` there is none, or the records have no styles or concepts to choose by.
-    """
-    indices = _of_language(source, data, language)
-    if not only:
-        return indices
-    name = lambda record: record["id"] if "style" in record else record["key"]  # noqa: E731
-    names = [name(source[int(i)]) for i in indices]
-    if missing := [one for one in only if one not in names]:
-        raise unknown("record", missing[0], names)
-    return indices[[one in only for one in names]]
-
-
-def _of_language(source: Source, data: DataConfig, language: str) -> np.ndarray:
-    if len(source) and "style" not in source[0]:
-        if data.style is not None or data.concepts is not None:
-            raise UserError(
-                f"{data.folder}: its records have no styles and concepts; leave data.style and concepts out"
-            )
-        return np.arange(len(source), dtype=np.int64)
-    indices = concepts(source, data.style, language=language)
-    if data.concepts is None:
-        return indices
-    everything = [source[int(i)] for i in concepts(source, data.style, language="zh")]
-    chinese = sorted({record["id"] for record in everything if record["zh_only"]})
-    others = sorted({record["id"] for record in everything} - set(chinese))
-    room = max(0, data.concepts - len(chinese))
-    chosen = {*chinese, *np.random.default_rng(data.seed).permutation(others)[:room].tolist()}
-    return np.asarray([i for i in indices if source[int(i)]["id"] in chosen], np.int64)
-
-
 class _Leg:
     """One process's part of a run: everything made ready, from scratch or from the newest good checkpoint."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh):
         self.config, self.mesh = config, mesh
-        self.source = open_source(config.data.folder)
-        self.indices = select(self.source, config.data, config.task.language, getattr(config.task, "only", ()))
-        if not len(self.indices):
-            raise UserError(f"data.concepts={config.data.concepts}: leaves no records to train on in this language")
-        self.job: Job = config.task.start(self.source, self.indices, config.run, config.seed, config.compute_dtype())
+        sets = Sets(config.data, config.task.language, getattr(config.task, "only", ()))
+        self.job: Job = config.task.start(sets, config.run, config.seed, config.compute_dtype())
         optimizer = make_optimizer(config.optimizer, config.steps)
         like = abstract_state(self.job.params, optimizer)
-        self.position = Position(config.batch_size, config.seed, self.indices, jax.process_count())
+        self.skips = Skips(config.data.skip_rate, config.run / f"left_out-{jax.process_index()}.jsonl")
+        self.loader = mix_loader(
+            numbered(self.job.parts),
+            lambda record, rng: {**self.job.sample(record, rng), NUMBER: record[NUMBER]},
+            config.batch_size,
+            config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            skips=self.skips,
+        )
+        self.position = Position(self.loader, self.job.parts)
         self.checkpoints = Checkpoints(config.run / "checkpoints", config.keep, config.digest())
         if (found := self.checkpoints.restore(like, mesh)) is None:
             self.at, self.rows, self.state = 0, [], make_state(self.job.params, optimizer, mesh)
         else:
             self.state, notes = found
-            self.at, self.rows = self.position.check(notes["data"]), notes["rows"]
+            self.at, self.rows = self.position.go_to(notes["data"]), notes["rows"]
         self.job.params = {}  # the state has them now: a second copy would stay in memory
         self.frozen = place(self.job.frozen, replicated(mesh))
-        self.step, self.compiled = make_step(self.job.loss, optimizer, config, mesh, like), False
+        self.step = make_step(self.job.loss, optimizer, config, mesh, like)
+        self.compiled: set[tuple] = set()  # shapes of the batches: each bucket has its own program
         remember(config)
-        self.numbers: dict[int, np.ndarray] = {}  # step -> records of this process's part of its batch
-        self.loader = make_loader(
-            Numbered(self.source),
-            self.indices,
-            lambda record, rng: {**self.job.sample(record, rng), NUMBER: np.int64(record[NUMBER])},
-            config.batch_size,
-            config.seed,
-            start_step=self.at,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        self.numbers: dict[int, np.ndarray] = {}  # step -> part and record of this process's rows of its batch
         self.clock, self.metrics = Clock(), None
         if is_first():
             self.metrics = Metrics(config.run, self.at, config.steps, config.batch_size)
-        stride = max(1, len(self.indices) // _PICTURES)
-        self.shown = [self.source[int(i)] for i in self.indices[::stride][:_PICTURES]]
+        self.shown = _shown(self.job)
 
     def run(self, deadline: float) -> None:
         """Steps until the run's end, the deadline (time.monotonic) or a signal; the last thing done is a checkpoint."""
@@ -184,9 +146,11 @@ class _Leg:
         return to_host(self.mesh, self.state.ema)
 
     def close(self) -> None:
-        """Wait for what is being written."""
+        """Wait for what is being written; say what was left out."""
         if self.metrics is not None:
             self.metrics.close()
+        if self.skips.total:
+            print(f"records: {self.skips}; all of them in {self.skips.log}", file=sys.stderr, flush=True)
         self.checkpoints.close()
 
     def _step(self) -> None:
@@ -195,9 +159,11 @@ class _Leg:
             self.numbers[self.at + 1] = batch.pop(NUMBER)
             batch["place"] = self.position.places()
             batch = place_batch(self.mesh, batch)
-        first, self.compiled = not self.compiled, True
-        if first and self.metrics is not None:
+        shapes = tuple(value.shape for value in batch.values())
+        first = shapes not in self.compiled
+        if self.metrics is not None and not self.compiled:  # other buckets have about as many pixels
             self.metrics.work = self._work(batch)
+        self.compiled.add(shapes)
         with jax.set_mesh(self.mesh), self.clock.of("compile") if first else nullcontext():
             self.state, values = self.step(self.state, self.frozen, batch)
         self.rows.append(values)
@@ -219,12 +185,13 @@ class _Leg:
         self._fetch()
         means = {name: float(np.mean([row[name] for row in self.rows])) for name in self.rows[0]}
         self.rows = []
+        left_out = int(gather(np.array([self.skips.total], np.int32)).sum())
         if self.metrics is not None:
-            self.metrics.log(self.at, means, self.clock.take())
+            self.metrics.log(self.at, means, self.clock.take(), left_out)
 
     def _save(self) -> None:
         self._fetch()
-        notes = {"data": self.position.note(self.at), "rows": list(self.rows)}
+        notes = {"data": self.position.note(), "rows": list(self.rows)}
         self.checkpoints.save(self.at, self.state, self.mesh, notes)
         self._pause()
 
@@ -256,8 +223,8 @@ class _Leg:
 
     def _not_finite(self, step: int, row: dict[str, float]) -> None:
         self.checkpoints.wait()
-        numbers = gather(self.numbers[step]).T.reshape(-1)  # the processes' rows are dealt out in turn
-        names = [record_key(self.source[int(number)]) for number in numbers]
+        numbers = gather(self.numbers[step]).swapaxes(0, 1).reshape(-1, 2)  # the processes' rows are dealt out in turn
+        names = [record_key(self.job.parts[part].source[int(number)]) for part, number in numbers]
         path, good = self.config.run / "not_finite.json", self.checkpoints.good
         if is_first():
             values = {name: str(value) for name, value in row.items()}
@@ -268,6 +235,25 @@ class _Leg:
             f"step {step}: loss {row['loss']}, gradient norm {row['gradient_norm']}; {last}; its batch is {shown} (all "
             f"in {path}): lower --optimizer.learning-rate, or look at these samples"
         )
+
+
+def _shown(job: Job) -> list[dict]:
+    """Records evenly over all parts, without those that cannot be used. Raises BadRecord where none of them can."""
+    ends = np.cumsum([len(part.indices) for part in job.parts])
+    shown, fault = [], None
+    for at in range(0, int(ends[-1]), max(1, int(ends[-1]) // _PICTURES))[:_PICTURES]:
+        number = int(np.searchsorted(ends, at, side="right"))
+        part = job.parts[number]
+        try:
+            record = part.source[int(part.indices[at - int(ends[number])])]  # counted from its end
+            job.sample(record, np.random.default_rng(0))
+        except BadRecord as error:
+            fault = error
+        else:
+            shown.append(record)
+    if not shown:
+        raise fault
+    return shown
 
 
 def _check_batch(config: TrainConfig, mesh: Mesh) -> None:

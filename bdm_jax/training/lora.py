@@ -132,7 +132,7 @@ class LoRAJob(PluginJob):
         changed = apply(networks, [(LoRA(deltas, {}, "trained"), 1.0, 1.0)])
         return replace(self.system, **{part: Component(self.configs[part], changed[part]) for part in changed})
 
-    def export(self, params, folder, source, indices, metadata):
+    def export(self, params, folder, metadata):
         """`RUN.safetensors` in kohya's layout, by the name of the run's folder, which is its name in web UIs; fp32."""
         folder.mkdir(parents=True, exist_ok=True)
         name, alpha = folder.absolute().parent.name, self.task.scale * self.task.rank

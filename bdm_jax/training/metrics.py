@@ -72,13 +72,17 @@ class Metrics:
         self._bar = self._progress.add_task(folder.name, total=total, completed=start, loss=float("nan"), rate="")
         self._progress.start()
 
-    def log(self, step: int, values: dict[str, float], seconds: dict[str, float] | None = None) -> None:
-        """Values of the steps since the last call, already averaged, and where the time has gone since."""
+    def log(
+        self, step: int, values: dict[str, float], seconds: dict[str, float] | None = None, left_out: int = 0
+    ) -> None:
+        """Values of the steps since the last call, already averaged, where the time has gone since, and how many
+        records this leg has left out.
+        """
         now, seconds = time.monotonic(), seconds or {}
         if step > self._step_before:
             self._speed = (step - self._step_before) * self._batch_size / max(now - self._before, 1e-9)
         self._before, self._step_before, speed = now, step, self._speed
-        timing = {"images_per_second": round(speed, 2)}
+        timing = {"images_per_second": round(speed, 2), "left_out": left_out}
         if self.work is not None:
             timing["mfu"] = round(speed * self.work, 4)
         _append(self._path, {"step": step, **values, "images_per_second": timing["images_per_second"]})
@@ -86,7 +90,7 @@ class Metrics:
         _append(self._speed_path, {"step": step, **timing, "seconds": rounded})
         for name, value in {**values, **timing, **{f"seconds/{cause}": s for cause, s in seconds.items()}}.items():
             self._tensorboard.add_scalar(name, value, step)
-        rate = _rate(speed, timing.get("mfu"), seconds)
+        rate = _rate(speed, timing.get("mfu"), seconds, left_out)
         self._progress.update(self._bar, completed=step, loss=values["loss"], rate=rate)
         if self._lines is not None:
             left = (self._total - step) * self._batch_size / max(speed, 1e-9)
@@ -107,14 +111,18 @@ class Metrics:
         self._tensorboard.close()
 
 
-def _rate(speed: float, mfu: float | None, seconds: dict[str, float]) -> str:
-    """ "55.0 images/s  41% of peak  12% waiting for data": what is known, and the wait only where it is felt."""
+def _rate(speed: float, mfu: float | None, seconds: dict[str, float], left_out: int) -> str:
+    """ "55.0 images/s  41% of peak  12% waiting for data  left out: 3": what is known, and what is not as it
+    should be.
+    """
     parts = [f"{speed:.1f} images/s"]
     if mfu is not None:
         parts.append(f"{mfu:.0%} of peak")
     waiting = seconds.get("data", 0.0) / max(sum(seconds.values()), 1e-9)
     if waiting >= 0.05:
         parts.append(f"{waiting:.0%} waiting for data")
+    if left_out:
+        parts.append(f"left out: {left_out}")
     return "  ".join(parts)
 
 

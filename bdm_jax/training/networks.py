@@ -44,4 +44,5 @@ class _Again(nnx.Module):
         return self.part.time_emb_proj
 
     def __call__(self, *inputs):
-        return jax.checkpoint(lambda *inputs: self.part(*inputs))(*inputs)
+        numbers = tuple(place for place, value in enumerate(inputs) if isinstance(value, float))  # never traced
+        return jax.checkpoint(lambda *inputs: self.part(*inputs), static_argnums=numbers)(*inputs)

@@ -11,12 +11,11 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from bdm_jax.components import Component, choose, find
 from bdm_jax.data.captions import caption, name
-from bdm_jax.data.records import Source
+from bdm_jax.data.loader import Part
 from bdm_jax.errors import UserError
 from bdm_jax.jobs import default_size
 from bdm_jax.models.conditioning import Conditioning
@@ -26,8 +25,8 @@ from bdm_jax.pipeline import BridgePipeline
 from bdm_jax.text.encode import encode
 from bdm_jax.training.diffusion import DiffusionJob
 from bdm_jax.training.job import Batch, Shapes, TimestepBias, Trees
-from bdm_jax.training.latents import record_moments
 from bdm_jax.training.networks import Remat, network
+from bdm_jax.training.sets import Sets
 
 BACKBONE, BRIDGE = ("unet", "text_encoder"), ("unet", "branch", "branch_text_encoder")
 
@@ -51,6 +50,7 @@ class PluginTask:
     caption_dropout: float = 0.0
 
     on_branch: ClassVar[bool] = False
+    reads_pictures: ClassVar[bool] = False  # also those whose latents it has
 
     @property
     def language(self) -> str:
@@ -76,7 +76,7 @@ class PluginTask:
         """The job, on a system that is ready."""
         raise NotImplementedError
 
-    def start(self, source: Source, indices: np.ndarray, run: Path, seed: int, dtype: jnp.dtype) -> "PluginJob":
+    def start(self, sets: Sets, run: Path, seed: int, dtype: jnp.dtype) -> "PluginJob":
         """What is trained begins anew or as a copy of the model's; everything else is loaded and only used."""
         if not self.prompts or not all(self.prompts):
             raise UserError("task.prompts: give at least one, none of them empty; {} stands for the caption")
@@ -87,16 +87,16 @@ class PluginTask:
             system = replace(system, branch=None, branch_text_encoder=None, branch_tokenizer=None)
         elif system.branch is None:
             raise UserError(f"{self.model} has no branch, which task.target=branch is to change")
-        moments = record_moments(system.vae, source, indices, run / "latents.npz", default_size(system))
-        return self.make(Ready(system, moments, run, seed, dtype))
+        parts = sets.latents(system.vae, run, default_size(system), self.reads_pictures)
+        return self.make(Ready(system, parts, run, seed, dtype))
 
 
 @dataclass(frozen=True)
 class Ready:
-    """What a job is made of. system: all networks in fp32. moments: those of the records, by their keys."""
+    """What a job is made of. system: all networks in fp32. parts: of the run's records, with their moments."""
 
     system: BridgePipeline
-    moments: dict[str, np.ndarray]
+    parts: list[Part]
     run: Path
     seed: int
     dtype: jnp.dtype
@@ -110,7 +110,7 @@ class PluginJob(DiffusionJob):
     def __init__(self, task: PluginTask, ready: Ready, params: Trees):
         bridge, self.dtype = task.on_branch, ready.dtype
         tokenizer = ready.system.branch_tokenizer if bridge else ready.system.tokenizer
-        super().__init__(task, params, ready.system.vae, tokenizer, ready.system.schedule, ready.moments)
+        super().__init__(task, params, ready.system.vae, tokenizer, ready.system.schedule, ready.parts)
         self.configs = {part: getattr(ready.system, part).config for part in task.parts}
         untouched = {
             part: Component(self.configs[part], cast(getattr(ready.system, part).params, ready.dtype))

@@ -1,7 +1,7 @@
 """What can be trained: the autoencoder, the backbone with its text tower, the branch (arXiv 2309.00952, figure 1).
 
 A task names the networks and where the ready ones come from. `start` makes a `Job`: trees to train, trees to leave
-alone, how a record becomes a sample, the loss, and how the result becomes a folder.
+alone, the records, how one becomes a sample, the loss, and how the result becomes a folder.
 """
 
 import shutil
@@ -15,7 +15,8 @@ import numpy as np
 import optax
 
 from bdm_jax.components import Component, load_component, save_component
-from bdm_jax.data.records import Source, decode_image
+from bdm_jax.data.images import decode_image
+from bdm_jax.data.loader import Part
 from bdm_jax.diffusion import losses
 from bdm_jax.diffusion.schedule import Schedule
 from bdm_jax.errors import UserError
@@ -40,6 +41,7 @@ from bdm_jax.training.diffusion import CaptionJob, DiffusionJob
 from bdm_jax.training.job import Shapes, TimestepBias, Trees, draw
 from bdm_jax.training.latents import record_key, record_moments, round_trip
 from bdm_jax.training.networks import Remat, network, type_of
+from bdm_jax.training.sets import Sets
 from convert.files import read_json
 
 # --------------------------------------------------------------------------------------------------- the autoencoder
@@ -58,16 +60,16 @@ class VAETask:
         """Of what is trained and of what is left alone; nothing is allocated."""
         return {"vae": abstract(self.vae)}, {}
 
-    def start(self, source: Source, indices: np.ndarray, run: Path, seed: int, dtype: jnp.dtype) -> "VAEJob":
+    def start(self, sets: Sets, run: Path, seed: int, dtype: jnp.dtype) -> "VAEJob":
         """Fresh weights."""
-        return VAEJob(self, {"vae": init(self.vae, seed)})
+        return VAEJob(self, {"vae": init(self.vae, seed)}, sets.pictures())
 
 
 class VAEJob:
     """`VAETask` made ready."""
 
-    def __init__(self, task: VAETask, params: Trees):
-        self.task, self.params, self.frozen = task, params, {}
+    def __init__(self, task: VAETask, params: Trees, parts: list[Part]):
+        self.task, self.params, self.frozen, self.parts = task, params, {}, parts
 
     def sample(self, record, rng):
         pixels = decode_image(record["image"], name=record_key(record))
@@ -86,10 +88,11 @@ class VAEJob:
         metrics = {"reconstruction": reconstruction, "kl": kl, "psnr": -10 * jnp.log10(error)}
         return reconstruction + self.task.kl_weight * kl, metrics
 
-    def export(self, params, folder, source, indices, metadata):
+    def export(self, params, folder, metadata):
         """The folder `vae`, its scaling factor measured on the records: latents times it have unit variance."""
-        moments = record_moments(Component(self.task.vae, params["vae"]), source, indices)
-        means, _ = np.split(np.stack(list(moments.values())), 2, axis=-1)
+        vae = Component(self.task.vae, params["vae"])
+        moments = np.concatenate([record_moments(vae, part.source) for part in self.parts])
+        means, _ = np.split(moments, 2, axis=-1)
         config = replace(self.task.vae, scaling_factor=float(1.0 / means.std()))
         save_component(folder / "vae", config, params["vae"], metadata=metadata)
 
@@ -131,14 +134,14 @@ class BackboneTask:
         """Of what is trained and of what is left alone; nothing is allocated."""
         return {"unet": abstract(self.unet), "text_encoder": abstract(self.text_encoder)}, {}
 
-    def start(self, source: Source, indices: np.ndarray, run: Path, seed: int, dtype: jnp.dtype) -> "BackboneJob":
+    def start(self, sets: Sets, run: Path, seed: int, dtype: jnp.dtype) -> "BackboneJob":
         """Fresh UNet and text tower; the autoencoder is loaded and only used."""
         vae = load_component(self.vae, "float32")  # on any device: it is written out again unchanged
-        moments = record_moments(vae, source, indices, run / "latents.npz")
+        parts = sets.latents(vae, run)
         params = {"unet": init(self.unet, seed), "text_encoder": init(self.text_encoder, seed + 1)}
         tokenizer = Tokenizer.from_pretrained(self.tokenizer)
         schedule = Schedule(prediction_type=self.prediction_type, rescale_betas_zero_snr=self.zero_snr)
-        return BackboneJob(self, params, vae, tokenizer, schedule, moments)
+        return BackboneJob(self, params, vae, tokenizer, schedule, parts)
 
 
 class BackboneJob(DiffusionJob):
@@ -190,14 +193,16 @@ class TextTask:
         kernel = jax.ShapeDtypeStruct((side * side * vae.latent_channels, self.text_encoder.hidden_size), jnp.float32)
         return {"text_encoder": abstract(self.text_encoder), "picture": {"kernel": kernel}}, {}
 
-    def start(self, source: Source, indices: np.ndarray, run: Path, seed: int, dtype: jnp.dtype) -> "TextJob":
+    def start(self, sets: Sets, run: Path, seed: int, dtype: jnp.dtype) -> "TextJob":
         """Fresh tower and map; the autoencoder is loaded and only used."""
         vae = load_component(self.vae, "float32")
-        moments = record_moments(vae, source, indices, run / "latents.npz")
-        size = next(iter(moments.values())).size // 2
+        parts = sets.latents(vae, run, pictures=True)
+        if len({part.bucket for part in parts}) > 1:
+            raise UserError(f"{', '.join(map(str, sets.folders))}: the text tower needs pictures of one size")
+        size = parts[0].source[0]["moments"].size // 2
         kernel = jax.random.normal(jax.random.key(seed), (size, self.text_encoder.hidden_size)) / np.sqrt(size)
         params = {"text_encoder": init(self.text_encoder, seed), "picture": {"kernel": kernel}}
-        return TextJob(self, params, vae, Tokenizer.from_pretrained(self.tokenizer), Schedule(), moments)
+        return TextJob(self, params, vae, Tokenizer.from_pretrained(self.tokenizer), Schedule(), parts)
 
 
 class TextJob(CaptionJob):
@@ -221,7 +226,7 @@ class TextJob(CaptionJob):
         unit = lambda x: full(x) / jnp.linalg.norm(full(x), axis=-1, keepdims=True)  # noqa: E731
         return unit(texts) @ unit(pictures).T
 
-    def export(self, params, folder, source, indices, metadata):
+    def export(self, params, folder, metadata):
         """The folders `branch_text_encoder` and `branch_tokenizer`."""
         tower = folder / "branch_text_encoder"
         save_component(tower, self.task.text_encoder, params["text_encoder"], metadata=metadata)
@@ -230,7 +235,7 @@ class TextJob(CaptionJob):
     def pictures(self, params, records):
         """For the name of each record, the picture that it finds among them."""
         ids = self.tokenizer([self.name(record) for record in records])
-        moments = np.stack([self.moments[record_key(record)] for record in records])
+        moments = np.stack([record["moments"] for record in records])
         found = np.asarray(self.similarity(params, ids, moments)).argmax(axis=1)
         return [decode_image(records[i]["image"]) for i in found]
 
@@ -263,24 +268,24 @@ class BranchTask:
         unet, tower = _config(self.backbone / "unet"), _config(self.text_encoder)
         return {"branch": abstract(_branch_config(unet, tower))}, {"unet": abstract(unet), "tower": abstract(tower)}
 
-    def start(self, source: Source, indices: np.ndarray, run: Path, seed: int, dtype: jnp.dtype) -> "BranchJob":
+    def start(self, sets: Sets, run: Path, seed: int, dtype: jnp.dtype) -> "BranchJob":
         """Fresh zero convolutions, the rest of the branch copied; everything else is loaded and only used."""
         backbone = BridgePipeline.from_pretrained(self.backbone, "float32")
         tower = load_component(self.text_encoder, dtype.name)
-        moments = record_moments(backbone.vae, source, indices, run / "latents.npz")
+        parts = sets.latents(backbone.vae, run)
         config = _branch_config(backbone.unet.config, tower.config)
         branch = Component(config, init_branch_from_unet(init(config, seed), backbone.unet.params))
         backbone = replace(backbone, unet=_as(backbone.unet, dtype), text_encoder=_as(backbone.text_encoder, dtype))
-        return BranchJob(self, branch, tower, backbone, Tokenizer.from_pretrained(self.tokenizer), moments)
+        return BranchJob(self, branch, tower, backbone, Tokenizer.from_pretrained(self.tokenizer), parts)
 
 
 class BranchJob(DiffusionJob):
     """`BranchTask` made ready."""
 
     def __init__(
-        self, task: BranchTask, branch: Component, tower: Component, backbone: BridgePipeline, tokenizer, moments
+        self, task: BranchTask, branch: Component, tower: Component, backbone: BridgePipeline, tokenizer, parts
     ):
-        super().__init__(task, {"branch": branch.params}, backbone.vae, tokenizer, backbone.schedule, moments)
+        super().__init__(task, {"branch": branch.params}, backbone.vae, tokenizer, backbone.schedule, parts)
         self.config, self.tower, self.backbone = branch.config, tower, backbone
         empty = encode(backbone.tokenizer, *backbone.text_encoder, [""])
         empty = replace(empty, tokens=empty.tokens.astype(type_of(backbone.unet.params)))
@@ -295,9 +300,9 @@ class BranchJob(DiffusionJob):
         branch = network(self.config, params["branch"], self.task.remat)
         return self.error(unet(x, t, english, branch(x, t, chinese)), target, t), {}
 
-    def export(self, params, folder, source, indices, metadata):
+    def export(self, params, folder, metadata):
         """A whole pipeline folder; frozen components are handed on file by file, in whatever type they came."""
-        super().export(params, folder, source, indices, metadata)
+        super().export(params, folder, metadata)
         task = self.task
         frozen = {part: task.backbone / part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
         for part, origin in {**frozen, "branch_text_encoder": task.text_encoder}.items():

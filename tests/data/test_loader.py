@@ -10,11 +10,16 @@ import pytest
 
 from bdm_jax.data import captions, records
 from bdm_jax.data.images import decode_image
-from bdm_jax.data.loader import Part, make_loader, mix_loader
+from bdm_jax.data.loader import Part, mix_loader
 from bdm_jax.data.source import BadRecord, Skips
 from bdm_jax.errors import UserError
 
 GOOD, BAD = 500, 500
+
+
+def make_loader(source, indices, *arguments, **options):
+    """Of one part."""
+    return mix_loader([Part(source, indices)], *arguments, **options)
 
 
 class Some:

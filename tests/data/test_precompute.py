@@ -15,14 +15,14 @@ import pytest
 
 from bdm_jax import precompute
 from bdm_jax.components import Component, load_component, save_component
-from bdm_jax.data import records
+from bdm_jax.data import captions, records
 from bdm_jax.data.images import covering, decode_image
 from bdm_jax.data.loader import mix_loader
 from bdm_jax.data.moments import finished, open_moments
 from bdm_jax.errors import UserError
 from bdm_jax.models.config import RobertaConfig, VAEConfig
 from bdm_jax.models.functional import bind, init
-from bdm_jax.paths import TOKENIZERS
+from bdm_jax.paths import EMOJI, TOKENIZERS
 
 COUNT = 60
 SIZES = ((64, 64), (32, 96), (96, 32))
@@ -156,6 +156,21 @@ def test_a_missing_file_is_named(vae, folder, tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="chunk-000003-32x32.array_record: missing or cut"):
         open_moments(tmp_path)
+
+
+def test_the_bundled_set_keeps_its_names_and_keywords(vae, tmp_path):
+    """It has no captions; keywords stay a list also where there is one."""
+    every = records.open_source(EMOJI)
+    source = [every[i] for i in range(40)]
+    few = type("Few", (list,), {"fingerprint": "x"})(source)
+    precompute.precompute(few, tmp_path, load_component(vae, "float32"), buckets=((32, 32),), chunk=40)
+    (part,) = open_moments(tmp_path)
+    assert 1 in {len(record["zh_keywords"]) for record in source}, "the case is there"
+    for before, after in zip(source, (part.source[i] for i in part.indices), strict=True):
+        assert "image" not in after and bool(after["zh_only"]) == before["zh_only"]
+        for language in ("zh", "en"):
+            ours, theirs = (captions.caption(r, language, np.random.default_rng(1), True) for r in (after, before))
+            assert ours == theirs and captions.name(after, language) == captions.name(before, language)
 
 
 def test_text_states_come_along(vae, folder, tmp_path):

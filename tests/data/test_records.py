@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdm_jax.data import images, loader, records
+from bdm_jax.data import images, records
+from bdm_jax.data.loader import Part, mix_loader
 from bdm_jax.errors import UserError
 from bdm_jax.paths import EMOJI
+
+
+def make_loader(source, indices, *arguments, **options):
+    """Of one part."""
+    return mix_loader([Part(source, indices)], *arguments, **options)
 
 
 class Numbers:
@@ -40,41 +46,41 @@ def equal(a, b):
 
 def test_every_epoch_is_another_permutation_of_the_indices():
     indices = np.array([3, 5, 8, 13, 21, 34])
-    batches = take(loader.make_loader(Numbers(50), indices, draw, 4, seed=1), 6)
+    batches = take(make_loader(Numbers(50), indices, draw, 4, seed=1), 6)
     numbers = np.concatenate([batch["number"] for batch in batches]).reshape(4, 6)
     assert all(sorted(epoch) == indices.tolist() for epoch in numbers)
     assert len({tuple(epoch) for epoch in numbers}) > 1
 
 
 def test_same_seed_same_batches_whatever_the_threads():
-    one = take(loader.make_loader(Numbers(50), range(50), draw, 8, seed=1, threads=1, prefetch=1), 20)
-    many = take(loader.make_loader(Numbers(50), range(50), draw, 8, seed=1, threads=8), 20)
-    other = take(loader.make_loader(Numbers(50), range(50), draw, 8, seed=2), 20)
+    one = take(make_loader(Numbers(50), range(50), draw, 8, seed=1, threads=1, prefetch=1), 20)
+    many = take(make_loader(Numbers(50), range(50), draw, 8, seed=1, threads=8), 20)
+    other = take(make_loader(Numbers(50), range(50), draw, 8, seed=2), 20)
     assert equal(one, many) and not equal(one, other)
 
 
 def test_noise_depends_on_the_position_not_on_the_batch_size():
-    small = take(loader.make_loader(Numbers(10), range(10), draw, 2, seed=1), 12)
-    large = take(loader.make_loader(Numbers(10), range(10), draw, 8, seed=1), 3)
+    small = take(make_loader(Numbers(10), range(10), draw, 2, seed=1), 12)
+    large = take(make_loader(Numbers(10), range(10), draw, 8, seed=1), 3)
     joined = [np.concatenate([batch["noise"] for batch in batches]) for batches in (small, large)]
     assert np.array_equal(*joined) and len(np.unique(joined[0])) == joined[0].size
 
 
 def test_resume_is_exact():
-    whole = take(loader.make_loader(Numbers(50), range(50), draw, 8, seed=1), 20)
-    first = loader.make_loader(Numbers(50), range(50), draw, 8, seed=1)
+    whole = take(make_loader(Numbers(50), range(50), draw, 8, seed=1), 20)
+    first = make_loader(Numbers(50), range(50), draw, 8, seed=1)
     take(first, 9)
     state = first.get_state()
-    second = loader.make_loader(Numbers(50), range(50), draw, 8, seed=1)
+    second = make_loader(Numbers(50), range(50), draw, 8, seed=1)
     second.set_state(state)
     assert equal(take(second, 11), whole[9:])
-    assert equal(take(loader.make_loader(Numbers(50), range(50), draw, 8, seed=1, start_step=9), 11), whole[9:])
+    assert equal(take(make_loader(Numbers(50), range(50), draw, 8, seed=1, start_step=9), 11), whole[9:])
 
 
 def test_processes_share_the_global_batches():
-    whole = take(loader.make_loader(Numbers(50), range(50), draw, 8, seed=1), 10)
+    whole = take(make_loader(Numbers(50), range(50), draw, 8, seed=1), 10)
     parts = [
-        take(loader.make_loader(Numbers(50), range(50), draw, 8, seed=1, process_index=i, process_count=2), 10)
+        take(make_loader(Numbers(50), range(50), draw, 8, seed=1, process_index=i, process_count=2), 10)
         for i in range(2)
     ]
     for batch, even, odd in zip(whole, *parts, strict=True):
@@ -84,7 +90,7 @@ def test_processes_share_the_global_batches():
 
 def test_loads_pictures_of_the_bundled_set():
     source = records.open_source(EMOJI)
-    batches = loader.make_loader(
+    batches = make_loader(
         source, [0, 1, 2], lambda record, rng: {"image": images.decode_image(record["image"])}, 6, seed=0
     )
     batch = next(batches)
@@ -94,7 +100,7 @@ def test_loads_pictures_of_the_bundled_set():
 @pytest.mark.parametrize(("indices", "batch_size", "count"), [([], 4, 1), ([1], 0, 1), ([1], 3, 2)])
 def test_impossible_loaders_are_refused(indices, batch_size, count):
     with pytest.raises(UserError):
-        loader.make_loader(Numbers(5), indices, draw, batch_size, seed=0, process_count=count)
+        make_loader(Numbers(5), indices, draw, batch_size, seed=0, process_count=count)
 
 
 def encoded(image, kind="PNG"):

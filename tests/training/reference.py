@@ -10,11 +10,10 @@ import optax
 import torch
 import transformers
 
-from bdm_jax.data.records import open_source
 from bdm_jax.sharding import make_mesh, place_batch
 from bdm_jax.training.config import OptimizerConfig, TrainConfig
 from bdm_jax.training.job import draw
-from bdm_jax.training.loop import select
+from bdm_jax.training.sets import Sets
 from bdm_jax.training.state import make_optimizer, make_state, make_step
 
 BATCH = 4
@@ -57,12 +56,11 @@ def nchw(array):
 
 
 def start(task, run, data, dtype="float32"):
-    """A job, its source and indices, and one batch."""
-    source = open_source(data.folder)
-    indices = select(source, data, task.language, task.only)
+    """A job and one batch."""
     run.mkdir(exist_ok=True)
-    job = task.start(source, indices, run, 0, jnp.dtype(dtype))
-    rows = [job.sample(source[int(i)], np.random.default_rng(n)) for n, i in enumerate(np.resize(indices, BATCH))]
+    job = task.start(Sets(data, task.language, task.only), run, 0, jnp.dtype(dtype))
+    source = job.parts[0].source
+    rows = [job.sample(source[n % len(source)], np.random.default_rng(n)) for n in range(BATCH)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     return job, {**batch, "place": np.arange(BATCH, dtype=np.int32)}
 

@@ -15,12 +15,12 @@ def flags(devices: int) -> str:
     return f"--xla_force_host_platform_device_count={devices}"
 
 
-def two(run, *arguments):
+def two(run, *arguments, **environment):
     """Two processes of four devices each."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": flags(4)}
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": flags(4), **environment}
     return [start(run, *arguments, JAX_PROCESS_ID=str(index), **shared) for index in range(2)]
 
 

@@ -10,15 +10,13 @@ from flax import nnx
 
 from bdm_jax.components import Component
 from bdm_jax.costs import flops
-from bdm_jax.data.records import open_source
 from bdm_jax.diffusion.schedule import Schedule
 from bdm_jax.models.conditioning import Conditioning
 from bdm_jax.models.config import BDM_BRANCH, CHINESE_CLIP_H_TEXT, SD15_UNET, SD15_VAE
 from bdm_jax.models.functional import abstract, bind
 from bdm_jax.paths import TOKENIZERS
-from bdm_jax.training.config import DataConfig
-from bdm_jax.training.loop import select
 from bdm_jax.training.networks import _Again, network
+from bdm_jax.training.sets import DataConfig, Sets
 from bdm_jax.training.tasks import BranchJob, BranchTask
 
 BATCH = 4
@@ -27,15 +25,13 @@ BATCH = 4
 @pytest.fixture(scope="module")
 def made(backbone_folder, tmp_path_factory):
     """A branch's job and one batch, in a function of the task's changes."""
-    data = DataConfig(style="fluent", concepts=40)
-    source = open_source(data.folder)
-    indices = select(source, data, "zh")[:BATCH]
+    sets = Sets(DataConfig(style="fluent", concepts=40), "zh")
     tower = backbone_folder.parent / "tower"
 
     def make(dtype=jnp.float32, **changes):
         task = BranchTask(backbone=backbone_folder, text_encoder=tower, tokenizer=TOKENIZERS / "chinese", **changes)
-        job = task.start(source, indices, tmp_path_factory.mktemp("run"), 0, jnp.dtype(dtype))
-        rows = [job.sample(source[int(i)], np.random.default_rng(0)) for i in indices]
+        job = task.start(sets, tmp_path_factory.mktemp("run"), 0, jnp.dtype(dtype))
+        rows = [job.sample(job.parts[0].source[i], np.random.default_rng(0)) for i in range(BATCH)]
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         return job, {**batch, "place": np.arange(BATCH, dtype=np.int32)}
 

@@ -1,9 +1,15 @@
 """Pictures through a tiny autoencoder: whatever the batches, each as if it were alone."""
 
+import io
+
 import numpy as np
+import pytest
+from PIL import Image
 
 from bdm_jax.components import load_component
-from bdm_jax.data.records import decode_image, open_source
+from bdm_jax.data.images import decode_image
+from bdm_jax.data.records import open_source
+from bdm_jax.errors import UserError
 from bdm_jax.models.functional import bind
 from bdm_jax.paths import EMOJI
 from bdm_jax.training.latents import record_key, record_moments, round_trip
@@ -20,18 +26,26 @@ def test_there_and_back_in_batches_is_one_by_one(backbone_folder, rng):
 
 
 def test_moments_are_kept_and_made_again_for_other_weights(backbone_folder, tmp_path):
-    vae, source = load_component(backbone_folder / "vae"), open_source(EMOJI)
-    indices = np.arange(3)
-    first = record_moments(vae, source, indices, tmp_path / "latents.npz")
-    assert list(first) == [record_key(source[i]) for i in range(3)]
+    vae, every = load_component(backbone_folder / "vae"), open_source(EMOJI)
+    source = [every[i] for i in range(3)]
+    first = record_moments(vae, source, tmp_path / "latents.npz")
     image = decode_image(source[2]["image"])[None] / np.float32(127.5) - 1
     mean, logvar = bind(*vae).encode(image)
     expected = np.concatenate([mean, logvar], axis=-1)[0]
-    np.testing.assert_allclose(first[record_key(source[2])], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(first[2], expected, rtol=1e-4, atol=1e-4)
     stored = (tmp_path / "latents.npz").read_bytes()
-    again = record_moments(vae, source, indices, tmp_path / "latents.npz")
+    again = record_moments(vae, source, tmp_path / "latents.npz")
     assert (tmp_path / "latents.npz").read_bytes() == stored
-    assert all(np.array_equal(first[key], again[key]) for key in first)
+    assert np.array_equal(first, again)
     other = vae._replace(params={**vae.params, "quant_conv.bias": vae.params["quant_conv.bias"] + 1})
-    changed = record_moments(other, source, indices, tmp_path / "latents.npz")
-    assert not np.array_equal(first[record_key(source[2])], changed[record_key(source[2])])
+    changed = record_moments(other, source, tmp_path / "latents.npz")
+    assert not np.array_equal(first[2], changed[2])
+
+
+def test_pictures_of_several_sizes_are_refused_by_name(backbone_folder):
+    vae, source = load_component(backbone_folder / "vae"), open_source(EMOJI)
+    small = io.BytesIO()
+    Image.new("RGB", (64, 96)).save(small, "PNG")
+    records = [source[0], {**source[1], "image": small.getvalue()}]
+    with pytest.raises(UserError, match=rf"{record_key(source[1])}: 64 x 96 pixels, those before it 128 x 128"):
+        record_moments(vae, records)

@@ -18,9 +18,9 @@ from bdm_jax.training.controlnet import ControlNetTask
 from bdm_jax.training.dreambooth import DreamBoothTask
 from bdm_jax.training.finetune import FinetuneTask
 from bdm_jax.training.inversion import InversionTask
-from bdm_jax.training.loop import select
 from bdm_jax.training.lora import LoRATask
 from bdm_jax.training.plugin import PluginTask
+from bdm_jax.training.sets import select
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_a_folder_of_photographs(photos):
 def test_pictures_become_as_large_as_the_model_s_and_prompts_need_no_captions(photos, backbone_folder, tmp_path):
     task = FinetuneTask(model=backbone_folder, prompts=("a photo of sks dog",), caption_dropout=0.0)
     job, batch = reference.start(task, tmp_path / "run", DataConfig(folder=photos))
-    assert batch["moments"].shape == (4, 8, 8, 8) and len(job.moments) == 3
+    assert batch["moments"].shape == (4, 8, 8, 8) and len(job.parts[0].source) == 3
     assert (batch["ids"] == batch["ids"][0]).all()
     assert batch["ids"][0].tolist() == job.tokenizer(["a photo of sks dog"])[0].tolist()
 
@@ -65,7 +65,7 @@ def test_another_picture_under_the_same_name_is_seen(photos, backbone_folder, tm
     before, _ = reference.start(task, tmp_path / "run", data)
     Image.new("RGB", (140, 140), "red").save(photos / "b.png")
     after, _ = reference.start(task, tmp_path / "run", data)
-    same = [np.array_equal(before.moments[name], after.moments[name]) for name in ("a.JPG", "b.png", "c.webp")]
+    same = [np.array_equal(*(job.parts[0].source[i]["moments"] for job in (before, after))) for i in range(3)]
     assert same == [True, False, True]
 
 

@@ -1,10 +1,13 @@
 """Runs that are killed, asked to end, or run into trouble: what they leave, and that the next leg is bit for bit."""
 
 import json
+import multiprocessing
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -13,9 +16,11 @@ import orbax.checkpoint as ocp
 import pytest
 import toy
 
+from bdm_jax.data.records import open_source
 from bdm_jax.errors import UserError
-from bdm_jax.training import checkpoint, loop
+from bdm_jax.training import checkpoint, loop, sets
 from bdm_jax.training.loop import train
+from bdm_jax.training.sets import select
 
 PATIENCE = 300  # seconds for a process of a few steps, on a busy machine
 
@@ -40,21 +45,22 @@ def metrics(run: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows]
 
 
-def final_state(run: Path) -> list[np.ndarray]:
+def final_state(run: Path, step: int = 10) -> list[np.ndarray]:
     """Parameters, average, optimizer memory and step, as Orbax reads them without our help."""
-    reader, folder = ocp.PyTreeCheckpointer(), run / "checkpoints" / "10" / "state"
+    reader, folder = ocp.PyTreeCheckpointer(), run / "checkpoints" / str(step) / "state"
     arrays = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata.tree
     )
     return jax.tree.leaves(reader.restore(folder, restore_args=arrays))
 
 
-def same(one: Path, other: Path) -> None:
+def same(one: Path, other: Path, steps: int = 10) -> None:
     """Two finished runs are one, bit for bit."""
     assert metrics(one) == metrics(other)
     assert toy.seen(one) == toy.seen(other)
-    assert list(toy.seen(one)) == [str(step) for step in range(1, 11)]
-    assert all(np.array_equal(a, b) for a, b in zip(final_state(one), final_state(other), strict=True))
+    assert list(toy.seen(one)) == [str(step) for step in range(1, steps + 1)]
+    states = (final_state(run, steps) for run in (one, other))
+    assert all(np.array_equal(a, b) for a, b in zip(*states, strict=True))
     assert (one / "export" / "params.npz").read_bytes() == (other / "export" / "params.npz").read_bytes()
 
 
@@ -64,7 +70,7 @@ def watched(monkeypatch):
 
     def run(folder, **changes):
         folder.mkdir(exist_ok=True)
-        monkeypatch.setattr(loop, "make_loader", loop.make_loader)  # undone after the test
+        monkeypatch.setattr(loop, "mix_loader", loop.mix_loader)  # undone after the test
         toy.watch(folder)
         result = train(toy.config(folder, **changes))
         monkeypatch.undo()
@@ -101,6 +107,45 @@ def test_a_killed_run_goes_on_bit_for_bit(case, whole, watched, tmp_path):
     same(tmp_path, whole)
 
 
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_lose_and_repeat_no_sample(tmp_path, rng):
+    """As in two hours with a failure every six minutes. A kill comes at the start or up to eight steps later, wherever
+    the process then is. Every step, however often it is taken, has the samples that it has without kills.
+    """
+    steps, kills, whole, run = 150, 20, tmp_path / "whole", tmp_path / "killed"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["toy"])  # imports take longer than a leg
+
+    def begin(folder):
+        process = context.Process(target=toy.leg, args=(str(folder), str(steps)))
+        process.start()
+        return process
+
+    def finished(process):
+        process.join(PATIENCE)
+        return process.exitcode == 0
+
+    assert finished(begin(whole))
+    lines = lambda: path.read_text().splitlines() if path.is_file() else []  # noqa: E731
+    path, saving = run / "samples-seen0.txt", 0
+    for _ in range(kills):
+        process, target = begin(run), len(lines()) + int(rng.integers(9))
+        deadline = time.monotonic() + PATIENCE
+        while len(lines()) < target:
+            assert process.is_alive() and time.monotonic() < deadline, "the leg to be killed did not get that far"
+            time.sleep(0.002)
+        time.sleep(rng.exponential(0.1))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        saving += any((run / "checkpoints").glob(".saving-*"))
+    print(f"{kills} kills, {saving} in the middle of a save; {len(lines())} steps taken before the last leg")
+    assert finished(begin(run))
+    same(run, whole, steps)
+    expected = toy.seen(whole)
+    assert all(expected[step] == samples for step, samples in (line.split(": ") for line in lines()))
+
+
 def test_sigterm_saves_after_the_step_and_ends_with_status_3(whole, watched, tmp_path):
     """Asked during step 5, between two logged steps: step 5 is saved, and its part of the next logged mean is kept."""
     finish(start(tmp_path, "10", "SIGTERM"), 3)
@@ -118,11 +163,12 @@ def test_a_loss_that_is_not_finite_names_step_samples_and_checkpoint(watched, tm
         value, more = original(self, params, frozen, batch, key)
         return value + jax.numpy.where(batch["x"][0, 0] == bad, jax.numpy.nan, 0.0), more
 
-    seen = toy.config(tmp_path / "before")
     watched(tmp_path / "before", steps=6)
     sixth = toy.seen(tmp_path / "before")["6"]
-    source = loop.open_source(seen.data.folder)
-    names = [f"{source[int(i)]['style']}/{source[int(i)]['id']}" for i in sixth.split()]
+    data = toy.config(tmp_path).data
+    source = open_source(data.folder)
+    records = [source[int(i)] for i in select(source, data, "zh")]
+    names = [f"{records[i]['style']}/{records[i]['id']}" for i in (int(one.split("/")[1]) for one in sixth.split())]
 
     batches = iter(range(1, 11))
     place = loop.place_batch
@@ -187,18 +233,14 @@ def test_a_sidecar_that_cannot_be_written_is_told_too(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "newest.json"]
 
 
-def test_other_data_are_refused(watched, tmp_path):
+def test_other_data_are_refused(watched, tmp_path, monkeypatch):
     """The config's digest leaves folders out; what lies in them is noted with the position."""
     config = toy.config(tmp_path, steps=10)
     finish(start(tmp_path, "10", "SIGTERM"), 3)
-    changed = loop.select
-
-    def one_less(*arguments):
-        return changed(*arguments)[:-1]
-
-    loop.select = one_less
-    try:
-        with pytest.raises(UserError, match="records was 50, is 49"):
+    for change, message in (
+        (lambda indices: indices[:-1], r"records was \[50\], is \[49\]"),
+        (lambda indices: indices[::-1], r"the fingerprint of RecordSource.* was [0-9a-f]{16}, is [0-9a-f]{16}"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=message):
+            patch.setattr(sets, "select", lambda *arguments, change=change: change(select(*arguments)))
             train(config)
-    finally:
-        loop.select = changed

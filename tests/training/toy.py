@@ -17,39 +17,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdm_jax.components import load_component
+from bdm_jax.data.loader import Loader, mix_loader
 from bdm_jax.training import checkpoint, loop
 from bdm_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from bdm_jax.training.job import draw
+from bdm_jax.training.latents import record_key
 
 WIDTH = 512  # so that the matrix is large enough to be split
 
 
 @dataclass(frozen=True)
 class ToyTask:
-    """Learn a random linear map from noisy features of a record's name."""
+    """Learn a random linear map from noisy features of a record's name, or, with an autoencoder, of its latents."""
 
-    explode_at: int | None = None
+    vae: Path | None = None
     language: str = "zh"
     prediction_type: str = "epsilon"
 
-    def start(self, source, indices, run, seed, dtype):
-        return ToyJob(self, seed)
+    def start(self, sets, run, seed, dtype):
+        parts = sets.pictures() if self.vae is None else sets.latents(load_component(self.vae, "float32"), run)
+        return ToyJob(self, seed, parts)
 
 
 class ToyJob:
-    def __init__(self, task, seed):
+    def __init__(self, task, seed, parts):
         rng = np.random.default_rng(seed)
-        self.task = task
+        self.task, self.parts = task, parts
         self.params = {"net": {"wide.kernel": jnp.asarray(rng.normal(size=(256, WIDTH)) / 16, jnp.float32)}}
         self.params["net"]["bias"] = jnp.zeros(WIDTH)
         self.frozen = {"net": {"kernel": jnp.asarray(rng.normal(size=(WIDTH, 4)) / 16, jnp.float32)}}
 
     def sample(self, record, rng):
-        own = np.random.default_rng(zlib.crc32(f"{record['style']}/{record['id']}".encode()))
+        if "moments" in record:
+            return {"x": record["moments"] + 0.1 * rng.normal(size=record["moments"].shape).astype(np.float16)}
+        own = np.random.default_rng(zlib.crc32(record_key(record).encode()))
         return {"x": (own.normal(size=256) + 0.1 * rng.normal(size=256)).astype(np.float32)}
 
     def loss(self, params, frozen, batch, key):
-        hidden = jnp.tanh(batch["x"] @ params["net"]["wide.kernel"] + params["net"]["bias"])
+        x = jax.vmap(lambda one: jnp.resize(one.astype(jnp.float32), 256))(batch["x"])
+        hidden = jnp.tanh(x @ params["net"]["wide.kernel"] + params["net"]["bias"])
         target = draw(key, batch["place"], lambda k: jax.random.normal(k, (4,)))
         loss = jnp.mean(jnp.square(hidden @ frozen["net"]["kernel"] - target))
         return loss, {"hidden": jnp.mean(jnp.abs(hidden))}
@@ -57,22 +64,26 @@ class ToyJob:
     def pictures(self, params, records):
         return [np.zeros((2, 2, 3), np.uint8)] * len(records)
 
-    def export(self, params, folder, source, indices, metadata):
+    def export(self, params, folder, metadata):
         folder.mkdir(parents=True, exist_ok=True)
         np.savez(folder / "params.npz", **params["net"], step=metadata["bdm_jax.step"])
 
 
 def config(run: Path, steps: int = 10, **changes) -> TrainConfig:
-    """Ten steps of batches of 16, a checkpoint after every second, a line after every third."""
+    """Ten steps of batches of 16, a checkpoint after every second, a line after every third. In place of the bundled
+    set, TOY_SETS names folders, joined by colons, and TOY_VAE the autoencoder of their latents.
+    """
+    folders = [Path(name) for name in os.environ.get("TOY_SETS", "").split(":") if name]
+    bundled = DataConfig(style="fluent", concepts=50)
     values = {
-        "task": ToyTask(),
+        "task": ToyTask(Path(os.environ["TOY_VAE"]) if folders else None),
         "run": run,
         "steps": steps,
         "batch_size": 16,
         "log_every": 3,
         "checkpoint_every": 2,
         "sample_every": 1000,
-        "data": DataConfig(style="fluent", concepts=50),
+        "data": DataConfig(folders[0], tuple(folders[1:])) if folders else bundled,
         "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
         "mesh": MeshConfig(fsdp=max(1, jax.device_count() // 2)),
     }
@@ -80,21 +91,26 @@ def config(run: Path, steps: int = 10, **changes) -> TrainConfig:
 
 
 def watch(run: Path) -> None:
-    """Write the numbers of the records of every batch that the loop takes: a line "step: numbers" each."""
-    make_loader = loop.make_loader
+    """Write which records are in every batch that the loop takes: a line "step: part/record ..." each."""
+    path = run / f"samples-seen{jax.process_index()}.txt"
 
-    def watched(*arguments, start_step, **options):
-        path = run / f"samples-seen{jax.process_index()}.txt"
-        for step, batch in enumerate(make_loader(*arguments, start_step=start_step, **options), start_step + 1):
+    class Watched(Loader):
+        def __next__(self):
+            batch = super().__next__()
             with path.open("a") as file:
-                file.write(f"{step}: {' '.join(map(str, batch['number']))}\n")
-            yield batch
+                file.write(f"{self.get_state()['step']}: {' '.join(f'{p}/{r}' for p, r in batch['number'])}\n")
+            return batch
 
-    loop.make_loader = watched
+    def watched(*arguments, **options):
+        loader = mix_loader(*arguments, **options)
+        loader.__class__ = Watched
+        return loader
+
+    loop.mix_loader = watched
 
 
 def seen(run: Path, process: int = 0) -> dict[int, str]:
-    """Step -> numbers of the records that were last trained on in it."""
+    """Step -> the records that were last trained on in it."""
     lines = (run / f"samples-seen{process}.txt").read_text().splitlines()
     return dict(line.split(": ") for line in lines)
 
@@ -155,6 +171,11 @@ def main(run: str, steps: str, *case: str) -> int:
         return 2
     print(json.dumps({"devices": jax.device_count(), "processes": jax.process_count()}))
     return 0 if finished else 3
+
+
+def leg(*arguments: str) -> None:
+    """`main`, as what a process is made for."""
+    sys.exit(main(*arguments))
 
 
 if __name__ == "__main__":
