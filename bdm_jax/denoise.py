@@ -1,30 +1,29 @@
-"""The compiled programs of drawing: noise, a few steps of the sampler, pictures into latents and back.
+"""The compiled programs of drawing: noise, texts' keys, a few steps of the sampler.
 
 Whatever may differ from picture to picture (prompts, seeds, the sampler's coefficients, guidance, strengths) is an
-argument of a program; what it is compiled for are the networks, the sizes, and how many predictions guidance takes.
+argument of a program; what it is compiled for are the networks, the sizes, how many predictions guidance takes, and
+which approximations were asked for.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdm_jax.components import Component
 from bdm_jax.diffusion import samplers
 from bdm_jax.diffusion.guidance import guide, rescale
 from bdm_jax.diffusion.samplers import SamplerState, Steps
 from bdm_jax.diffusion.schedule import Schedule
-from bdm_jax.models.branch import Residuals
+from bdm_jax.models.branch import Residuals, plus
 from bdm_jax.models.conditioning import Conditioning
 from bdm_jax.models.config import (
     BranchConfig,
     ControlNetConfig,
     EncoderConfig,
-    TinyVAEConfig,
     UNetConfig,
-    VAEConfig,
 )
 from bdm_jax.models.functional import Params, bind
 from bdm_jax.models.layers import repeat
@@ -53,6 +52,8 @@ class Networks:
     schedule: Schedule
     parts: Parts
     controls: tuple[ControlNetConfig, ...] = ()
+    merge: float = 0.0  # the share of the first level's tokens that UNet and branch merge (`models.merging`)
+    reuse: Literal["branch", "deep"] | None = None  # what rows take over from an earlier one
 
 
 @jax.tree_util.register_dataclass
@@ -89,6 +90,20 @@ class Kept:
     mask: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Reused:
+    """What one row leaves to those after it. Residuals as the networks made them: strengths are the later row's own.
+
+    With reuse "branch", all of the branch's residuals. With "deep", those of branch and ControlNets to the first skips,
+    and what enters the UNet's last block, (B*P,h,w,C).
+    """
+
+    branch: list[jax.Array] | None
+    controls: list[list[jax.Array]]
+    deep: jax.Array | None
+
+
 @partial(jax.jit, static_argnums=0)
 def unit_noise(shape: tuple[int, int, int], seeds: jax.Array) -> jax.Array:
     """Seeds (B,) -> unit noise (B,h,w,C) fp32, each sample a function of its own seed."""
@@ -114,8 +129,12 @@ def denoise(
     features: list[tuple[jax.Array, ...]],
     rescaling: jax.Array,
     kept: Kept | None,
-) -> tuple[SamplerState, jax.Array]:
+    earlier: Reused | None = None,
+) -> tuple[SamplerState, jax.Array, Reused | None]:
     """The first `count` of the rows. Returns the state and the clean latents (B,h,w,C) that the last one predicted.
+
+    Where `networks.reuse` asks for it, rows take over what an `earlier` one left. Where there is none, the first row is
+    computed alone and in full, and what it leaves is returned too.
 
     `params` has the UNet's, the branch's, and those of the K ControlNets, whose embedded maps are `hints` (1,h,w,C);
     `features` (1,h,w,C) are those of A T2I-Adapters, level by level.
@@ -125,21 +144,24 @@ def denoise(
     dtype = params["unet"]["conv_in.bias"].dtype
     shifts = jax.tree.map(lambda net: net.time_shifts(rows.steps.t, dtype), nets, is_leaf=callable)
 
-    def step(index: jax.Array, carry: tuple[SamplerState, jax.Array]) -> tuple[SamplerState, jax.Array]:
-        before, _ = carry
+    def step(index: int | jax.Array, before: SamplerState) -> tuple[SamplerState, jax.Array, Reused | None]:
         row = jax.tree.map(lambda column: column[index], rows)
         added = _added(features, row.adapters)
         here = jax.tree.map(lambda column: column[index][None], shifts)
-        predictions = _predict(networks.parts, nets, before.latents.astype(dtype), here, texts, hints, added, row)
+        given = before.latents.astype(dtype), here, texts, hints, added, row
+        predictions, left = _predict(networks, nets, *given, earlier)
         guided = rescale(guide(predictions, row.guidance), predictions[-1], rescaling)
         noise = samplers.row_noise(seeds, row.steps.row, before.latents.shape[1:])
         state = samplers.advance(before, guided, row.steps, noise)
         if kept is not None:
             old = row.alpha_after * kept.clean + row.sigma_after * kept.noise
             state = SamplerState(kept.mask * state.latents + (1 - kept.mask) * old, state.memory)
-        return state, networks.schedule.to_x0(guided, before.latents, row.steps.alpha, row.steps.sigma)
+        return state, networks.schedule.to_x0(guided, before.latents, row.steps.alpha, row.steps.sigma), left
 
-    return jax.lax.fori_loop(0, count, step, (state, jnp.zeros_like(state.latents)))
+    if networks.reuse and earlier is None:
+        return step(0, state)
+    carry = state, jnp.zeros_like(state.latents)
+    return *jax.lax.fori_loop(0, count, lambda index, carry: step(index, carry[0])[:2], carry), earlier
 
 
 def _bound(networks: Networks, params: dict[str, Params | list[Params]], name: str):
@@ -156,7 +178,7 @@ def _added(features: list[tuple[jax.Array, ...]], strengths: jax.Array) -> list[
 
 
 def _predict(
-    parts: Parts,
+    networks: Networks,
     nets: dict,
     latents: jax.Array,
     shifts: dict,
@@ -164,27 +186,67 @@ def _predict(
     hints: list[jax.Array],
     added: list[jax.Array] | None,
     row: Rows,
-) -> list[jax.Array]:
-    """Latents (B,h,w,C) at one row -> the P predictions, each (B,h,w,C) fp32; `added` inside the UNet's encoder.
+    earlier: Reused | None,
+) -> tuple[list[jax.Array], Reused | None]:
+    """Latents (B,h,w,C) at one row -> the P predictions, each (B,h,w,C) fp32, and what the row leaves to later ones;
+    `added` inside the UNet's encoder.
 
     The networks' encoders take each sample once and its texts one after the other (`UNetEncoder.encode`): what comes
     before the first text, and all of a backbone with one English text, is computed once for all parts.
     """
-    unet = nets["unet"]
-    encoded = unet.encode(latents, shifts["unet"], texts.english, features=added)
-    skips, mid = spread(encoded, parts.english)
-    if "branch" in nets:
-        residuals: Residuals = nets["branch"](latents, shifts["branch"], texts.chinese)
-        skips, mid = spread(_scaled(residuals, row.strengths), parts.chinese).add_to(skips, mid)
-    for number, (hint, strength) in enumerate(zip(hints, row.controls, strict=True)):
-        given = latents, shifts["controls"][number], texts.controls[number], hint
-        residuals = nets["controls"][number].residuals(*given)
-        residuals = jax.tree.map(lambda x, strength=strength: strength.astype(x.dtype) * x, residuals)
-        skips, mid = spread(residuals, parts.english).add_to(skips, mid)
-    skips, mid = jax.tree.map(lambda x: repeat(x, len(parts.english) * len(latents)), (skips, mid))
-    predictions = unet.decode(skips, mid, shifts["unet"], spread(texts.english, parts.english)).astype(jnp.float32)
+    unet, parts, merge = nets["unet"], networks.parts, networks.merge
+    deep = None if earlier is None else earlier.deep
+    given = latents, shifts["unet"], texts.english
+    if deep is None:
+        skips, mid = unet.encode(*given, features=added, merge=merge)
+        tensors = [*skips, mid]
+    else:
+        tensors = unet.encode_first(*given, features=added, merge=merge)
+    tensors = spread(tensors, parts.english)
+    branch, controls = _residuals(nets, latents, shifts, texts, hints, merge, earlier)
+    if branch is not None:
+        tensors = _add(tensors, spread(_scaled(branch, row.strengths), parts.chinese))
+    for residuals, strength in zip(controls, row.controls, strict=True):
+        tensors = _add(tensors, spread([strength.astype(x.dtype) * x for x in residuals], parts.english))
+    tensors = [repeat(x, len(parts.english) * len(latents)) for x in tensors]
+    english = spread(texts.english, parts.english)
+    if deep is None:
+        deep = unet.decode_deep(tensors[:-1], tensors[-1], shifts["unet"], english)
+    first = tensors[: unet.first_skips]
+    predictions = unet.decode_last(first, deep, shifts["unet"], english, merge).astype(jnp.float32)
     predictions = predictions.reshape(len(latents), -1, *latents.shape[1:])
-    return [predictions[:, part] for part in range(predictions.shape[1])]
+    left = _left(networks, branch, controls, deep, len(first))
+    return [predictions[:, part] for part in range(predictions.shape[1])], left
+
+
+def _residuals(nets, latents, shifts, texts, hints, merge, earlier) -> tuple[list[jax.Array] | None, list]:
+    """Of the branch, if there is one, and of each ControlNet: new ones, or those that an earlier row left."""
+    branch = None
+    if earlier is not None:
+        branch = earlier.branch
+    elif "branch" in nets:
+        branch = _tensors(nets["branch"](latents, shifts["branch"], texts.chinese, merge))
+    if earlier is not None and earlier.deep is not None:
+        return branch, earlier.controls
+    each = zip(nets["controls"], shifts["controls"], texts.controls, hints, strict=True)
+    return branch, [_tensors(net.residuals(latents, shift, text, hint)) for net, shift, text, hint in each]
+
+
+def _left(networks: Networks, branch, controls, deep: jax.Array, first: int) -> Reused | None:
+    """Of a row's tensors those that `networks.reuse` asks for."""
+    if networks.reuse == "branch":
+        return Reused(branch, [], None)
+    if networks.reuse == "deep":
+        return Reused(branch and branch[:first], [residuals[:first] for residuals in controls], deep)
+    return None
+
+
+def _tensors(residuals: Residuals) -> list[jax.Array]:
+    return [*residuals.skips, residuals.mid]
+
+
+def _add(tensors: list[jax.Array], residuals: list[jax.Array]) -> list[jax.Array]:
+    return [plus(x, residual) for x, residual in zip(tensors, residuals, strict=True)]
 
 
 def spread(tree, numbers: tuple[int, ...]):
@@ -199,37 +261,10 @@ def spread(tree, numbers: tuple[int, ...]):
     return jax.tree.map(take, tree)
 
 
-def _scaled(residuals: Residuals, strengths: jax.Array) -> Residuals:
-    """Residuals (B*U,...) times the strengths (U,R); the last is the middle's."""
-    tensors = [*residuals.skips, residuals.mid]
+def _scaled(residuals: list[jax.Array], strengths: jax.Array) -> list[jax.Array]:
+    """All or the first of R residuals (B*U,...), times the strengths (U,R); the R-th is the middle's."""
     texts = len(strengths)
-    scaled = [
+    return [
         (x.reshape(-1, texts, *x.shape[1:]) * factor[:, None, None, None].astype(x.dtype)).reshape(x.shape)
-        for x, factor in zip(tensors, strengths.T, strict=True)
+        for x, factor in zip(residuals, strengths.T, strict=False)
     ]
-    return Residuals(tuple(scaled[:-1]), scaled[-1])
-
-
-def encode(vae: Component, pictures: jax.Array) -> jax.Array:
-    """Pictures (B,H,W,3) uint8 -> clean latents (B,h,w,C) fp32: the mean of the autoencoder's, scaled."""
-    return _encode(vae.config, vae.params, pictures)
-
-
-def decode(vae: Component, latents: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Latents (B,h,w,C) -> pictures (B,H,W,3) uint8, and whether each has finite values only (B,)."""
-    return tuple(map(np.asarray, _decode(vae.config, vae.params, latents)))
-
-
-@partial(jax.jit, static_argnums=0)
-def _encode(config: VAEConfig | TinyVAEConfig, params: Params, pictures: jax.Array) -> jax.Array:
-    images = (pictures.astype(jnp.float32) / 127.5 - 1.0).astype(next(iter(params.values())).dtype)
-    mean, _ = bind(config, params).encode(images)
-    return mean.astype(jnp.float32) * config.scaling_factor
-
-
-@partial(jax.jit, static_argnums=0)
-def _decode(config: VAEConfig | TinyVAEConfig, params: Params, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-    latents = (latents / config.scaling_factor).astype(next(iter(params.values())).dtype)
-    images = bind(config, params).decode(latents).astype(jnp.float32)
-    finite = jnp.isfinite(images).all(axis=(1, 2, 3))
-    return jnp.round(jnp.clip(images, -1.0, 1.0) * 127.5 + 127.5).astype(jnp.uint8), finite

@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.progress import track
 
 from bdm_jax.data import captions, records
+from bdm_jax.data.images import decode_image
 from bdm_jax.drawing.pictures import drawable
 from bdm_jax.errors import UserError
 from bdm_jax.generate import generate
@@ -93,7 +94,7 @@ class Gallery:
 
     def __init__(self, rows: list[dict], features: Features):
         self.rows, self._features = rows, features
-        self.artwork = [records.decode_image(row["image"], name=row["id"]) for row in rows]
+        self.artwork = [decode_image(row["image"], name=row["id"]) for row in rows]
         first: dict[bytes, int] = {}
         self.same = np.array([first.setdefault(art.tobytes(), i) for i, art in enumerate(self.artwork)])
         self._known = features(self.artwork)
@@ -132,20 +133,13 @@ def evaluate(settings: Settings, features: Features | None = None) -> tuple[dict
     pipeline = BridgePipeline.from_pretrained(settings.model)
     if pipeline.branch is None:
         raise UserError(f"{settings.model} has no branch: there is nothing to compare")
-    trained, style, phrased = _trained_on(settings)
-    source = records.open_source(settings.data)
-    features = features or efficientnet_lite0()
-    gallery = Gallery([source[i] for i in captions.concepts(source, style, language="zh")], features)
-    known = [i for i, row in enumerate(gallery.rows) if row["id"] in trained]
-    if not known:
-        raise UserError(f"{settings.data}: none of the concepts of {settings.model}/training.json are in style {style}")
-    rng = np.random.default_rng(settings.seed)
-    chosen = sorted(rng.choice(known, min(settings.count, len(known)), replace=False).tolist())
+    gallery, known, style, phrased = open_gallery(settings, features)
+    chosen = choose(settings, known)
     chinese = [i for i in known if gallery.rows[i]["zh_only"]]
     others = [i for i in chosen if not gallery.rows[i]["zh_only"]]
 
     def draw(name: str, wanted: list[int], language: str) -> Result:
-        requests = [_request(gallery.rows[i], language, phrased, settings.seed + i) for i in wanted]
+        requests = [request(gallery.rows[i], language, phrased, settings.seed + i) for i in wanted]
         return gallery.search(wanted, _pictures(pipeline, requests, settings, name, branch=language == "zh"))
 
     results = {"ceiling": gallery.search(chosen, round_trip(pipeline.vae, [gallery.artwork[i] for i in chosen]))}
@@ -153,6 +147,30 @@ def evaluate(settings: Settings, features: Features | None = None) -> tuple[dict
     drawn |= {"backbone_zh_only": (chinese, "en"), "backbone": (others, "en")}
     results |= {name: draw(name, wanted, language) for name, (wanted, language) in drawn.items() if wanted}
     return _report(settings, style, pipeline.guidance, results, gallery), results, gallery
+
+
+def open_gallery(settings: Settings, features: Features | None = None) -> tuple[Gallery, list[int], str, bool]:
+    """The artwork, the rows of it that the model was trained on, its style, and whether prompts name the style."""
+    trained, style, phrased = _trained_on(settings)
+    source = records.open_source(settings.data)
+    features = features or efficientnet_lite0()
+    gallery = Gallery([source[i] for i in captions.concepts(source, style, language="zh")], features)
+    known = [i for i, row in enumerate(gallery.rows) if row["id"] in trained]
+    if not known:
+        raise UserError(f"{settings.data}: none of the concepts of {settings.model}/training.json are in style {style}")
+    return gallery, known, style, phrased
+
+
+def choose(settings: Settings, known: Sequence[int]) -> list[int]:
+    """`settings.count` of the rows, at random."""
+    rng = np.random.default_rng(settings.seed)
+    return sorted(rng.choice(known, min(settings.count, len(known)), replace=False).tolist())
+
+
+def request(row: dict, language: str, phrased: bool, seed: int) -> Request:
+    """What asks for a row's concept in Chinese, or of the bare backbone in English."""
+    text = captions.name(row, language, style=phrased)
+    return Request(text, seed=seed) if language == "zh" else Request("", english=text, seed=seed)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -233,11 +251,6 @@ def _trained_on(settings: Settings) -> tuple[set[str], str, bool]:
     if trained_style not in (None, style):
         raise UserError(f"{settings.model} was trained on the style {trained_style!r}, not on {style!r}")
     return set(training["concepts"]), style, bool(training.get("style_in_caption"))
-
-
-def _request(row: dict, language: str, phrased: bool, seed: int) -> Request:
-    text = captions.name(row, language, style=phrased)
-    return Request(text, seed=seed) if language == "zh" else Request("", english=text, seed=seed)
 
 
 def _pictures(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from bdm_jax.autoencoder import decode, encode
 from bdm_jax.components import Component
 from bdm_jax.data.images import covering
 from bdm_jax.denoise import (
@@ -19,9 +20,7 @@ from bdm_jax.denoise import (
     Networks,
     Parts,
     Texts,
-    decode,
     denoise,
-    encode,
     unit_noise,
     with_keys,
 )
@@ -136,6 +135,11 @@ def check(pipeline: BridgePipeline, requests: Sequence[Request], settings: Setti
     layers = pipeline.text_encoder.config.num_hidden_layers
     if settings.clip_skip > layers:
         raise UserError(f"clip skip {settings.clip_skip}: the English tower has {layers} layers")
+    if settings.vae_tile % (4 * factor):
+        nearest = max(1, round(settings.vae_tile / (4 * factor))) * 4 * factor
+        raise UserError(f"VAE tile {settings.vae_tile} is no multiple of {4 * factor} pixels; try {nearest}")
+    if settings.merge_tokens and not pipeline.unet.config.attention_levels[0]:
+        raise UserError(f"merge tokens {settings.merge_tokens} has no effect: the first level has no self-attention")
     given = len(settings.residual_strengths)
     if given and given != _residuals(pipeline):
         raise UserError(f"{given} residual strengths: the branch has {_residuals(pipeline)} residuals")
@@ -274,29 +278,32 @@ class _Drawing:
             loaded = [load(job.request) for job in jobs]
             originals = [image for image, _ in loaded] if images is None else images
             originals = np.stack([covering(image, way.size) for image in originals])
-            clean = encode(pipeline.vae, self._split(originals))
+            clean = self._split(encode(pipeline.vae, self._split(originals), self.settings.vae_tile))
             if jobs[0].request.mask is not None:
                 masks = np.stack([covering(mask, way.size) for _, mask in loaded])
                 kept = Kept(clean, noise, self._split(np.stack([_latent_mask(mask, factor) for mask in masks])))
         state = samplers.start(noise, way.steps, clean)
-        for parts, speaks, part in calls(self.settings, len(way.steps.t), guided, self.watch_every):
-            branch, text = pipeline.branch if speaks else None, texts[parts]
+        reused = None
+        for call in calls(self.settings, len(way.steps.t), guided, self.watch_every, pipeline.branch is not None):
+            part, branch, text = call.rows, pipeline.branch if call.speaks else None, texts[call.parts]
             text = text if branch else replace(text, chinese=None)
             configs = tuple(control.network.config for control in nets)
-            networks = Networks(pipeline.unet.config, branch and branch.config, pipeline.schedule, parts, configs)
+            compiled_for = pipeline.unet.config, branch and branch.config, pipeline.schedule, call.parts, configs
+            networks = Networks(*compiled_for, self.settings.merge_tokens, call.reuse)
             params = {"unet": pipeline.unet.params, "controls": [control.network.params for control in nets]}
             params |= {"branch": branch.params} if branch else {}
-            table = rows(self.settings, way.steps, parts, _residuals(pipeline), nets, adapters)
+            table = rows(self.settings, way.steps, call.parts, _residuals(pipeline), nets, adapters)
             own = jax.tree.map(partial(chunk, part=part), table)
             rescaling = np.float32(self.settings.guidance_rescale)
             state = SamplerState(self._split(state.latents), self._split(state.memory, axis=1))
-            given = text, hints, features, rescaling, kept
-            state, foreseen = denoise(networks, params, state, seeds, own, len(part), *given)
+            earlier = None if call.key or call.reuse is None else self._split(reused)
+            given = text, hints, features, rescaling, kept, earlier
+            state, foreseen, reused = denoise(networks, params, state, seeds, own, len(part), *given)
             jax.block_until_ready(state)
             report(part.stop)
             if part.stop % self.watch_every == 0 and part.stop < len(way.steps.t):
                 self.watch(part.stop, np.asarray(foreseen)[:count])
-        pixels, finite = decode(pipeline.vae, state.latents)
+        pixels, finite = decode(pipeline.vae, state.latents, self.settings.vae_tile)
         for job, good in zip(jobs[:count], finite[:count], strict=True):
             if not good:
                 raise UserError(

@@ -80,6 +80,14 @@ class Settings:
     """One more factor for each residual of the branch, from the finest skip to the middle (13 for SD1.5)."""
     guess: bool = False
     """The branch acts on the positive half only, its fine residuals faintly (ControlNet's guess mode)."""
+    branch_every: int = 1
+    """Approximation: run the branch at every K-th evaluation only; in between its residuals stay."""
+    cache_every: int = 1
+    """Approximation: run all at every K-th evaluation only, in between the backbone's first level alone (DeepCache)."""
+    merge_tokens: float = 0.0
+    """Approximation: merge this share of the first level's tokens, up to 0.75, for self-attention (token merging)."""
+    vae_tile: int = 0
+    """Approximation: larger pictures go through the autoencoder in tiles of so many pixels a side; 0 for whole ones."""
     clip_skip: int = 1
     """Which of the English tower's layers is read, counted from the last: 1 the last, 2 the one before it."""
     strength: float = 0.75
@@ -118,6 +126,16 @@ def check(settings: Settings) -> None:
         raise UserError(f"hires {settings.hires} is outside 1 .. 8")
     if settings.steps < 1:
         raise UserError(f"steps {settings.steps} is less than 1")
+    for name in ("branch_every", "cache_every"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"{_words(name)} {getattr(settings, name)} is less than 1")
+    if min(settings.branch_every, settings.cache_every) > 1:
+        why = f"cache every {settings.cache_every} leaves it out between its own steps"
+        raise UserError(f"branch every {settings.branch_every} has no effect: {why}")
+    if settings.vae_tile < 0:
+        raise UserError(f"VAE tile {settings.vae_tile} is less than 0")
+    if not 0.0 <= settings.merge_tokens <= 0.75:
+        raise UserError(f"merge tokens {settings.merge_tokens} is outside 0 .. 0.75")
     if settings.clip_skip < 1:
         raise UserError(f"clip skip {settings.clip_skip} is less than 1")
     if settings.bare:
@@ -132,6 +150,7 @@ _BRANCH_SETTINGS = (
     "branch_end",
     "residual_strengths",
     "guess",
+    "branch_every",
     "masked",
     "reference",
     "english_guidance",
@@ -143,6 +162,10 @@ _BEYOND_THE_REFERENCE = (
     "guidance_end",
     "guidance_rescale",
     "residual_strengths",
+    "branch_every",
+    "cache_every",
+    "merge_tokens",
+    "vae_tile",
     "clip_skip",
     "hires",
     "masked",

@@ -2,6 +2,8 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -9,6 +11,23 @@ from bdm_jax.denoise import STEPS_PER_CALL, Parts, Rows
 from bdm_jax.diffusion.samplers import Steps
 from bdm_jax.plugins.controls import Control
 from bdm_jax.settings import Settings
+
+
+@dataclass(frozen=True)
+class Call:
+    """Rows that one call of `denoise` takes, and the program for them.
+
+    parts:  the predictions that guidance takes.
+    speaks: whether the branch does.
+    reuse:  what is reused between rows; a `key` row makes it, the others take what the last key row made.
+    """
+
+    rows: range
+    parts: Parts
+    speaks: bool
+    reuse: Literal["branch", "deep"] | None = None
+    key: bool = False
+
 
 POSITIVE = Parts((0,), (0,))  # no guidance: one prediction, for the positive prompts
 
@@ -48,19 +67,31 @@ def rows(
     return Rows(table, *(np.asarray(column, np.float32) for column in columns))
 
 
-def calls(settings: Settings, count: int, guided: Parts, watch_every: int) -> list[tuple[Parts, bool, range]]:
-    """How `count` rows are cut into calls of `denoise`: (parts, whether the branch speaks, its rows).
+def calls(settings: Settings, count: int, guided: Parts, watch_every: int, has_branch: bool = True) -> list[Call]:
+    """How `count` rows are cut into calls of `denoise`.
 
     Rows without guidance take one prediction, and rows whose branch is silent no branch: less work, but a program of
-    its own. A guidance of exactly 1 is none.
+    its own. A guidance of exactly 1 is none. Where something is reused for every K rows, the first of each K is a call
+    and a program of its own; a change of guidance or branch begins anew.
     """
     scales = {settings.guidance, settings.english_guidance} - {None}
     with_guidance = _within(count, settings.guidance_start, settings.guidance_end) & (scales != {1.0})
-    kinds = list(zip(with_guidance.tolist(), _branch_rows(settings, count).tolist(), strict=True))
-    stops = {*range(0, count, STEPS_PER_CALL), *range(0, count, watch_every), count}
-    stops |= {i for i in range(1, count) if kinds[i] != kinds[i - 1]}
+    speaks = _branch_rows(settings, count) & has_branch
+    kinds = list(zip(with_guidance.tolist(), speaks.tolist(), strict=True))
+    changes = [0, *(i for i in range(1, count) if kinds[i] != kinds[i - 1]), count]
+    stops, keys = {*range(0, count, STEPS_PER_CALL), *range(0, count, watch_every), *changes}, set()
+    for begin, end in itertools.pairwise(changes):
+        _, every = _reuse(settings, kinds[begin][1])
+        if every > 1:
+            keys |= set(range(begin, end, every))
+    stops |= keys | {min(key + 1, count) for key in keys}
     cut = [range(begin, end) for begin, end in itertools.pairwise(sorted(stops))]
-    return [(guided if kinds[part[0]][0] else POSITIVE, kinds[part[0]][1], part) for part in cut]
+    found = []
+    for part in cut:
+        guides, spoken = kinds[part[0]]
+        parts = guided if guides else POSITIVE
+        found.append(Call(part, parts, spoken, _reuse(settings, spoken)[0], part[0] in keys))
+    return found
 
 
 def chunk(column: np.ndarray, part: range) -> np.ndarray:
@@ -72,6 +103,15 @@ def _acting(controls: Sequence[Control], count: int) -> np.ndarray:
     """(count,K): each control's strength, 0 outside its interval."""
     acting = [control.strength * _within(count, control.start, control.end) for control in controls]
     return np.stack(acting, axis=1) if acting else np.zeros((count, 0))
+
+
+def _reuse(settings: Settings, speaks: bool) -> tuple[Literal["branch", "deep"] | None, int]:
+    """What is reused where the branch speaks or does not, and for how many rows, the first included."""
+    if settings.cache_every > 1:
+        return "deep", settings.cache_every
+    if settings.branch_every > 1 and speaks:
+        return "branch", settings.branch_every
+    return None, 1
 
 
 def _branch_rows(settings: Settings, count: int) -> np.ndarray:

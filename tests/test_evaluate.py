@@ -9,6 +9,7 @@ from PIL import Image
 
 from bdm_jax import evaluate
 from bdm_jax.data import captions, records
+from bdm_jax.data.images import decode_image
 from bdm_jax.errors import UserError
 from bdm_jax.paths import EMOJI
 
@@ -28,7 +29,7 @@ def rows():
 @pytest.fixture(scope="module")
 def pictures(rows):
     """What the stand-in knows: every Chinese name, and the English names that it may know."""
-    known = {row["zh"]: records.decode_image(row["image"]) for row in rows}
+    known = {row["zh"]: decode_image(row["image"]) for row in rows}
     return known | {row["en"]: known[row["zh"]] for row in rows if not row["zh_only"]}
 
 

@@ -103,6 +103,14 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return _parse(path, text)
 
 
+def filled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a picture with those that it does not say, being older, as by default (but for its size)."""
+    known = describe(Request(""), Settings(), {})
+    return {field.name: known[field.name] for field in dataclasses.fields(Settings) if field.name != "size"} | {
+        **values
+    }
+
+
 def complete_settings(path: Path) -> dict[str, Any] | None:
     """The settings of a picture that opens down to its last row; None of one that does not.
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from bdm_jax.autoencoder import decode
 from bdm_jax.components import Component
-from bdm_jax.denoise import decode
 from bdm_jax.drawing.pictures import write_png
 
 _SAMPLES, _SIDE = 16, 16  # random latents to fit the matrix to, and how large

@@ -19,7 +19,7 @@ import numpy as np
 from bdm_jax.data.images import read_mask, read_picture
 from bdm_jax.distributed import all_say, first_says, is_first
 from bdm_jax.drawing import preview
-from bdm_jax.drawing.metadata import complete_settings, describe, digest
+from bdm_jax.drawing.metadata import complete_settings, describe, digest, filled
 from bdm_jax.drawing.pictures import contact_sheet, file_name, next_index, write_png
 from bdm_jax.errors import UserError
 from bdm_jax.generate import Progress, generate
@@ -169,7 +169,7 @@ def _done(out: Path, picture: Picture) -> str | None:
     path = out / picture.name
     if not path.exists() or (found := complete_settings(path)) is None:
         return None
-    wanted = json.loads(json.dumps(picture.settings))
+    found, wanted = filled(found), json.loads(json.dumps(picture.settings))
     for name in (*wanted, *found):
         if found.get(name) != wanted.get(name):
             theirs, ours = (json.dumps(values.get(name), ensure_ascii=False) for values in (found, wanted))

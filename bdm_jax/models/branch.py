@@ -29,10 +29,11 @@ class Residuals:
 
     def add_to(self, skips: tuple[jax.Array, ...], mid: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """The backbone's skips and middle with these residuals added; each row of either may stand for several."""
-        return tuple(_plus(s, r) for s, r in zip(skips, self.skips, strict=True)), _plus(mid, self.mid)
+        return tuple(plus(s, r) for s, r in zip(skips, self.skips, strict=True)), plus(mid, self.mid)
 
 
-def _plus(x: jax.Array, residual: jax.Array) -> jax.Array:
+def plus(x: jax.Array, residual: jax.Array) -> jax.Array:
+    """A sum whose two sides have the same rows, or one side fewer, each for several of the other's."""
     batch = max(len(x), len(residual))
     return repeat(x, batch) + repeat(residual, batch)
 
@@ -46,9 +47,9 @@ class ResidualEncoder(UNetEncoder):
         width = config.block_out_channels[-1]
         self.controlnet_mid_block = conv(width, width, rngs, kernel=1)
 
-    def residuals(self, latents, t, cond, hint=None) -> Residuals:
+    def residuals(self, latents, t, cond, hint=None, merge: float = 0.0) -> Residuals:
         """Noisy latents (B,H,W,C), timesteps (B,), text, perhaps an embedded hint -> residuals (see `encode`)."""
-        skips, mid = self.encode(latents, t, cond, hint)
+        skips, mid = self.encode(latents, t, cond, hint, merge=merge)
         skips = tuple(zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips, strict=True))
         return Residuals(skips, self.controlnet_mid_block(mid))
 
@@ -58,8 +59,10 @@ class Branch(ResidualEncoder):
 
     config: BranchConfig
 
-    def __call__(self, latents: jax.Array, t: jax.Array | TimeShifts, cond: Conditioning) -> Residuals:
-        return self.residuals(latents, t, cond)
+    def __call__(
+        self, latents: jax.Array, t: jax.Array | TimeShifts, cond: Conditioning, merge: float = 0.0
+    ) -> Residuals:
+        return self.residuals(latents, t, cond, merge=merge)
 
 
 class HintEmbedding(nnx.Module):

@@ -11,6 +11,7 @@ from flax import nnx
 
 from bdm_jax.models.attention import decoupled_attention
 from bdm_jax.models.convolution import Conv
+from bdm_jax.models.merging import Merging, match
 
 
 def timestep_embedding(t: jax.Array, width: int) -> jax.Array:
@@ -166,7 +167,8 @@ class TransformerBlock(nnx.Module):
     """Self-attention, cross-attention to the text, feed-forward; each after its LayerNorm and added to its input.
 
     x (B,T,C), `cond` of B rows or a multiple: up to the text, each row of x stands for as many. The text may also have
-    fewer rows, each for as many of x. Returns as many as the larger has.
+    fewer rows, each for as many of x. Returns as many as the larger has. With a `merging`, self-attention is over fewer
+    tokens.
     """
 
     def __init__(self, channels: int, heads: int, context_dim: int, rngs: nnx.Rngs):
@@ -177,8 +179,9 @@ class TransformerBlock(nnx.Module):
         self.norm3 = nnx.LayerNorm(channels, epsilon=1e-5, rngs=rngs)
         self.ff = FeedForward(channels, rngs)
 
-    def __call__(self, x, cond):
-        x += self.attn1(self.norm1(x))
+    def __call__(self, x, cond, merging: Merging | None = None):
+        tokens = self.norm1(x)
+        x += self.attn1(tokens) if merging is None else merging.restore(self.attn1(merging.mean(tokens)))
         queries, keys = self.norm2(x), cond.keys or self.attn2.keys(cond.tokens)
         batch = max(len(x), len(cond.tokens))
         x, queries, *keys = (repeat(part, batch) for part in (x, queries, *keys))
@@ -190,7 +193,7 @@ class TransformerBlock(nnx.Module):
 class Transformer2D(nnx.Module):
     """One transformer block over the pixels of a feature map, between 1x1 convolutions: (B,H,W,C) -> (B,H,W,C).
 
-    Rows of text and map as in `TransformerBlock`.
+    Rows of text and map as in `TransformerBlock`; the share `merge` of the tokens is merged for self-attention.
     """
 
     def __init__(self, channels: int, heads: int, context_dim: int, groups: int, rngs: nnx.Rngs):
@@ -199,8 +202,8 @@ class Transformer2D(nnx.Module):
         self.transformer_blocks = nnx.List([TransformerBlock(channels, heads, context_dim, rngs)])
         self.proj_out = conv(channels, channels, rngs, kernel=1)
 
-    def __call__(self, x, cond):
+    def __call__(self, x, cond, merge: float = 0.0):
         b, h, w, c = x.shape
         hidden = self.proj_in(self.norm(x)).reshape(b, h * w, c)
-        hidden = self.transformer_blocks[0](hidden, cond)
+        hidden = self.transformer_blocks[0](hidden, cond, match(hidden, (h, w), merge) if merge else None)
         return repeat(x, len(hidden)) + self.proj_out(hidden.reshape(-1, h, w, c))

@@ -2,7 +2,10 @@
 UNet2DConditionModel).
 
 Whatever is added to the skips and to the middle (the BDM branch, ControlNets) is added between the two calls; what is
-added inside the encoder (T2I-Adapters) is an argument of the first.
+added inside the encoder (T2I-Adapters) is an argument of the first. Both can stop short of the lower levels, where an
+earlier step's result stands in for them: `encode_first` and `decode_last` (DeepCache, arXiv 2312.00858).
+
+`merge` is the share of the first level's tokens that its self-attention does without (`models.merging`), 0 for none.
 """
 
 from collections.abc import Sequence
@@ -43,10 +46,14 @@ class Block(nnx.Module):
         if attention:
             self.attentions = nnx.List([_transformer(config, outputs, rngs) for _ in inputs])
 
-    def layer(self, index: int, x: jax.Array, shifts: TimeShifts, cond: Conditioning, path: str) -> jax.Array:
+    def layer(
+        self, index: int, x: jax.Array, shifts: TimeShifts, cond: Conditioning, path: str, merge: float = 0.0
+    ) -> jax.Array:
         """Layer `index` of the block at `path`: (B,H,W,I) -> (B,H,W,O)."""
         x = self.resnets[index](x, shifts[f"{path}.resnets.{index}"])
-        return self.attentions[index](x, cond.at(f"{path}.attentions.{index}")) if hasattr(self, "attentions") else x
+        if not hasattr(self, "attentions"):
+            return x
+        return self.attentions[index](x, cond.at(f"{path}.attentions.{index}"), merge)
 
 
 class MidBlock(nnx.Module):
@@ -119,6 +126,7 @@ class UNetEncoder(nnx.Module):
         cond: Conditioning,
         hint: jax.Array | None = None,
         features: Sequence[jax.Array] | None = None,
+        merge: float = 0.0,
     ) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """Noisy latents (B,H,W,C) at timesteps t (B,) -> (skip tensors in the order they are made, output of the
         middle).
@@ -131,21 +139,43 @@ class UNetEncoder(nnx.Module):
         other, and what comes before the text is first read is computed once for them. What is returned has B*U rows.
         """
         shifts = t if isinstance(t, dict) else self.time_shifts(t, latents.dtype)
+        skips = self.encode_first(latents, shifts, cond, hint, features, merge)
+        for level, block in enumerate(self.down_blocks):
+            if level > 0:
+                skips += self._level(level, skips[-1], shifts, cond, features)
+            if hasattr(block, "downsamplers"):
+                skips.append(block.downsamplers[0](skips[-1]))
+        mid = self.mid_block(skips[-1], shifts, cond)
+        return tuple(repeat(skip, len(mid)) for skip in skips), mid
+
+    def encode_first(
+        self,
+        latents: jax.Array,
+        t: jax.Array | TimeShifts,
+        cond: Conditioning,
+        hint: jax.Array | None = None,
+        features: Sequence[jax.Array] | None = None,
+        merge: float = 0.0,
+    ) -> list[jax.Array]:
+        """The first level of `encode` alone: its skip tensors, all that the decoder's last block takes.
+
+        They have as many rows as the latents where no text is read at this level.
+        """
+        shifts = t if isinstance(t, dict) else self.time_shifts(t, latents.dtype)
         x = self.conv_in(latents)
         if hint is not None:
             x += hint
-        skips = [x]
-        for level, block in enumerate(self.down_blocks):
-            for index in range(len(block.resnets)):
-                x = block.layer(index, x, shifts, cond, f"down_blocks.{level}")
-                skips.append(x)
-            if features is not None:
-                x = skips[-1] = x + features[level]
-            if hasattr(block, "downsamplers"):
-                x = block.downsamplers[0](x)
-                skips.append(x)
-        mid = self.mid_block(x, shifts, cond)
-        return tuple(repeat(skip, len(mid)) for skip in skips), mid
+        return [x, *self._level(0, x, shifts, cond, features, merge)]
+
+    def _level(self, level, x, shifts, cond, features, merge=0.0) -> list[jax.Array]:
+        """What each layer of a level returns."""
+        outputs = []
+        for index in range(len(self.down_blocks[level].resnets)):
+            x = self.down_blocks[level].layer(index, x, shifts, cond, f"down_blocks.{level}", merge)
+            outputs.append(x)
+        if features is not None:
+            outputs[-1] = x + features[level]
+        return outputs
 
     def _blocks(self):
         """Blocks that hold resnets, with their paths."""
@@ -177,22 +207,58 @@ class UNet(UNetEncoder):
         self.conv_out = conv(widths[0], config.out_channels, rngs)
 
     def decode(
-        self, skips: tuple[jax.Array, ...], mid: jax.Array, t: jax.Array | TimeShifts, cond: Conditioning
+        self,
+        skips: tuple[jax.Array, ...],
+        mid: jax.Array,
+        t: jax.Array | TimeShifts,
+        cond: Conditioning,
+        merge: float = 0.0,
     ) -> jax.Array:
         """What `encode` returned (with residuals added, where there are any) -> prediction (B,H,W,C).
 
         Timesteps and text may have fewer rows, each for several of the others, one after the other.
         """
         shifts = t if isinstance(t, dict) else self.time_shifts(t, mid.dtype)
+        deep = self.decode_deep(skips, mid, shifts, cond)
+        return self.decode_last(skips[: self.first_skips], deep, shifts, cond, merge)
+
+    def decode_deep(
+        self, skips: tuple[jax.Array, ...], mid: jax.Array, t: jax.Array | TimeShifts, cond: Conditioning
+    ) -> jax.Array:
+        """`decode` as far as its last block, which takes what this returns (B,H,W,C') and the first skips."""
+        shifts = t if isinstance(t, dict) else self.time_shifts(t, mid.dtype)
         skips = list(skips)
         x = mid
-        for number, block in enumerate(self.up_blocks):
-            for index in range(len(block.resnets)):
-                x = jnp.concatenate([x, skips.pop()], axis=-1)
-                x = block.layer(index, x, shifts, cond, f"up_blocks.{number}")
-            if hasattr(block, "upsamplers"):
-                x = block.upsamplers[0](x, skips[-1].shape[1:3])
+        for number in range(len(self.up_blocks) - 1):
+            x = self._up(number, x, skips, shifts, cond)
+            x = self.up_blocks[number].upsamplers[0](x, skips[-1].shape[1:3])
+        return x
+
+    def decode_last(
+        self,
+        skips: Sequence[jax.Array],
+        deep: jax.Array,
+        t: jax.Array | TimeShifts,
+        cond: Conditioning,
+        merge: float = 0.0,
+    ) -> jax.Array:
+        """The last block of `decode`: the skips of `encode_first` and what `decode_deep` returned -> prediction."""
+        shifts = t if isinstance(t, dict) else self.time_shifts(t, deep.dtype)
+        x = self._up(len(self.up_blocks) - 1, deep, list(skips), shifts, cond, merge)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+    @property
+    def first_skips(self) -> int:
+        """How many skip tensors `encode_first` makes."""
+        return len(self.down_blocks[0].resnets) + 1
+
+    def _up(self, number, x, skips, shifts, cond, merge=0.0):
+        """The layers of a block of the decoder; takes its skips off the list."""
+        block = self.up_blocks[number]
+        for index in range(len(block.resnets)):
+            x = jnp.concatenate([x, skips.pop()], axis=-1)
+            x = block.layer(index, x, shifts, cond, f"up_blocks.{number}", merge)
+        return x
 
     def _blocks(self):
         yield from super()._blocks()

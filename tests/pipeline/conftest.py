@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPTextModel
 
 from bdm_jax import generate as module
+from bdm_jax.autoencoder import decode
 from bdm_jax.components import Component
-from bdm_jax.denoise import decode
 from bdm_jax.diffusion.schedule import Schedule
 from bdm_jax.generate import generate
 from bdm_jax.models import functional
@@ -90,7 +90,7 @@ def torch_nets(tiny_folder, load_chinese_tower):
 def latents(tiny, monkeypatch):
     """A function from requests and settings to the latents that the pictures are decoded from, (B,C,h,w)."""
     seen = []
-    monkeypatch.setattr(module, "decode", lambda vae, x: seen.append(np.asarray(x)) or decode(vae, x))
+    monkeypatch.setattr(module, "decode", lambda vae, x, tile: seen.append(np.asarray(x)) or decode(vae, x, tile))
 
     def draw(requests, pipeline=tiny, batch_size=8, controls=(), **settings):
         seen.clear()
@@ -160,8 +160,45 @@ def plain(tiny, tiny_folder, torch_nets):
             x = after(scheduler.step(guide(i, predict), t, x).prev_sample, i, scheduler)
         return x.numpy()
 
-    draw.noise, draw.classifier_free = unit_noise, classifier_free
+    draw.noise, draw.classifier_free, draw.remembering = unit_noise, classifier_free, remembering
     return draw
+
+
+@pytest.fixture
+def kept(torch_nets, monkeypatch):
+    """Makes the branch of the plain loop answer with its residuals of the last key row."""
+    return lambda is_key: monkeypatch.setitem(torch_nets, "branch", remembering(torch_nets["branch"], is_key))
+
+
+@pytest.fixture
+def deep_cached(torch_nets, kept):
+    """The plain loop's UNet, whose last block takes the features of the last key row; everything else is computed."""
+    unet, handles = torch_nets["unet"], []
+
+    def cached(is_key):
+        kept(is_key)
+        recall = remembering(lambda features: features, is_key)
+        before = lambda module, given, named: (given, {**named, "hidden_states": recall(named["hidden_states"])})  # noqa: E731
+        handles.append(unet.up_blocks[-1].register_forward_pre_hook(before, with_kwargs=True))
+        return unet
+
+    yield cached
+    for handle in handles:
+        handle.remove()
+
+
+def remembering(function, is_key):
+    """Answers of `function`, asked for the negative and then the positive text of each row: those of the key rows."""
+    memory, asked = [], []
+
+    def answer(*arguments, **options):
+        row, text = divmod(len(asked), 2)
+        asked.append(None)
+        if is_key(row):
+            memory[text:] = [function(*arguments, **options)]
+        return memory[text]
+
+    return answer
 
 
 def classifier_free(predict, scale):

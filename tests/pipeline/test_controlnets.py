@@ -69,6 +69,14 @@ def test_two_controlnets_and_the_branch(
     assert_parity(ours, plain(request, scale=lambda i: branch_strength, controls=theirs), TOLERANCE)
 
 
+def test_controlnets_are_cached_too(latents, plain, assert_parity, networks, hints, deep_cached):
+    """What they add to the first skips stays until the next key row, as what they add below is in the deep features."""
+    key = lambda row: row % 3 == 0  # noqa: E731
+    ours = latents([REQUEST], cache_every=3, controls=[Control(load_component(networks[0][0]), hints[0], 0.7)])
+    theirs = [(plain.remembering(networks[0][1], key), as_torch(hints[0]), lambda i: 0.7)]
+    assert_parity(ours, plain(unet=deep_cached(key), controls=theirs), TOLERANCE)
+
+
 def test_on_the_bare_backbone(latents, plain, assert_parity, networks, hints):
     ours = latents([REQUEST], bare=True, controls=[Control(load_component(networks[0][0]), hints[0])])
     theirs = [(networks[0][1], as_torch(hints[0]), lambda i: 1.0)]

@@ -16,8 +16,8 @@ import transformers
 from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPTextModel
 
 from bdm_jax import generate as module
+from bdm_jax.autoencoder import decode
 from bdm_jax.conversion import to_torch
-from bdm_jax.denoise import decode
 from bdm_jax.generate import generate
 from bdm_jax.models import config as configs
 from bdm_jax.models.functional import abstract

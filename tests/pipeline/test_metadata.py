@@ -23,6 +23,9 @@ SETTINGS = Settings(
     hires=1.5,
     clip_skip=2,
     english_guidance=2.0,
+    cache_every=3,
+    merge_tokens=0.5,
+    vae_tile=64,
 )
 PIXELS = np.zeros((32, 48, 3), np.uint8)
 VALUES = describe(REQUEST, SETTINGS, {"model": "demo", "vae": "other.safetensors"})
@@ -71,6 +74,8 @@ def test_parameters_are_what_web_uis_read_back():
         "Residual strengths": '"0.5, 1.0"',
         "English guidance": "2.0",
         "Masked": "True",
+        "Cache every": "3",
+        "Merge tokens": "0.5",
         "VAE": "other.safetensors",
     }
     assert expected.items() <= more.items()

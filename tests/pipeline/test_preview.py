@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdm_jax.denoise import encode
+from bdm_jax.autoencoder import encode
 from bdm_jax.drawing.preview import colours, latent_colours, writer
 from bdm_jax.paths import DEMO
 from bdm_jax.pipeline import BridgePipeline

@@ -20,6 +20,7 @@ from PIL import Image
 from bdm_jax.data.images import read_picture
 from bdm_jax.drawing import runs
 from bdm_jax.drawing.metadata import read_settings
+from bdm_jax.drawing.pictures import write_png
 from bdm_jax.drawing.prompts import read_prompts
 from bdm_jax.errors import UserError
 from bdm_jax.settings import Request, Settings
@@ -67,6 +68,18 @@ def test_what_is_there_is_not_drawn_again(tiny, tmp_path):
     assert run(tiny, tmp_path) == (3, ["contact-sheet.png"])
     check_whole(tmp_path, 3)
     assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("0*.png")}
+
+
+def test_an_older_versions_pictures_are_not_drawn_again(tiny, tmp_path):
+    """They say nothing about settings that came later, which are as by default then."""
+    run(tiny, tmp_path)
+    for name in NAMES:
+        settings = read_settings(tmp_path / name)
+        del settings["cache_every"], settings["merge_tokens"]
+        write_png(tmp_path / name, read_picture(tmp_path / name), settings)
+    assert run(tiny, tmp_path)[0] == 3
+    with pytest.raises(UserError, match="drawn with cache every 1, not 2"):
+        run(tiny, tmp_path, settings=replace(SETTINGS, cache_every=2))
 
 
 @pytest.mark.parametrize(

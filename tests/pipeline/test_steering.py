@@ -12,9 +12,10 @@ import transformers
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from PIL import Image
 
+from bdm_jax.autoencoder import encode
 from bdm_jax.components import Component
 from bdm_jax.data.images import covering
-from bdm_jax.denoise import denoise, encode
+from bdm_jax.denoise import denoise
 from bdm_jax.errors import UserError
 from bdm_jax.generate import generate
 from bdm_jax.models import functional
