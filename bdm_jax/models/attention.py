@@ -78,45 +78,49 @@ def choose(
     return "plain"
 
 
-def plain_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """The same as `attention`, by its definition."""
+def plain_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None, causal: bool = False
+) -> jax.Array:
+    """The same as `attention`, by its definition; a `causal` query sees the keys up to its own place."""
     scores = jnp.einsum("btnk,bsnk->bnts", query, key, preferred_element_type=jnp.float32) / math.sqrt(query.shape[-1])
     if mask is not None:
         scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
+    if causal:
+        scores = jnp.where(jnp.tri(*scores.shape[2:], dtype=bool), scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bnts,bsnk->btnk", weights, value)
 
 
 def _chunked(query, key, value, mask):
-    """Loops over heads and over chunks of queries. The batch stays whole, so that it may be sharded."""
+    """Loops over heads and over chunks of queries. The batch stays whole, so that it may be sharded.
+
+    Scores stand with one column for each query: so written, both products are the fastest that XLA has on a CPU, and
+    the softmax runs down contiguous rows. A row of ones below the values makes their sums in the same product.
+    """
     batch, queries, _, width = query.shape
     most = max(_FEWEST_QUERIES, CPU_SCORES // (batch * key.shape[1]))
     chunks = -(-queries // most)
     size = -(-queries // chunks)
     query = jnp.pad(query / math.sqrt(width), ((0, 0), (0, chunks * size - queries), (0, 0), (0, 0)))
-    query = query.reshape(batch, chunks, size, -1, width)
+    query_ncbkt = query.reshape(batch, chunks, size, -1, width).transpose(3, 1, 0, 4, 2)
+    key_nbsk, value_nbks = key.transpose(2, 0, 1, 3), value.transpose(2, 0, 3, 1)
+    value_nbks = jnp.concatenate([value_nbks, jnp.ones_like(value_nbks[:, :, :1])], axis=2)
 
     def head(parts):
-        query_cbtk, key_bsk, value_bsk = parts
-        return jax.lax.map(lambda chunk: _one_head(chunk, key_bsk, value_bsk, mask), query_cbtk)
+        query_cbkt, key_bsk, value_bks = parts
+        return jax.lax.map(lambda chunk: _one_head(chunk, key_bsk, value_bks, mask), query_cbkt)
 
-    query_ncbtk, key_nbsk, value_nbsk = (
-        query.transpose(3, 1, 0, 2, 4),
-        jnp.moveaxis(key, 2, 0),
-        jnp.moveaxis(value, 2, 0),
-    )
-    out_ncbtk = jax.lax.map(head, (query_ncbtk, key_nbsk, value_nbsk))
-    return out_ncbtk.transpose(2, 1, 3, 0, 4).reshape(batch, chunks * size, -1, width)[:, :queries]
+    out_ncbkt = jax.lax.map(head, (query_ncbkt, key_nbsk, value_nbks))
+    return out_ncbkt.transpose(2, 1, 4, 0, 3).reshape(batch, chunks * size, -1, width)[:, :queries]
 
 
-def _one_head(query_btk, key_bsk, value_bsk, mask):
-    scores = jnp.einsum("btk,bsk->bts", query_btk, key_bsk, preferred_element_type=jnp.float32)
+def _one_head(query_bkt, key_bsk, value_bks, mask):
+    scores = jnp.einsum("bsk,bkt->bst", key_bsk, query_bkt, preferred_element_type=jnp.float32)
     if mask is not None:
-        scores = jnp.where(mask[:, None, :], scores, jnp.finfo(scores.dtype).min)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    mixed = jnp.einsum("bts,bsk->btk", weights.astype(value_bsk.dtype), value_bsk, preferred_element_type=jnp.float32)
-    return (mixed / total).astype(value_bsk.dtype)
+        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=1, keepdims=True)))
+    mixed = jnp.einsum("bks,bst->bkt", value_bks, weights.astype(value_bks.dtype), preferred_element_type=jnp.float32)
+    return (mixed[:, :-1] / mixed[:, -1:]).astype(value_bks.dtype)
 
 
 def _flash(query, key, value):

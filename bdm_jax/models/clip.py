@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from bdm_jax.models.attention import attention
+from bdm_jax.models.attention import attention, plain_attention
 from bdm_jax.models.config import CLIPTextConfig, CLIPVisionConfig
 
 _MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -32,10 +32,7 @@ class SelfAttention(nnx.Module):
     def __call__(self, x):
         split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # noqa: E731
         query, key, value = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
-        if self.causal:
-            out = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        else:
-            out = attention(query, key, value)
+        out = plain_attention(query, key, value, causal=True) if self.causal else attention(query, key, value)
         return self.out_proj(out.reshape(x.shape))
 
 
