@@ -2,7 +2,7 @@
 
 python train.py bdm-sd15-v5p --data.folder DIR
 python -m bdm_jax.plan bdm-sd15-v5p --topology v5p:4x4x8
-Hardware: 128 chips v5p, 24 pictures each. By arithmetic, not yet compiled (docs/scaling.md): 0.27 s a step, 11,500
+Hardware: 128 chips v5p, 24 pictures each. As compiled (docs/scaling.md; not run): 38 of 95 GB, 0.27 s a step, 11,500
 pictures/s; 1.0 days and 3,100 chip-hours for 10^9 pairs.
 """
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 import configs
-from bdm_jax.plan import Plan, Program, analytic_flops, from_json, parse_topology, reckon
+from bdm_jax.plan import Plan, from_json, parse_topology, reckon
 
 DOCS = Path(__file__).resolve().parent
 PAIRS = 1e9
@@ -28,24 +28,24 @@ _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 900, 480, 70, 30, 170, 60
 
 
 def curves() -> dict[str, tuple[list[Plan], list[Plan]]]:
-    """Chip -> plans by growing slices, at the pictures per chip of `_RUNS` and at one each; from a compiled plan of
-    that chip if there is one, else from the analytic FLOPs, without memory.
+    """Chip -> plans by growing slices, at the pictures per chip of `_RUNS` and at one each: compiled ones where they
+    are kept, the others reckoned from the largest that is.
     """
     found = {}
     for chip, (name, fsdp, batch) in _RUNS.items():
-        path, config = DOCS / "plans" / f"{chip}.json", configs.load(name)
-        slices = [parse_topology(text) for text in SLICES[chip]]
-        if path.is_file():
-            plan = from_json(json.loads(path.read_text()))
-        else:
-            flops, mesh = analytic_flops(config.task), {"data": slices[0].chips, "fsdp": 1, "tensor": 1}
-            nothing = {"arguments": 0, "temporaries": 0, "outputs": 0, "instructions": 0}
-            program = Program(flops * batch, 0.0, nothing)
-            plan = Plan(slices[0], mesh, batch * slices[0].chips, 1, flops, 0, program)
-        many = [reckon(config, plan, where, fsdp, batch) for where in slices]
-        one = [reckon(replace(config, accumulate=1), plan, where, fsdp, 1) for where in slices]
+        config, slices = configs.load(name), [parse_topology(text) for text in SLICES[chip]]
+        known = {where.name: plan for where in slices if (plan := compiled(where.name))}
+        largest = list(known.values())[-1]
+        many = [known.get(where.name) or reckon(config, largest, where, fsdp, batch) for where in slices]
+        one = [reckon(replace(config, accumulate=1), largest, where, fsdp, 1) for where in slices]
         found[chip] = many, one
     return found
+
+
+def compiled(topology: str) -> Plan | None:
+    """What `plan --json docs/plans/v5e-16x16.json` left."""
+    path = DOCS / "plans" / f"{topology.replace(':', '-')}.json"
+    return from_json(json.loads(path.read_text())) if path.is_file() else None
 
 
 def draw(found: dict[str, tuple[list[Plan], list[Plan]]]) -> Image.Image:
@@ -84,15 +84,26 @@ def draw(found: dict[str, tuple[list[Plan], list[Plan]]]) -> Image.Image:
 
 def table(found: dict[str, tuple[list[Plan], list[Plan]]]) -> list[str]:
     """Markdown."""
-    lines = ["| slice | chips | fsdp | pictures per chip | traffic | step | pictures/s | days for 10^9 | chip-hours |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    names = ["slice", "chips", "fsdp", "pictures per chip", "memory", "sent per chip", "step", "pictures/s"]
+    names += ["days for 10^9", "chip-hours"]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for many, _ in found.values():
         for plan in many:
             speed = plan.images_per_second()
             hours = PAIRS / speed / 3600
-            cells = [plan.where.name, plan.where.chips, plan.mesh["fsdp"], f"{plan.batch_per_chip:g}"]
+            cells = [
+                plan.where.name + ("" if compiled(plan.where.name) else " *"),
+                plan.where.chips,
+                plan.mesh["fsdp"],
+                f"{plan.batch_per_chip:g}",
+            ]
             sent = sum(one.sent for one in plan.program.collectives)
-            cells += [f"{sent / 1e9:.2f} GB", f"{plan.time.planned * 1e3:.0f} ms", f"{speed:,.0f}"]
+            cells += [
+                f"{plan.program.total / 1e9:.1f} GB",
+                f"{sent / 1e9:.2f} GB",
+                f"{plan.time.planned * 1e3:.0f} ms",
+                f"{speed:,.0f}",
+            ]
             cells += [f"{hours / 24:.1f}", f"{hours * plan.where.chips:,.0f}"]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines

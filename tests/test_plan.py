@@ -227,7 +227,7 @@ def test_a_small_step_compiles_for_a_tpu(tiny, tmp_path, monkeypatch, topology):
     assert made.program.flops == pytest.approx(made.counted, rel=0.5)  # one picture; at this size the rest counts too
     branch = sum(x.size for x in plan.abstract_job(tiny.task, jnp.dtype("bfloat16"), 64)[1]["branch"].values())
     gathered = sum(one.bytes for one in made.program.collectives if one.kind == "all-gather")
-    assert gathered <= 4 * branch
+    assert 0 < gathered <= 2 * branch  # once, in bf16; nothing of the backbone
     monkeypatch.setattr(plan, "_compile", None)  # the second time it is looked up
     assert plan.make_plan(tiny, where, 64) == made
 
