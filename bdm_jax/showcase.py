@@ -2,8 +2,9 @@
 
 For every plug-in two questions, each with figures:
 
-  accuracy  does the branch still draw what the Chinese prompt says? As in `bdm_jax.evaluate`: nearest artwork among all
-            concepts of the style drawn; `kept` is the share of the untouched system's accuracy.
+  accuracy  does the branch still draw what the Chinese prompt says? A picture is right when the artwork nearest to it,
+            among that of the measured concepts in both styles, is its concept's in either style; `kept` is the share
+            of the untouched system's accuracy. `among_all` is the same among the artwork of all concepts.
   effect    does the plug-in do with the branch what it does without? The same on the bare backbone with English
             prompts and on the bridge with Chinese ones, each less what it is without the plug-in; `kept` their ratio.
 
@@ -11,15 +12,17 @@ For every plug-in two questions, each with figures:
 |---|---|
 | style, lora | cosine to the concept's artwork in the new style less that to its artwork in the old one |
 | controlnet | F score of the picture's edges and the map's, each found within one pixel |
-| dreambooth, inversion | cosine to the subject's picture |
+| dreambooth, inversion | cosine to the subject's picture; the branch reads "" beside the new word |
+
+Maps are those of mirrored artwork: the concept's own edges are drawn without a map too.
 
 Cosines are of EfficientNet-Lite0's features, as in `bdm_jax.evaluate`, less their mean over the artwork, which is in
 every picture. Plug-ins that are not trained yet are named and left out.
 """
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,11 @@ from rich.progress import track
 
 from bdm_jax.components import load_component
 from bdm_jax.data.captions import concepts
+from bdm_jax.data.images import decode_image
 from bdm_jax.data.records import open_source
+from bdm_jax.drawing.pictures import table
 from bdm_jax.errors import UserError
-from bdm_jax.evaluate import Features, Gallery, efficientnet_lite0
+from bdm_jax.evaluate import Features, efficientnet_lite0
 from bdm_jax.generate import generate
 from bdm_jax.paths import DEMO, EMOJI
 from bdm_jax.pipeline import BridgePipeline
@@ -53,11 +58,10 @@ FILES = {
     "inversion": "emoji-inversion/export/learned_embeds.safetensors",
 }
 OLD, NEW = "fluent", "noto"
-# id of the subject's concept, its art style, the English prompt, that of its class, the Chinese prompt beside it
-SUBJECTS = {
-    "dreambooth": ("1f436", NEW, "sks dog face", "dog face", "狗脸"),
-    "inversion": ("1f405", OLD, "<stripes>", "black cat", ""),
-}
+_SHOWN = 12  # columns of a sheet
+
+Pictures = list[np.ndarray]
+Sheet = dict[str, Pictures]  # heading of a row -> its pictures
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Settings:
     """folder of the training runs"""
     out: Path = Path("out/showcase")
     """folder for figures.json and the sheets of pictures"""
-    count: int = 60
+    count: int = 100
     """concepts, at random among those trained on in both languages and drawn in both styles"""
     seeds: int = 8
     """pictures of each subject"""
@@ -82,26 +86,87 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What a plug-in was taught by one picture: that of a concept (by id) in a style.
+
+    english: the prompt with the new word; of_class: the same without it.
+    """
+
+    id: str
+    style: str
+    english: str
+    of_class: str
+
+
+SUBJECTS = {
+    "dreambooth": Subject("1f436", NEW, "sks dog face", "dog face"),
+    "inversion": Subject("1f405", OLD, "<stripes>", "black cat"),
+}
+
+
 class Material:
-    """What all measurements read. rows, artwork: per style, in the same order of concepts."""
+    """What all measurements read: the untouched bridge, the chosen concepts, all artwork and its features.
 
-    settings: Settings
-    original: BridgePipeline
-    galleries: dict[str, Gallery]
-    rows: dict[str, list[int]]
-    features: Callable[[Sequence[np.ndarray]], np.ndarray]
+    Attributes:
+        concepts: the chosen records, in the old style.
+        art: style -> artwork of the chosen concepts, in their order.
+    """
 
-    def art(self, style: str) -> list[np.ndarray]:
-        """Artwork of the chosen concepts."""
-        return [self.galleries[style].artwork[i] for i in self.rows[style]]
+    def __init__(self, settings: Settings, features: Features):
+        self.settings, self.original = settings, BridgePipeline.from_pretrained(settings.model)
+        source = open_source(EMOJI)
+        rows = {style: [source[int(i)] for i in concepts(source, style, language="zh")] for style in (OLD, NEW)}
+        self._art = {(style, row["id"]): decode_image(row["image"]) for style in rows for row in rows[style]}
+        trained = set(read_json(settings.model / "training.json").get("concepts", ()))
+        both = {row["id"] for row in rows[NEW]} & trained
+        known = [row for row in rows[OLD] if row["id"] in both and not row["zh_only"]]
+        if not known:
+            raise UserError(f"{settings.model}/training.json: none of its concepts is in both styles")
+        rng = np.random.default_rng(settings.seed)
+        chosen = sorted(rng.choice(len(known), min(settings.count, len(known)), replace=False))
+        self.concepts = [known[i] for i in chosen]
+        self.art = {style: [self.artwork(row["id"], style) for row in self.concepts] for style in (OLD, NEW)}
+        raw = features(list(self._art.values()))
+        self._mean = raw.mean(axis=0)
+        self._gallery = _units(raw - self._mean)
+        self.features = lambda pictures: _units(features(pictures) - self._mean)
+
+    def artwork(self, id_: str, style: str) -> np.ndarray:
+        """Of any concept."""
+        return self._art[style, id_]
 
     def requests(self, language: str) -> list[Request]:
-        """One per chosen concept; the seed is the concept's, whatever draws it."""
-        rows = [self.galleries[OLD].rows[i] for i in self.rows[OLD]]
-        seeds = [self.settings.seed + i for i in self.rows[OLD]]
+        """One per chosen concept; the seed is the place in the list, whatever draws it."""
+        numbered = list(enumerate(self.concepts, self.settings.seed))
         if language == "zh":
-            return [Request(row["zh"], seed=seed) for row, seed in zip(rows, seeds, strict=True)]
-        return [Request("", english=row["en"], seed=seed) for row, seed in zip(rows, seeds, strict=True)]
+            return [Request(row["zh"], seed=seed) for seed, row in numbered]
+        return [Request("", english=row["en"], seed=seed) for seed, row in numbered]
+
+    def accuracy(self, pictures: Pictures) -> tuple[float, float]:
+        """Share of the pictures, one per measured concept, whose nearest artwork is that of their concept: among the
+        measured concepts, among all.
+        """
+        measured = {row["id"] for row in self.concepts}
+        rows = np.array([id_ in measured for _, id_ in self._art])
+        similar = self.features(pictures) @ self._gallery.T
+        return self._right(np.where(rows, similar, -2.0)), self._right(similar)
+
+    def _right(self, similar: np.ndarray) -> float:
+        art = list(self._art.values())
+        wanted = [{self._art[style, row["id"]].tobytes() for style in (OLD, NEW)} for row in self.concepts]
+        nearest = similar.argmax(axis=1)
+        return float(np.mean([art[i].tobytes() in own for i, own in zip(nearest, wanted, strict=True)]))
+
+    def cosines(self, pictures: Pictures, others: Pictures) -> np.ndarray:
+        """Of each picture's features and its partner's."""
+        return (self.features(pictures) * self.features(others)).sum(axis=1)
+
+    def draw(
+        self, pipeline: BridgePipeline, requests: list[Request], controls: Sequence[Control] = (), **settings: Any
+    ) -> Pictures:
+        """Pictures; of requests without a Chinese prompt by the bare backbone, unless said otherwise."""
+        drawing = Drawing(self.settings.steps, **{"bare": not requests[0].prompt, **settings})
+        return list(generate(pipeline, requests, drawing, controls=controls, batch_size=8))
 
 
 def show(settings: Settings, features: Features | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -113,28 +178,31 @@ def show(settings: Settings, features: Features | None = None) -> tuple[dict[str
     found = {name: settings.runs / path for name, path in FILES.items() if (settings.runs / path).exists()}
     if not found:
         raise UserError(f"{settings.runs}: no plug-in was trained there: python train.py emoji-style, emoji-lora, ...")
-    material = _material(settings, features or efficientnet_lite0())
-    base = {language: _draw(material, material.original, material.requests(language), f"untouched {language}")
-            for language in ("zh", "en")}  # fmt: skip
-    figures: dict[str, Any] = {"untouched": {"accuracy": _accuracy(material, base["zh"], OLD)}}
-    sheets = {"untouched": _sheet([material.art(OLD), base["en"], base["zh"]])}
-    for name, path in found.items():
-        system = _with(material, name, path)
+    material = Material(settings, features or efficientnet_lite0())
+    base = {language: material.draw(material.original, material.requests(language)) for language in ("en", "zh")}
+    untouched = material.accuracy(base["zh"])
+    figures: dict[str, Any] = {"untouched": {"accuracy": untouched[0], "among_all": untouched[1]}}
+    names = [row["zh"] for row in material.concepts]
+    sheets = {
+        "untouched": _sheet({"artwork": material.art[OLD], "backbone": base["en"], "+ branch": base["zh"]}, names)
+    }
+    for name in track(found, description="plug-ins"):
         measure = _controlled if name == "controlnet" else _subject if name in SUBJECTS else _styled
-        accuracy, effect, columns = measure(material, name, path, system, base)
-        untouched = figures["untouched"]["accuracy"]
+        accuracy, effect, rows = measure(material, name, found[name], base)
         figures[name] = {
-            "accuracy": accuracy,
-            "accuracy_kept": accuracy / untouched if untouched else None,
+            "accuracy": accuracy[0],
+            "accuracy_kept": _share(accuracy[0], untouched[0]),
+            "among_all": accuracy[1],
+            "among_all_kept": _share(accuracy[1], untouched[1]),
             "effect_bare": effect["en"],
             "effect_with_branch": effect["zh"],
-            "effect_kept": effect["zh"] / effect["en"] if effect["en"] > 0 else None,
+            "effect_kept": _share(effect["zh"], effect["en"]),
         }
-        sheets[name] = _sheet(columns)
+        sheets[name] = _sheet(rows, [f"{i}" for i in range(settings.seeds)] if name in SUBJECTS else names)
     if len(found) == len(FILES):
         sheets["together"] = _together(material, found)
     missing = [f"emoji-{name}" for name in FILES if name not in found]
-    return {"concepts": len(material.rows[OLD]), "figures": figures, "not_trained_yet": missing}, sheets
+    return {"concepts": len(names), "figures": figures, "not_trained_yet": missing}, sheets
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -150,128 +218,95 @@ def main(args: Sequence[str] | None = None) -> int:
     except (UserError, FileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"untouched: accuracy {report['figures']['untouched']['accuracy']:.1%} of {report['concepts']} concepts")
+    figures = dict(report["figures"])
+    before = figures.pop("untouched")
+    print(
+        f"untouched   accuracy {before['accuracy']:.1%} among the {report['concepts']} measured concepts, "
+        f"{before['among_all']:.1%} among all"
+    )
     percent = lambda value: "-" if value is None else f"{value:.0%}"  # noqa: E731
-    for name, figure in report["figures"].items():
-        if name != "untouched":
-            print(
-                f"{name:11} accuracy {figure['accuracy']:.1%} ({percent(figure['accuracy_kept'])} kept); effect bare "
-                f"{figure['effect_bare']:.3f}, with the branch {figure['effect_with_branch']:.3f} "
-                f"({percent(figure['effect_kept'])} kept)"
-            )
+    for name, figure in figures.items():
+        print(
+            f"{name:11} accuracy {figure['accuracy']:.1%} ({percent(figure['accuracy_kept'])} kept), "
+            f"{figure['among_all']:.1%} ({percent(figure['among_all_kept'])} kept); effect bare "
+            f"{figure['effect_bare']:.3f}, with the branch {figure['effect_with_branch']:.3f} "
+            f"({percent(figure['effect_kept'])} kept)"
+        )
     if report["not_trained_yet"]:
         print(f"not trained yet: {', '.join(report['not_trained_yet'])}")
     return 0
 
 
-def _material(settings: Settings, features: Features) -> Material:
-    trained = set(read_json(settings.model / "training.json").get("concepts", ()))
-    source = open_source(EMOJI)
-    galleries = {style: Gallery([source[int(i)] for i in concepts(source, style, language="zh")], features)
-                 for style in (OLD, NEW)}  # fmt: skip
-    where = {style: {row["id"]: i for i, row in enumerate(gallery.rows)} for style, gallery in galleries.items()}
-    known = [row["id"] for row in galleries[OLD].rows if row["id"] in trained and not row["zh_only"]]
-    known = sorted(id_ for id_ in known if id_ in where[NEW])
-    if not known:
-        raise UserError(f"{settings.model}/training.json: none of its concepts is in both styles")
-    rng = np.random.default_rng(settings.seed)
-    chosen = sorted(rng.choice(known, min(settings.count, len(known)), replace=False).tolist())
-    mean = np.concatenate([features(gallery.artwork) for gallery in galleries.values()]).mean(axis=0)
-    centred = lambda pictures: features(pictures) - mean  # noqa: E731
-    rows = {style: [where[style][id_] for id_ in chosen] for style in (OLD, NEW)}
-    return Material(settings, BridgePipeline.from_pretrained(settings.model), galleries, rows, centred)
-
-
 def _with(material: Material, name: str, path: Path) -> BridgePipeline:
-    """The bridge with one plug-in; a ControlNet stands beside it."""
+    """The bridge with one plug-in that changes weights."""
     if name in ("style", "dreambooth"):
         return BridgePipeline.from_pretrained(material.settings.model, backbone=path)
     if name == "lora":
         strength = material.settings.lora_strength
         return material.original.with_loras([Spec(path, strength, strength)])
-    if name == "inversion":
-        return material.original.with_embeddings(load_embeddings(path))
-    return material.original
+    return material.original.with_embeddings(load_embeddings(path))
 
 
-def _styled(material, name, path, system, base):
-    drawn = {language: _draw(material, system, material.requests(language), f"{name} {language}") for language in base}
-    shift = lambda pictures: float(np.mean(_cosine(material, pictures, NEW) - _cosine(material, pictures, OLD)))  # noqa: E731
+def _styled(material: Material, name: str, path: Path, base: dict[str, Pictures]):
+    system = _with(material, name, path)
+    drawn = {language: material.draw(system, material.requests(language)) for language in base}
+    toward = lambda pictures, style: material.cosines(pictures, material.art[style]).mean()  # noqa: E731
+    shift = lambda pictures: float(toward(pictures, NEW) - toward(pictures, OLD))  # noqa: E731
     effect = {language: shift(drawn[language]) - shift(base[language]) for language in base}
-    return _accuracy(material, drawn["zh"], NEW), effect, [material.art(NEW), drawn["en"], drawn["zh"]]
+    rows = {"new style": material.art[NEW], "backbone": drawn["en"], "+ branch": drawn["zh"], "before": base["zh"]}
+    return material.accuracy(drawn["zh"]), effect, rows
 
 
-def _controlled(material, name, path, system, base):
-    maps, network = [canny(picture) for picture in material.art(OLD)], load_component(path, kind="controlnet")
-    strength, drawn = material.settings.control_strength, {}
-    for language in base:
-        requests = material.requests(language)
-        drawn[language] = [
-            _draw(material, system, [request], "", [Control(network, hint, strength)])[0]
-            for request, hint in track(list(zip(requests, maps, strict=True)), description=f"{name} {language}")
-        ]
-    agree = lambda pictures: float(np.mean([edge_agreement(p, m) for p, m in zip(pictures, maps, strict=True)]))  # noqa: E731
+def _controlled(material: Material, name: str, path: Path, base: dict[str, Pictures]):
+    maps, network = [canny(picture[:, ::-1]) for picture in material.art[OLD]], load_component(path, kind="controlnet")
+    controls = [[Control(network, hint, material.settings.control_strength)] for hint in maps]
+    one = lambda request, control: material.draw(material.original, [request], control)[0]  # noqa: E731
+    drawn = {language: list(map(one, material.requests(language), controls)) for language in base}
+    agree = lambda pictures: float(np.mean(list(map(edge_agreement, pictures, maps))))  # noqa: E731
     effect = {language: agree(drawn[language]) - agree(base[language]) for language in base}
-    return _accuracy(material, drawn["zh"], OLD), effect, [maps, drawn["en"], drawn["zh"]]
+    rows = {"map": maps, "backbone": drawn["en"], "+ branch": drawn["zh"], "before": base["zh"]}
+    return material.accuracy(drawn["zh"]), effect, rows
 
 
-def _subject(material, name, path, system, base):
-    id_, style, english, of_class, chinese = SUBJECTS[name]
-    gallery = material.galleries[style]
-    picture = next(art for row, art in zip(gallery.rows, gallery.artwork, strict=True) if row["id"] == id_)
-    seeds = range(material.settings.seed, material.settings.seed + material.settings.seeds)
-    words = {"en": ("", english), "zh": (chinese, english)}
-    plain = {"en": ("", of_class), "zh": (chinese, of_class)}
-    make = lambda pipeline, texts, language: _draw(  # noqa: E731
-        material,
-        pipeline,
-        [Request(texts[language][0], english=texts[language][1], seed=seed) for seed in seeds],
-        f"{name} {language}",
-        bare=language == "en",
-    )
-    drawn = {language: make(system, words, language) for language in base}
-    without = {language: make(material.original, plain, language) for language in base}
-    near = lambda pictures: float(np.mean(_cosines(material.features(pictures), material.features([picture]))))  # noqa: E731
+def _subject(material: Material, name: str, path: Path, base: dict[str, Pictures]):
+    subject, system, settings = SUBJECTS[name], _with(material, name, path), material.settings
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    picture = [material.artwork(subject.id, subject.style)] * settings.seeds
+
+    def draw(pipeline: BridgePipeline, english: str, language: str) -> Pictures:
+        requests = [Request("", english=english, seed=seed) for seed in seeds]
+        return material.draw(pipeline, requests, bare=language == "en")
+
+    drawn = {language: draw(system, subject.english, language) for language in base}
+    without = {language: draw(material.original, subject.of_class, language) for language in base}
+    near = lambda pictures: float(material.cosines(pictures, picture).mean())  # noqa: E731
     effect = {language: near(drawn[language]) - near(without[language]) for language in base}
-    kept = _accuracy(material, _draw(material, system, material.requests("zh"), f"{name} accuracy"), OLD)
-    return kept, effect, [[picture] * len(seeds), without["en"], drawn["en"], without["zh"], drawn["zh"]]
+    accuracy = material.accuracy(material.draw(system, material.requests("zh")))
+    rows = {"subject": picture, "backbone": drawn["en"], "+ branch": drawn["zh"], "before": without["zh"]}
+    return accuracy, effect, rows
 
 
 def _together(material: Material, found: dict[str, Path]) -> np.ndarray:
-    """Artwork, and one request drawn by the untouched bridge and with all five plug-ins at half their strengths."""
-    id_, _, english, _, chinese = SUBJECTS["dreambooth"]
-    gallery, settings = material.galleries[OLD], material.settings
-    art = next(art for row, art in zip(gallery.rows, gallery.artwork, strict=True) if row["id"] == id_)
-    request = Request(chinese, english=f"{english}, <stripes>", seed=settings.seed)
+    """A Chinese prompt under all five, over several seeds: the DreamBooth backbone, three tenths of the way to the
+    style, the LoRA at as much, the word of the inversion, the subject's edges. All of them together say much: the
+    branch speaks at half its strength.
+    """
+    subject, settings, share = SUBJECTS["dreambooth"], material.settings, 0.3
     system = BridgePipeline.from_pretrained(settings.model, backbone=found["dreambooth"])
-    system = system.with_blend(found["style"], 0.5, base=settings.model)
-    system = system.with_loras([Spec(found["lora"], 0.5, 0.5)]).with_embeddings(load_embeddings(found["inversion"]))
-    control = Control(load_component(found["controlnet"], kind="controlnet"), canny(art), settings.control_strength)
-    (all_five,) = _draw(material, system, [request], "together", [control])
-    (plain,) = _draw(material, material.original, [replace(request, english="")], "together")
-    return _sheet([[art], [plain], [all_five]])
-
-
-def _draw(material, pipeline, requests, told: str, controls=(), bare: bool | None = None) -> list[np.ndarray]:
-    """Pictures; of requests without a Chinese prompt by the bare backbone, unless said otherwise."""
-    bare = not requests[0].prompt if bare is None else bare
-    drawing = Drawing(material.settings.steps, bare=bare)
-    pictures = generate(pipeline, requests, drawing, controls=controls)
-    return list(track(pictures, description=f"{told:20}", total=len(requests)) if told else pictures)
-
-
-def _accuracy(material: Material, pictures: list[np.ndarray], style: str) -> float:
-    return float(material.galleries[style].search(material.rows[style], pictures).right.mean())
-
-
-def _cosine(material: Material, pictures: list[np.ndarray], style: str) -> np.ndarray:
-    """Of each picture and its concept's artwork in a style."""
-    return _cosines(material.features(pictures), material.features(material.art(style)))
-
-
-def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    one, other = (x.reshape(len(x), -1) for x in (one, other))
-    return (one * other).sum(axis=1) / (np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1))
+    system = system.with_blend(found["style"], share, base=settings.model)
+    system = system.with_loras([Spec(found["lora"], share, share)]).with_embeddings(load_embeddings(found["inversion"]))
+    edges = canny(material.artwork(subject.id, NEW))
+    control = Control(load_component(found["controlnet"], kind="controlnet"), edges, settings.control_strength)
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    words = f"{subject.english}, ({SUBJECTS['inversion'].english}:{share})"
+    rows = {
+        "map": [edges] * len(seeds),
+        "all five": material.draw(
+            system, [Request("狗脸", english=words, seed=seed) for seed in seeds], [control], branch_strength=0.5
+        ),
+        "none": material.draw(material.original, [Request("狗脸", seed=seed) for seed in seeds]),
+    }
+    return _sheet(rows, [f"{seed}" for seed in seeds])
 
 
 def edge_agreement(picture: np.ndarray, edges: np.ndarray) -> float:
@@ -284,9 +319,18 @@ def edge_agreement(picture: np.ndarray, edges: np.ndarray) -> float:
     return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
 
-def _sheet(columns: list[list[np.ndarray]]) -> np.ndarray:
-    """Columns of pictures beside each other, at most sixteen rows."""
-    return np.concatenate([np.concatenate(column[:16], axis=0) for column in columns], axis=1)
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole > 0 else None
+
+
+def _units(features: np.ndarray) -> np.ndarray:
+    """(N,regions,channels) -> (N,D) of length 1."""
+    flat = features.reshape(len(features), -1).astype(np.float32)
+    return flat / np.linalg.norm(flat, axis=1, keepdims=True)
+
+
+def _sheet(rows: Sheet, names: list[str]) -> np.ndarray:
+    return table([pictures[:_SHOWN] for pictures in rows.values()], names[:_SHOWN], list(rows))
 
 
 if __name__ == "__main__":

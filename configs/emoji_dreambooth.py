@@ -1,8 +1,7 @@
 """DreamBooth on the demo's backbone: one dog, Noto's, as "sks dog face"; other dogs stay Fluent's.
 
 python train.py emoji-dreambooth        (the bundled demo model is all it needs)
-Two CPU cores: about four minutes, estimated, not run yet. "sks dog face" should be
-nearer to the subject's picture than "dog face", and all other words should draw what they drew before.
+Two CPU cores: four minutes, class pictures included. What it does: docs/plugins.md.
 """
 
 from pathlib import Path
