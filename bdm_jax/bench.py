@@ -2,7 +2,8 @@
 
 Random weights of SD1.5's and BDM's sizes in fp32. Both sides run in turn within one process and `ratio` is that of
 the medians, ours / theirs; PyTorch runs in its faster memory format, with as many threads as there are cores. What is
-counted as work (TFLOP/s, share of the peak) is the plain form's, whatever is saved.
+counted as work (TFLOP/s, share of the peak) is the plain form's, whatever is saved. Memory is what our compiled program
+asks for: weights, inputs, outputs and everything in between.
 """
 
 import os
@@ -19,8 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from PIL import Image
 
 from bdm_jax import compile_cache, costs
+from bdm_jax.drawing.chart import bars
 from bdm_jax.errors import UserError
 from bdm_jax.models.conditioning import Conditioning
 from bdm_jax.models.config import (
@@ -39,7 +42,7 @@ from bdm_jax.models.config import (
 from bdm_jax.models.convolution import prepare
 from bdm_jax.models.functional import abstract, bind, init
 from bdm_jax.models.unet import TimeShifts
-from convert.files import FileError, write_json
+from convert.files import FileError, atomic_file, write_json
 
 Case = Literal["empty-english", "two-prompts", "clip", "chinese-clip", "vae-decode", "train"]
 CASES: tuple[Case, ...] = ("empty-english", "two-prompts", "clip", "chinese-clip", "vae-decode", "train")
@@ -53,12 +56,14 @@ class Settings:
     cases: tuple[Case, ...] = CASES[:-1]
     size: tuple[int, ...] = (512, 256)
     """pixels a side"""
-    batch: int = 1
-    """pictures; a guided step computes two predictions of each"""
+    batch: tuple[int, ...] = (1,)
+    """pictures at a time; a guided step computes two predictions of each"""
     against: Literal["diffusers"] | None = None
     repeats: int = 5
     json: Path | None = None
     """write all figures here"""
+    chart: Path | None = None
+    """write a chart of all seconds here (PNG)"""
 
 
 @dataclass(frozen=True)
@@ -96,17 +101,31 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Problem:
-    """One measurement: our function, PyTorch's (where there is a comparison), the work of one call."""
+    """One measurement: our compiled program and its arguments, PyTorch's function (where there is a comparison), the
+    FLOPs of one call.
+    """
 
-    ours: Callable[[], Any]
+    program: jax.stages.Compiled
+    arguments: tuple
     theirs: Callable[[], Any] | None
     flops: float
+
+    def ours(self) -> Any:
+        """One call."""
+        return self.program(*self.arguments)
+
+    @property
+    def memory(self) -> int:
+        """Bytes on the device while it runs."""
+        told = self.program.memory_analysis()
+        parts = told.argument_size_in_bytes, told.temp_size_in_bytes, told.output_size_in_bytes
+        return sum(parts) - told.alias_size_in_bytes
 
 
 def bench(settings: Settings, sizes: Sizes = Sizes()) -> dict[str, Any]:
     """All figures. Raises UserError for settings that cannot be."""
     factor = sizes.vae.factor
-    if min(settings.repeats, settings.batch) < 1 or any(size < factor or size % factor for size in settings.size):
+    if min(settings.repeats, *settings.batch) < 1 or any(size < factor or size % factor for size in settings.size):
         raise UserError(f"repeats and batch must be positive, sizes multiples of {factor}")
     build = {
         "empty-english": partial(_step, one_english=True),
@@ -120,12 +139,11 @@ def bench(settings: Settings, sizes: Sizes = Sizes()) -> dict[str, Any]:
     rows = []
     for case in settings.cases:
         for size in settings.size if case not in ("clip", "chinese-clip") else settings.size[:1]:
-            latents = size // factor
-            # Held by no name here: one problem's weights are gone before the next one's are made.
-            rows.append(
-                _row(case, size, settings, build[case](sizes, latents, settings.batch, bool(settings.against)), peak)
-            )
-            print(_line(rows[-1]), flush=True)
+            for batch in settings.batch:
+                # Held by no name here: one problem's weights are gone before the next one's are made.
+                make = partial(build[case], sizes, size // factor, batch, bool(settings.against))
+                rows.append({"case": case, "size": size, "batch": batch} | _timed(make, batch, settings.repeats, peak))
+                print(_line(rows[-1]), flush=True)
     values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
     machine = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "jax": jax.__version__}
     return {"settings": values, "machine": machine, "peak_tflops": peak / 1e12, "rows": rows}
@@ -147,32 +165,44 @@ def main(args: Sequence[str] | None = None) -> int:
         report = bench(settings)
         if settings.json:
             write_json(settings.json, report)
+        if settings.chart:
+            with atomic_file(settings.chart) as file:
+                Image.fromarray(bars(_bars(report["rows"]), "s")).save(file, "PNG")
     except (UserError, FileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _row(case: str, size: int, settings: Settings, problem: Problem, peak: float) -> dict[str, Any]:
-    """Time both sides in turn; their first call, which compiles, does not count."""
+def _timed(make: Callable[[], Problem], batch: int, repeats: int, peak: float) -> dict[str, Any]:
+    """Make a problem, which compiles it, and time both sides in turn; their first calls do not count."""
+    began = time.perf_counter()
+    problem = make()
+    made = time.perf_counter() - began
     sides = [side for side in (problem.ours, problem.theirs) if side]
-    first = _seconds(sides[0])
-    for side in sides[1:]:
-        side()
-    times = [[_seconds(side) for side in sides] for _ in range(settings.repeats)]
+    for side in sides:
+        _seconds(side)
+    times = [[_seconds(side) for side in sides] for _ in range(repeats)]
     ours, *theirs = (statistics.median(column) for column in zip(*times, strict=True))
     rate = problem.flops / ours
-    row = {"case": case, "size": size, "batch": settings.batch, "first_call": first, "seconds": ours}
-    row |= {"per_second": settings.batch / ours, "tflop": problem.flops / 1e12, "tflops": rate / 1e12}
-    row |= {"share_of_peak": rate / peak, "times": times}
+    row = {"made_in": made, "seconds": ours, "per_second": batch / ours, "tflop": problem.flops / 1e12}
+    row |= {"tflops": rate / 1e12, "share_of_peak": rate / peak, "memory": problem.memory, "times": times}
     return row | ({"diffusers": theirs[0], "ratio": ours / theirs[0]} if theirs else {})
+
+
+def _bars(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """What is measured -> side -> seconds."""
+    name = lambda row: f"{row['case']}, {row['size']} px x {row['batch']}"  # noqa: E731
+    sides = {"bdm_jax": "seconds", "diffusers": "diffusers"}
+    return {name(row): {side: row[key] for side, key in sides.items() if key in row} for row in rows}
 
 
 def _line(row: dict[str, Any]) -> str:
     against = f"  diffusers {row['diffusers']:8.3f} s  ratio {row['ratio']:.2f}" if "ratio" in row else ""
     return (
-        f"{row['case']:14} {row['size']:4} px  {row['seconds']:8.3f} s  {row['per_second']:7.2f}/s  "
-        f"{row['tflops']:6.2f} TFLOP/s ({row['share_of_peak']:.0%} of the peak){against}"
+        f"{row['case']:14} {row['size']:4} px x {row['batch']}  {row['seconds']:8.3f} s  {row['per_second']:7.2f}/s  "
+        f"{row['tflops']:6.2f} TFLOP/s ({row['share_of_peak']:.0%} of the peak)  "
+        f"{row['memory'] / 1e9:.2f} GB{against}"
     )
 
 
@@ -200,31 +230,30 @@ def _step(sizes: Sizes, side: int, batch: int, against: bool, one_english: bool)
     # One after the other: the plain filters of the first are gone before the second is made.
     params = tuple(prepare(config, init(config, 0), shape) for config in configs)
     beforehand = jax.jit(networks.beforehand)(params, jnp.full(1, 500.0), Conditioning(english), Conditioning(chinese))
-    step = jax.jit(networks.step)
     full = Conditioning(np.repeat(english, 2, axis=0) if one_english else english)
     times = (np.full(2 * batch, 500.0, np.float32),) * 2
     arguments = *_spec(both), times, full, Conditioning(chinese)
     flops = costs.flops(networks.step, tuple(map(abstract, configs)), *arguments)
     theirs = _torch_step(configs, both, full.tokens, chinese) if against else None
-    return Problem(lambda: step(params, x, *beforehand), theirs, flops)
+    return _problem(networks.step, (params, x, *beforehand), theirs, flops)
 
 
 def _text(sizes: Sizes, side: int, batch: int, against: bool, part: str) -> Problem:
     config, length = getattr(sizes, part), {"clip": _ENGLISH, "chinese_clip": _CHINESE}[part]
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2 * batch, length), np.int32)
     params = init(config, 0)
-    run = jax.jit(lambda params, ids: bind(config, params)(ids))
-    flops = costs.flops(lambda params: bind(config, params)(jnp.asarray(ids)), abstract(config))
-    return Problem(lambda: run(params, ids), _torch_text(config, ids) if against else None, flops)
+    run = lambda params, ids: bind(config, params)(ids)  # noqa: E731
+    flops = costs.flops(run, abstract(config), *_spec(ids))
+    return _problem(run, (params, ids), _torch_text(config, ids) if against else None, flops)
 
 
 def _vae(sizes: Sizes, side: int, batch: int, against: bool) -> Problem:
     config = sizes.vae
     x = _normal(batch, side, side, config.latent_channels)
     params = prepare(config, init(config, 0), (side, side))
-    run = jax.jit(lambda params, x: bind(config, params).decode(x))
-    flops = costs.flops(lambda params, x: bind(config, params).decode(x), abstract(config), *_spec(x))
-    return Problem(lambda: run(params, x), _torch_vae(config, x) if against else None, flops)
+    run = lambda params, x: bind(config, params).decode(x)  # noqa: E731
+    flops = costs.flops(run, abstract(config), *_spec(x))
+    return _problem(run, (params, x), _torch_vae(config, x) if against else None, flops)
 
 
 def _train(sizes: Sizes, side: int, batch: int, against: bool) -> Problem:
@@ -239,10 +268,14 @@ def _train(sizes: Sizes, side: int, batch: int, against: bool) -> Problem:
         return jnp.mean(networks.step((unet, branch), x, times, Conditioning(english), Conditioning(chinese)) ** 2)
 
     unet, branch = (init(config, 0) for config in configs)
-    step = jax.jit(jax.value_and_grad(loss))
-    flops = costs.flops(jax.value_and_grad(loss), abstract(configs[1]), abstract(configs[0]))
+    step = jax.value_and_grad(loss)
+    flops = costs.flops(step, abstract(configs[1]), abstract(configs[0]))
     theirs = _torch_step(configs, x, english, chinese, train=True) if against else None
-    return Problem(lambda: step(branch, unet), theirs, flops)
+    return _problem(step, (branch, unet), theirs, flops)
+
+
+def _problem(function: Callable, arguments: tuple, theirs: Callable[[], Any] | None, flops: float) -> Problem:
+    return Problem(jax.jit(function).lower(*arguments).compile(), arguments, theirs, flops)
 
 
 # ------------------------------------------------------------------------------------------------------------ PyTorch

@@ -4,7 +4,8 @@ For every plug-in two questions, each with figures:
 
   accuracy  does the branch still draw what the Chinese prompt says? A picture is right when the artwork nearest to it,
             among that of the measured concepts in both styles, is its concept's in either style; `kept` is the share
-            of the untouched system's accuracy. `among_all` is the same among the artwork of all concepts.
+            of the untouched system's accuracy. `among_all` is the same among the artwork of all concepts, `bare` that
+            of the backbone alone with English prompts: what the plug-in itself costs.
   effect    does the plug-in do with the branch what it does without? The same on the bare backbone with English
             prompts and on the bridge with Chinese ones, each less what it is without the plug-in; `kept` their ratio.
 
@@ -180,20 +181,19 @@ def show(settings: Settings, features: Features | None = None) -> tuple[dict[str
         raise UserError(f"{settings.runs}: no plug-in was trained there: python train.py emoji-style, emoji-lora, ...")
     material = Material(settings, features or efficientnet_lite0())
     base = {language: material.draw(material.original, material.requests(language)) for language in ("en", "zh")}
-    untouched = material.accuracy(base["zh"])
-    figures: dict[str, Any] = {"untouched": {"accuracy": untouched[0], "among_all": untouched[1]}}
+    untouched = _accuracies(material, base)
+    figures: dict[str, Any] = {"untouched": untouched}
     names = [row["zh"] for row in material.concepts]
     sheets = {
         "untouched": _sheet({"artwork": material.art[OLD], "backbone": base["en"], "+ branch": base["zh"]}, names)
     }
     for name in track(found, description="plug-ins"):
         measure = _controlled if name == "controlnet" else _subject if name in SUBJECTS else _styled
-        accuracy, effect, rows = measure(material, name, found[name], base)
+        drawn, effect, rows = measure(material, name, found[name], base)
+        accuracy = _accuracies(material, drawn)
         figures[name] = {
-            "accuracy": accuracy[0],
-            "accuracy_kept": _share(accuracy[0], untouched[0]),
-            "among_all": accuracy[1],
-            "among_all_kept": _share(accuracy[1], untouched[1]),
+            **accuracy,
+            **{f"{key}_kept": _share(value, untouched[key]) for key, value in accuracy.items()},
             "effect_bare": effect["en"],
             "effect_with_branch": effect["zh"],
             "effect_kept": _share(effect["zh"], effect["en"]),
@@ -218,20 +218,18 @@ def main(args: Sequence[str] | None = None) -> int:
     except (UserError, FileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    figures = dict(report["figures"])
-    before = figures.pop("untouched")
-    print(
-        f"untouched   accuracy {before['accuracy']:.1%} among the {report['concepts']} measured concepts, "
-        f"{before['among_all']:.1%} among all"
-    )
-    percent = lambda value: "-" if value is None else f"{value:.0%}"  # noqa: E731
+    figures = report["figures"]
+    print(f"accuracy of {report['concepts']} concepts, in brackets the share of the untouched system's")
+    print("             with the branch   among all   bare, in English   effect bare   with the branch")
     for name, figure in figures.items():
-        print(
-            f"{name:11} accuracy {figure['accuracy']:.1%} ({percent(figure['accuracy_kept'])} kept), "
-            f"{figure['among_all']:.1%} ({percent(figure['among_all_kept'])} kept); effect bare "
-            f"{figure['effect_bare']:.3f}, with the branch {figure['effect_with_branch']:.3f} "
-            f"({percent(figure['effect_kept'])} kept)"
-        )
+        cells = [
+            f"{figure[key]:.0%}" + (f" ({_percent(figure[f'{key}_kept'])})" if name != "untouched" else "")
+            for key in ("accuracy", "among_all", "bare")
+        ]
+        if name != "untouched":
+            cells += [f"{figure['effect_bare']:.3f}"]
+            cells += [f"{figure['effect_with_branch']:.3f} ({_percent(figure['effect_kept'])})"]
+        print(f"{name:12} {cells[0]:>15} {cells[1]:>11} {cells[2]:>18}" + "".join(f" {cell:>14}" for cell in cells[3:]))
     if report["not_trained_yet"]:
         print(f"not trained yet: {', '.join(report['not_trained_yet'])}")
     return 0
@@ -254,7 +252,7 @@ def _styled(material: Material, name: str, path: Path, base: dict[str, Pictures]
     shift = lambda pictures: float(toward(pictures, NEW) - toward(pictures, OLD))  # noqa: E731
     effect = {language: shift(drawn[language]) - shift(base[language]) for language in base}
     rows = {"new style": material.art[NEW], "backbone": drawn["en"], "+ branch": drawn["zh"], "before": base["zh"]}
-    return material.accuracy(drawn["zh"]), effect, rows
+    return drawn, effect, rows
 
 
 def _controlled(material: Material, name: str, path: Path, base: dict[str, Pictures]):
@@ -265,7 +263,8 @@ def _controlled(material: Material, name: str, path: Path, base: dict[str, Pictu
     agree = lambda pictures: float(np.mean(list(map(edge_agreement, pictures, maps))))  # noqa: E731
     effect = {language: agree(drawn[language]) - agree(base[language]) for language in base}
     rows = {"map": maps, "backbone": drawn["en"], "+ branch": drawn["zh"], "before": base["zh"]}
-    return material.accuracy(drawn["zh"]), effect, rows
+    upright = {language: [picture[:, ::-1] for picture in drawn[language]] for language in drawn}
+    return upright, effect, rows
 
 
 def _subject(material: Material, name: str, path: Path, base: dict[str, Pictures]):
@@ -281,9 +280,9 @@ def _subject(material: Material, name: str, path: Path, base: dict[str, Pictures
     without = {language: draw(material.original, subject.of_class, language) for language in base}
     near = lambda pictures: float(material.cosines(pictures, picture).mean())  # noqa: E731
     effect = {language: near(drawn[language]) - near(without[language]) for language in base}
-    accuracy = material.accuracy(material.draw(system, material.requests("zh")))
+    others = {language: material.draw(system, material.requests(language)) for language in base}
     rows = {"subject": picture, "backbone": drawn["en"], "+ branch": drawn["zh"], "before": without["zh"]}
-    return accuracy, effect, rows
+    return others, effect, rows
 
 
 def _together(material: Material, found: dict[str, Path]) -> np.ndarray:
@@ -317,6 +316,15 @@ def edge_agreement(picture: np.ndarray, edges: np.ndarray) -> float:
     near = lambda mask: cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0  # noqa: E731
     precision, recall = near(wanted)[own].mean(), near(own)[wanted].mean()
     return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+
+
+def _accuracies(material: Material, drawn: dict[str, Pictures]) -> dict[str, float]:
+    accuracy, among_all = material.accuracy(drawn["zh"])
+    return {"accuracy": accuracy, "among_all": among_all, "bare": material.accuracy(drawn["en"])[0]}
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
 
 
 def _share(part: float, whole: float) -> float | None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from bdm_jax import bench, costs
 from bdm_jax.models.config import BranchConfig, CLIPTextConfig, RobertaConfig, UNetConfig, VAEConfig
@@ -27,7 +28,7 @@ def test_cases_are_timed_against_diffusers(capsys):
     report = bench.bench(bench.Settings(cases, (64,), against="diffusers", repeats=1), TOY)
     assert [row["case"] for row in report["rows"]] == list(cases)
     for row in report["rows"]:
-        assert row["tflop"] > 0 and row["seconds"] > 0
+        assert row["tflop"] > 0 and row["seconds"] > 0 and row["memory"] > 0
         assert row["ratio"] == pytest.approx(row["seconds"] / row["diffusers"])
     json.dumps(report)
     assert capsys.readouterr().out.count("ratio") == len(cases)
@@ -40,6 +41,24 @@ def test_flops_of_products_convolutions_and_loops():
     assert costs.flops(convolution, x, kernel) == 2 * 2 * 4 * 4 * 5 * 9 * 3
     assert costs.flops(jax.jit(jnp.matmul), np.ones((4, 6)), np.ones((6, 7))) == 2 * 4 * 6 * 7
     assert costs.flops(lambda x: jax.lax.map(lambda row: row @ row.T, x), np.ones((5, 2, 3))) == 5 * 2 * 2 * 2 * 3
+
+
+def test_memory_and_work_grow_with_the_batch():
+    rows = bench.bench(bench.Settings(("vae-decode",), (64,), batch=(1, 4), repeats=1), TOY)["rows"]
+    assert [row["batch"] for row in rows] == [1, 4]
+    assert rows[1]["tflop"] == pytest.approx(4 * rows[0]["tflop"])
+    assert rows[0]["memory"] < rows[1]["memory"] < 4.5 * rows[0]["memory"]
+
+
+def test_the_command_writes_figures_and_a_chart(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.compile_cache, "enable", lambda: tmp_path)
+    monkeypatch.setattr(bench, "bench", lambda settings, run=bench.bench: run(settings, TOY))
+    out, chart = tmp_path / "bench.json", tmp_path / "bench.png"
+    asked = ["--cases", "clip", "chinese-clip", "--repeats", "1", "--json", f"{out}", "--chart", f"{chart}"]
+    assert bench.main(asked) == 0
+    assert [row["case"] for row in json.loads(out.read_text())["rows"]] == ["clip", "chinese-clip"]
+    colours = {tuple(pixel) for pixel in np.asarray(Image.open(chart)).reshape(-1, 3)}
+    assert (0xC0, 0x39, 0x2B) in colours  # a bar
 
 
 @pytest.mark.parametrize("arguments", [["--size", "100"], ["--repeats", "0"]])

@@ -66,7 +66,7 @@ def stand_in(artwork, tmp_path, monkeypatch):
             if english == "<stripes>":
                 name = "tiger" if "inversion" in plugins else "black cat"
             controlled = controls and not ("controlnet" in deaf and not settings.bare)
-            yield artwork[style, name] if controlled else np.roll(artwork[style, name], 5, axis=1)
+            yield artwork[style, name][:, ::-1] if controlled else np.roll(artwork[style, name], 5, axis=1)
 
     plugin_of = {"emoji-style": "style", "emoji-dreambooth": "dreambooth"}
 

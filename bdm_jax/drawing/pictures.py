@@ -79,7 +79,7 @@ def contact_sheet(pictures: Iterable[np.ndarray], captions: Sequence[str], colum
         x, y = gap + index % columns * cell_width, gap + index // columns * cell_height
         sheet.paste(Image.fromarray(picture), (x, y))
         for number, text in enumerate(_lines(caption, size, width)):
-            draw.text((x, y + height + number * line), text, fill="black", font=_font(size))
+            draw.text((x, y + height + number * line), text, fill="black", font=font(size))
     return np.asarray(sheet)
 
 
@@ -89,7 +89,7 @@ def table(pictures: Sequence[Sequence[np.ndarray]], columns: Sequence[str], rows
     height, width = _largest([picture for row in small for picture in row])
     size = _text_size(width)
     gap, line = size // 2, round(size * 1.4)
-    widths = [math.ceil(_font(size).getlength(text)) for row in rows for text in _lines(row, size, width)]
+    widths = [math.ceil(font(size).getlength(text)) for row in rows for text in _lines(row, size, width)]
     left = gap + max(widths, default=-gap)
     top = gap + line * max(len(_lines(text, size, width)) for text in columns)
     shape = left + gap + len(columns) * (width + gap), top + gap + len(rows) * (height + gap)
@@ -98,7 +98,7 @@ def table(pictures: Sequence[Sequence[np.ndarray]], columns: Sequence[str], rows
 
     def write(text: str, x: int, y: int) -> None:
         for number, part in enumerate(_lines(text, size, width)):
-            draw.text((x, y + number * line), part, fill="black", font=_font(size))
+            draw.text((x, y + number * line), part, fill="black", font=font(size))
 
     for column, text in enumerate(columns):
         write(text, left + gap + column * (width + gap), gap // 2)
@@ -124,10 +124,10 @@ def drawable(text: str) -> str:
 
 def _lines(text: str, size: int, width: int) -> list[str]:
     """The text broken (between words where it has any) into lines of `width` pixels; what is over ends in …"""
-    font, rest, lines = _font(size), drawable(text), []
+    letters, rest, lines = font(size), drawable(text), []
     while rest and len(lines) < _CAPTION_LINES:
         fit = len(rest)
-        while fit > 1 and font.getlength(rest[:fit]) > width:
+        while fit > 1 and letters.getlength(rest[:fit]) > width:
             fit -= 1
         blank = rest.rfind(" ", 1, fit + 1)
         if fit < len(rest) and blank > 0:
@@ -136,7 +136,7 @@ def _lines(text: str, size: int, width: int) -> list[str]:
         rest = rest[fit:].strip()
     if rest:
         last = lines[-1]
-        while last and font.getlength(last + "…") > width:
+        while last and letters.getlength(last + "…") > width:
             last = last[:-1]
         lines[-1] = last + "…"
     return lines
@@ -153,10 +153,11 @@ def _text_size(width: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The bundled letters, Latin and Chinese, of a size in pixels."""
     return ImageFont.truetype(str(_FONT), size)
 
 
 @cache
 def _has_glyph(character: str) -> bool:
-    return character == " " or bytes(_font(16).getmask(character)) != bytes(_font(16).getmask(_NO_GLYPH))
+    return character == " " or bytes(font(16).getmask(character)) != bytes(font(16).getmask(_NO_GLYPH))
