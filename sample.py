@@ -1,6 +1,8 @@
 """Pictures from prompts: python sample.py "红灯笼" """
 
+import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from convert.files import FileError
 
 
 def main() -> int:
-    """Exit status: 0, 2 after bad input (one line on stderr), 130 after Ctrl-C."""
+    """Exit status: 0, 2 after bad input (one line on stderr), 130 after Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     what = SpinnerColumn(), TextColumn("{task.description}"), BarColumn()
     try:
@@ -33,7 +36,7 @@ def main() -> int:
 
 def draw(arguments: Arguments, requests: list[Request], rows: list[int] | None, bar: Progress) -> list[Path]:
     """Load the model and draw; returns the files written. JAX is imported here, when it is needed."""
-    task = bar.add_task("loading", total=None)
+    task, marks = bar.add_task("loading", total=None), [time.perf_counter()]
     from bdm_jax import compile_cache, distributed
     from bdm_jax.diffusion.samplers import SAMPLERS
     from bdm_jax.drawing import runs
@@ -45,18 +48,32 @@ def draw(arguments: Arguments, requests: list[Request], rows: list[int] | None, 
     compile_cache.enable()
     pipeline, controls = arguments.parts.load(), arguments.parts.load_controls()
     names = arguments.parts.names()
+    marks.append(time.perf_counter())
     run = runs.plan(pipeline, requests, settings, arguments.out, controls=controls, parts=names, rows=rows)
 
     def progress(done: int, total: int) -> None:
         doing = "drawing" if done else "compiling (once per size; kept for next time)"
         bar.update(task, description=doing, completed=done, total=total)
 
-    there, files = runs.draw(
+    there, drawn = runs.draw(
         pipeline, run, batch_size=arguments.batch_size, progress=progress, preview_every=arguments.preview_every
     )
     if there:
         print(f"note: {there} of {len(run.pictures)} pictures are there already", file=sys.stderr)
-    return list(files)
+    files = []
+    for file in drawn:
+        files.append(file)
+        marks.append(time.perf_counter())
+    if files:
+        print(_times(marks), file=sys.stderr)
+    return files
+
+
+def _times(marks: list[float]) -> str:
+    """marks: when loading began, when it ended, when each picture was done."""
+    began, loaded, first, *rest = marks
+    then = f", then {(rest[-1] - first) / len(rest):.1f} s each" if rest else ""
+    return f"loaded in {loaded - began:.1f} s, first picture after {first - loaded:.1f} s{then}"
 
 
 if __name__ == "__main__":

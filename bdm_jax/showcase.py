@@ -13,9 +13,10 @@ For every plug-in two questions, each with figures:
 |---|---|
 | style, lora | cosine to the concept's artwork in the new style less that to its artwork in the old one |
 | controlnet | F score of the picture's edges and the map's, each found within one pixel |
-| dreambooth, inversion | cosine to the subject's picture; the branch reads "" beside the new word |
+| dreambooth, inversion | cosine to the subject's picture |
 
-Maps are those of mirrored artwork: the concept's own edges are drawn without a map too.
+For the last two rows the branch reads "" (and the backbone "" or the new word): the demo has one picture for a name,
+and would draw its edges without a map.
 
 Cosines are of EfficientNet-Lite0's features, as in `bdm_jax.evaluate`, less their mean over the artwork, which is in
 every picture. Plug-ins that are not trained yet are named and left out.
@@ -23,7 +24,7 @@ every picture. Plug-ins that are not trained yet are named and left out.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -256,15 +257,21 @@ def _styled(material: Material, name: str, path: Path, base: dict[str, Pictures]
 
 
 def _controlled(material: Material, name: str, path: Path, base: dict[str, Pictures]):
-    maps, network = [canny(picture[:, ::-1]) for picture in material.art[OLD]], load_component(path, kind="controlnet")
+    maps, network = [canny(picture) for picture in material.art[OLD]], load_component(path, kind="controlnet")
     controls = [[Control(network, hint, material.settings.control_strength)] for hint in maps]
-    one = lambda request, control: material.draw(material.original, [request], control)[0]  # noqa: E731
-    drawn = {language: list(map(one, material.requests(language), controls)) for language in base}
+    wordless = [replace(request, prompt="") for request in material.requests("zh")]
+
+    def draw(requests: list[Request], language: str, controls=controls) -> Pictures:
+        one = lambda request, control: material.draw(material.original, [request], control, bare=language == "en")[0]  # noqa: E731
+        return list(map(one, requests, controls))
+
+    drawn = {language: draw(material.requests(language), language) for language in base}
+    by_map = {language: draw(wordless, language) for language in base}
+    without = {language: draw(wordless, language, [()] * len(maps)) for language in base}
     agree = lambda pictures: float(np.mean(list(map(edge_agreement, pictures, maps))))  # noqa: E731
-    effect = {language: agree(drawn[language]) - agree(base[language]) for language in base}
-    rows = {"map": maps, "backbone": drawn["en"], "+ branch": drawn["zh"], "before": base["zh"]}
-    upright = {language: [picture[:, ::-1] for picture in drawn[language]] for language in drawn}
-    return upright, effect, rows
+    effect = {language: agree(by_map[language]) - agree(without[language]) for language in base}
+    rows = {"map": maps, "backbone": by_map["en"], "+ branch": by_map["zh"], "with words": drawn["zh"]}
+    return drawn, effect, rows
 
 
 def _subject(material: Material, name: str, path: Path, base: dict[str, Pictures]):

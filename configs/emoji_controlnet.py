@@ -12,7 +12,13 @@ from bdm_jax.training.controlnet import ControlNetTask
 from configs import emoji_backbone
 
 CONFIG = TrainConfig(
-    task=ControlNetTask(model=DEMO, hint="canny", hint_widths=(8, 16, 32, 64, 96), timestep_bias="later"),
+    task=ControlNetTask(
+        model=DEMO,
+        hint="canny",
+        hint_widths=(8, 16, 32, 64, 96),
+        timestep_bias="later",
+        caption_dropout=0.5,  # the demo draws one picture for a name: only without names is a map needed
+    ),
     run=Path("runs/emoji-controlnet"),
     steps=800,
     data=emoji_backbone.DATA,

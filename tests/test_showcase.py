@@ -66,7 +66,7 @@ def stand_in(artwork, tmp_path, monkeypatch):
             if english == "<stripes>":
                 name = "tiger" if "inversion" in plugins else "black cat"
             controlled = controls and not ("controlnet" in deaf and not settings.bare)
-            yield artwork[style, name][:, ::-1] if controlled else np.roll(artwork[style, name], 5, axis=1)
+            yield controls[0] if controlled else np.roll(artwork[style, name or "black cat"], 5, axis=1)
 
     plugin_of = {"emoji-style": "style", "emoji-dreambooth": "dreambooth"}
 
@@ -77,7 +77,15 @@ def stand_in(artwork, tmp_path, monkeypatch):
     monkeypatch.setattr(showcase, "generate", generate)
     monkeypatch.setattr(showcase, "load_component", lambda path, kind: object())
     monkeypatch.setattr(showcase, "load_embeddings", lambda path: [])
-    monkeypatch.setattr(showcase, "Control", lambda network, hint, strength: hint)
+    hints = {}  # the picture behind a map
+
+    def canny(picture, make=showcase.canny):
+        hint = make(picture)
+        hints[hint.tobytes()] = picture
+        return hint
+
+    monkeypatch.setattr(showcase, "canny", canny)
+    monkeypatch.setattr(showcase, "Control", lambda network, hint, strength: hints[hint.tobytes()])
     monkeypatch.setattr(showcase, "efficientnet_lite0", lambda: thumbnails)
     for path in showcase.FILES.values():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)

@@ -132,7 +132,7 @@ def test_five_steps_equal_diffusers(sd15, tmp_path, monkeypatch):
     assert (pipeline.tokenizer.length, pipeline.branch_tokenizer.length) == (77, 52)
     request, steps, size = Request("水墨山水，一叶扁舟", "低质量", "film grain", "blurry", seed=7), 5, (256, 256)
     seen = []
-    monkeypatch.setattr(module, "decode", lambda vae, latents: seen.append(latents) or decode(vae, latents))
+    monkeypatch.setattr(module, "decode", lambda vae, x, tile: seen.append(x) or decode(vae, x, tile))
     (picture,) = generate(pipeline, [request], Settings(steps, guidance=7.5, size=size))
     ours = np.asarray(seen[0])[0]
     noise = np.asarray(jax.random.normal(jax.random.key(7), (32, 32, 4)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -128,6 +129,7 @@ def test_a_file_of_prompts_and_a_range_of_seeds(run, tiny_folder, tmp_path):
     status, out, err = run(*arguments)
     names = ["0001-猫-seed3", "0001-猫-seed5", "0001-猫-seed6", "0002-龙-seed9"]
     assert status == 0 and [Path(line).stem for line in out.split()] == [*names, "contact-sheet"], err
+    assert re.search(r"loaded in [\d.]+ s, first picture after [\d.]+ s, then [\d.]+ s each\n", err), err
     status, out, err = run(*arguments)
     assert status == 0 and "note: 4 of 4 pictures are there already" in err
     status, out, err = run(*arguments, "--guidance", 2)
@@ -172,14 +174,15 @@ def test_help_names_every_flag(run):
     assert status == 0 and all(f"--{flag}" in out for flag in flags)
 
 
-def test_ctrl_c_leaves_finished_pictures_only(start, tiny_folder, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_finished_pictures_only(start, tiny_folder, tmp_path, sent):
     more = ("--preview-every", 1, "--model", tiny_folder)
     process = start("猫", "--count", 5000, "--batch-size", 1, "--steps", 2, *more)
     out = tmp_path / "out"
     deadline = time.monotonic() + 300
     while len(list(out.glob("0*.png"))) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in err, err
     lines = [json.loads(line)["file"] for line in (out / "pictures.jsonl").read_text(encoding="utf-8").splitlines()]
