@@ -261,13 +261,13 @@ def _controlled(material: Material, name: str, path: Path, base: dict[str, Pictu
     controls = [[Control(network, hint, material.settings.control_strength)] for hint in maps]
     wordless = [replace(request, prompt="") for request in material.requests("zh")]
 
-    def draw(requests: list[Request], language: str, controls=controls) -> Pictures:
+    def draw(requests: list[Request], language: str) -> Pictures:
         one = lambda request, control: material.draw(material.original, [request], control, bare=language == "en")[0]  # noqa: E731
         return list(map(one, requests, controls))
 
     drawn = {language: draw(material.requests(language), language) for language in base}
     by_map = {language: draw(wordless, language) for language in base}
-    without = {language: draw(wordless, language, [()] * len(maps)) for language in base}
+    without = {language: material.draw(material.original, wordless, bare=language == "en") for language in base}
     agree = lambda pictures: float(np.mean(list(map(edge_agreement, pictures, maps))))  # noqa: E731
     effect = {language: agree(by_map[language]) - agree(without[language]) for language in base}
     rows = {"map": maps, "backbone": by_map["en"], "+ branch": by_map["zh"], "with words": drawn["zh"]}

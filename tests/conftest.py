@@ -1,5 +1,6 @@
 """Shared by all tests: one random seed per run, weights carried from PyTorch, the parity measure."""
 
+import gc
 import os
 import secrets
 
@@ -26,6 +27,16 @@ def pytest_configure(config):
 
 def pytest_report_header(config):
     return f"random seed: {config.option.seed} (repeat with --seed {config.option.seed})"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs go with the module that made them: thousands of them use up the maps that the kernel grants a
+    process (65,530), and the compiler then dies of a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
