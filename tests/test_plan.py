@@ -32,6 +32,7 @@ from bdm_jax.models.config import (
 )
 from bdm_jax.models.functional import abstract, bind
 from bdm_jax.sharding import AXES
+from bdm_jax.training import shapes
 from bdm_jax.training.config import MeshConfig, TrainConfig
 from bdm_jax.training.tasks import BranchTask, TextTask
 from convert.files import write_json
@@ -167,29 +168,29 @@ def test_at_full_size_the_count_is_the_analytic_one():
     branch = flops(lambda p: bind(BDM_BRANCH, p)(x, t, states(1, 52, 1024)), abstract(BDM_BRANCH))
     ids = jnp.zeros((1, 52), jnp.int32)
     tower = flops(lambda p: bind(CHINESE_CLIP_H_TEXT, p)(ids), abstract(CHINESE_CLIP_H_TEXT))
-    step = plan.analytic_flops(configs.load("bdm-sd15").task)
+    step = shapes.analytic_flops(configs.load("bdm-sd15").task)
     print(
         f"TFLOP: UNet {unet / 1e12:.4f}, branch {branch / 1e12:.4f}, tower {tower / 1e12:.4f}, step {step / 1e12:.4f}"
     )
     assert unet == pytest.approx(0.803e12, rel=0.01)
     assert branch == pytest.approx(0.268e12, rel=0.01)
     assert step - tower == pytest.approx(2.222e12, rel=0.05)
-    again = plan.analytic_flops(replace(configs.load("bdm-sd15").task, remat="blocks"))
+    again = shapes.analytic_flops(replace(configs.load("bdm-sd15").task, remat="blocks"))
     assert again == step  # what is computed twice is needed once
 
 
 def test_state_at_full_size():
     """AdamW's state and the average: 16 bytes for each of the branch's 363,141,760 parameters; split, an eighth."""
     config = configs.load("bdm-sd15")
-    whole = plan.state_bytes(config, AbstractMesh((8, 1, 1), AXES))
-    split = plan.state_bytes(config, AbstractMesh((1, 8, 1), AXES))
+    whole = shapes.state_bytes(config, AbstractMesh((8, 1, 1), AXES))
+    split = shapes.state_bytes(config, AbstractMesh((1, 8, 1), AXES))
     assert whole == 16 * 363_141_760 + 12  # three counters
     assert split == pytest.approx(whole / 8, rel=0.01)
 
 
 def test_a_task_without_a_known_step():
     with pytest.raises(UserError, match="TextTask: plan knows the steps of"):
-        plan.analytic_flops(TextTask())
+        shapes.analytic_flops(TextTask())
 
 
 @pytest.mark.slow
@@ -197,17 +198,18 @@ def test_nothing_of_the_backbone_is_gathered(tiny, tmp_path):
     """The step on 2 x 4 virtual CPU devices: what is gathered is the branch, at most once."""
     code = """
 import json, pickle, sys
-from bdm_jax import costs, plan
+from bdm_jax import costs
 from bdm_jax.sharding import make_mesh
+from bdm_jax.training import shapes
 config = pickle.loads(bytes.fromhex(sys.argv[1]))
-text = plan.lower(config, make_mesh(-1, 4), 64).compile().as_text()
+text = shapes.lower(config, make_mesh(-1, 4), 64).compile().as_text()
 print(json.dumps([[one.kind, one.group, one.bytes] for one in costs.collectives(text)]))
 """
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", code, pickle.dumps(tiny).hex()]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    job, trained, frozen, _ = plan.abstract_job(tiny.task, jnp.dtype("bfloat16"), 64)
+    job, trained, frozen, _ = shapes.abstract_job(tiny.task, jnp.dtype("bfloat16"), 64)
     branch = sum(leaf.size for leaf in trained["branch"].values())
     gathered = sum(size for kind, _, size in found if kind == "all-gather")
     print(f"{found}; branch: {branch:,} parameters, backbone {sum(x.size for x in frozen['unet'].values()):,}")
@@ -225,7 +227,7 @@ def test_a_small_step_compiles_for_a_tpu(tiny, tmp_path, monkeypatch, topology):
     assert made.fits and made.mesh == {"data": 4, "fsdp": 4, "tensor": 1}
     assert made.program.memory["arguments"] > made.state > 0
     assert made.program.flops == pytest.approx(made.counted, rel=0.5)  # one picture; at this size the rest counts too
-    branch = sum(x.size for x in plan.abstract_job(tiny.task, jnp.dtype("bfloat16"), 64)[1]["branch"].values())
+    branch = sum(x.size for x in shapes.abstract_job(tiny.task, jnp.dtype("bfloat16"), 64)[1]["branch"].values())
     gathered = sum(one.bytes for one in made.program.collectives if one.kind == "all-gather")
     assert 0 < gathered <= 2 * branch  # once, in bf16; nothing of the backbone
     monkeypatch.setattr(plan, "_compile", None)  # the second time it is looked up
@@ -236,7 +238,7 @@ def test_reckoning_from_a_compiled_plan(tiny):
     """Twice the pictures: twice the activations, work and HBM traffic; four chips more along data: a longer ring."""
     memory = {"arguments": 9_000_000, "temporaries": 50_000_000, "outputs": 0, "instructions": 1}
     where = plan.parse_topology("v5e:4x4")
-    state = plan.state_bytes(tiny, AbstractMesh((4, 4, 1), AXES), 64)
+    state = shapes.state_bytes(tiny, AbstractMesh((4, 4, 1), AXES), 64)
     program = plan.Program(1e9, 2e9, memory, (Collective("all-reduce", 4, 1, 4, 6),))
     made = plan.Plan(where, {"data": 4, "fsdp": 4, "tensor": 1}, 16, 1, 10**9, state, program)
     assert plan.from_json(json.loads(json.dumps(made.to_json(1e9)))) == made
@@ -246,7 +248,7 @@ def test_reckoning_from_a_compiled_plan(tiny):
     assert (twice.mesh["data"], twice.batch_size) == (16, 128)
     assert twice.time.compute == 2 * made.time.compute and twice.time.memory == 2 * made.time.memory
     assert twice.time.traffic > same.time.traffic > 0
-    parameters = sum(x.size for x in plan.abstract_job(tiny.task, jnp.dtype("bfloat16"), 64)[1]["branch"].values())
+    parameters = sum(x.size for x in shapes.abstract_job(tiny.task, jnp.dtype("bfloat16"), 64)[1]["branch"].values())
     copies = 2 * parameters + 4 * parameters // 4
     assert twice.program.memory["temporaries"] == pytest.approx(2 * 50_000_000 - copies, abs=2)
     assert len(list(plan.sweep(tiny, made, 64))) == 5 * 7
