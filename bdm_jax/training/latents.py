@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdm_jax import autoencoder
 from bdm_jax.components import Component
 from bdm_jax.data.images import covering, decode_image
 from bdm_jax.data.source import Source
@@ -65,7 +66,8 @@ def record_moments(
 
 def round_trip(vae: Component, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Pictures (H,W,3) uint8 through the autoencoder's mean and back."""
-    return list(_through(_there_and_back, vae, pictures))
+    both = lambda config, params, images: autoencoder.decode(vae, autoencoder.encode(vae, images))[0]  # noqa: E731
+    return list(_through(both, vae, pictures))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -97,11 +99,3 @@ def _through(function: Callable, vae: Component, pictures: Iterable[np.ndarray])
     while images := list(islice(rest, _BATCH)):  # itertools.batched came with Python 3.12
         filled = np.stack([*images, *images[-1:] * (_BATCH - len(images))])
         yield from np.asarray(function(vae.config, vae.params, filled))[: len(images)]
-
-
-@partial(jax.jit, static_argnums=0)
-def _there_and_back(config: VAEConfig | TinyVAEConfig, params: Params, images: jax.Array) -> jax.Array:
-    """(B,H,W,3) uint8 -> the same, as the autoencoder gives it back."""
-    network, dtype = bind(config, params), next(iter(params.values())).dtype
-    decoded = network.decode(network.encode(images.astype(dtype) / 127.5 - 1.0)[0]).astype(jnp.float32)
-    return jnp.round(jnp.clip(decoded, -1.0, 1.0) * 127.5 + 127.5).astype(jnp.uint8)
