@@ -1,4 +1,5 @@
-"""Convolutions; on a CPU those of 3x3 and stride 1 as Winograd's (Lavin and Gray 2015, arXiv 1509.09308).
+"""Convolutions; on a CPU those of 3x3 and stride 1 as Winograd's (Lavin and Gray 2015, arXiv 1509.09308), others on
+small maps as products of patches.
 
 F(m,3) makes a tile of m x m outputs with (m+2)^2 multiplications instead of 9 m^2: 2.25 times fewer for m = 2, 4 times
 for m = 4. `prepare` transforms the filters once; a `Conv` then finds a kernel (16 or 36, O, I) where it was declared
@@ -6,6 +7,7 @@ with (3, 3, I, O), and applies what it finds. Nothing else changes: paths, biase
 largest output for m = 2, 5e-6 for m = 4, in fp32).
 """
 
+import math
 import re
 
 import jax
@@ -49,6 +51,8 @@ class Conv(nnx.Module):
             out = winograd(x, kernel)
         elif kernel.shape[:2] == (1, 1) and self.stride == 1:
             out = x @ kernel[0, 0]
+        elif jax.default_backend() == "cpu" and math.prod(x.shape[:-1]) <= self.stride**2 * kernel.shape[-1]:
+            out = patches(x, kernel, self.stride, self.padding) @ kernel.reshape(-1, kernel.shape[-1])
         else:
             out = jax.lax.conv_general_dilated(
                 x, kernel, (self.stride,) * 2, (self.padding,) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -93,6 +97,19 @@ def transform_filters(kernel: jax.Array, m: int) -> jax.Array:
     return both.reshape(-1, *both.shape[2:])
 
 
+def patches(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, int]) -> jax.Array:
+    """What each output of a convolution is made of: x (B,H,W,I), kernel (k,k,I,O) -> (B,H',W',k*k*I).
+
+    Where a map has fewer pixels than the output has channels, one product of them is two to three times as fast as
+    XLA's convolution on a CPU, its gradients three times.
+    """
+    x = jnp.pad(x, ((0, 0), padding, padding, (0, 0)))
+    size = len(kernel)
+    height, width = ((side - size) // stride + 1 for side in x.shape[1:3])
+    rows = [_every(x, 1, i, height, stride) for i in range(size)]
+    return jnp.concatenate([_every(row, 2, j, width, stride) for row in rows for j in range(size)], axis=-1)
+
+
 def winograd(x: jax.Array, filters: jax.Array) -> jax.Array:
     """3x3 convolution of x (B,H,W,I), stride 1, zero padding 1, with transformed filters (n^2,O,I): (B,H,W,O)."""
     n = round(len(filters) ** 0.5)
@@ -119,14 +136,24 @@ def _tiles(x, filters, rows, columns, m):
     outputs, _, inputs = _matrices(m)
     # Written as sums of strided slices, along one axis after the other: XLA turns each into one pass over contiguous
     # channels.
-    every = lambda y, axis, i, count: jax.lax.slice_in_dim(y, i, i + (count - 1) * m + 1, m, axis=axis)  # noqa: E731
-    y = jnp.stack([_sum(row, [every(x, 1, i, rows) for i in range(n)]) for row in inputs])
-    y = jnp.stack([_sum(row, [every(y, 3, j, columns) for j in range(n)]) for row in inputs])
-    y = jnp.einsum("nmi,noi->nmo", y.reshape(n * n, batch * rows * columns, channels), filters)
+    y = jnp.stack([_sum(row, [_every(x, 1, i, rows, m) for i in range(n)]) for row in inputs])
+    y = jnp.stack([_sum(row, [_every(y, 3, j, columns, m) for j in range(n)]) for row in inputs])
+    y = y.reshape(n * n, batch * rows * columns, channels)
+    if 16 * y.shape[1] <= filters.shape[1]:
+        # Few tiles: what stands first in a product is read as it lies, what stands second is packed anew at each call.
+        # Held, so that XLA does not turn it round.
+        held = jax.lax.optimization_barrier
+        y = held(held(jnp.einsum("noi,nti->not", filters, y)).swapaxes(1, 2))
+    else:
+        y = jnp.einsum("nti,noi->nto", y, filters)
     y = y.reshape(n, n, batch, rows, columns, -1)
     lines = [_sum(row, [y[:, a] for a in range(n)]) for row in outputs]
     lines = [jnp.stack([_sum(row, list(line)) for row in outputs], axis=3) for line in lines]
     return jnp.stack(lines, axis=2).reshape(batch, rows * m, columns * m, -1)
+
+
+def _every(x, axis, start, count, step):
+    return jax.lax.slice_in_dim(x, start, start + (count - 1) * step + 1, step, axis=axis)
 
 
 def _sum(coefficients, terms):

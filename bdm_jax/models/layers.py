@@ -13,6 +13,9 @@ from bdm_jax.models.attention import decoupled_attention
 from bdm_jax.models.convolution import Conv
 from bdm_jax.models.merging import Merging, match
 
+# Tokens that a feed-forward takes at once on a CPU.
+_CPU_TOKENS = 1024
+
 
 def timestep_embedding(t: jax.Array, width: int) -> jax.Array:
     """Sinusoids [cos, sin] of the timesteps: (B,) -> (B, width), fp32 (diffusers: flip_sin_to_cos=True,
@@ -154,13 +157,25 @@ class GEGLU(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """GEGLU to four times the width and back. `net.1` is diffusers' dropout: it holds nothing."""
+    """GEGLU to four times the width and back, x (B,T,C); on a CPU so many tokens at a time that what is in between
+    stays in the cache. `net.1` is diffusers' dropout: it holds nothing.
+    """
 
     def __init__(self, channels: int, rngs: nnx.Rngs):
         self.net = nnx.List([GEGLU(channels, 4 * channels, rngs), None, nnx.Linear(4 * channels, channels, rngs=rngs)])
 
     def __call__(self, x):
-        return self.net[2](self.net[0](x))
+        batch, tokens, channels = x.shape
+        count = -(-batch * tokens // _CPU_TOKENS)
+        if jax.default_backend() != "cpu" or count == 1 or tokens % count:
+            return self._tokens(x)
+        # The batch stays whole, so that it may be sharded.
+        chunks = x.reshape(batch, count, -1, channels).swapaxes(0, 1)
+        return jax.lax.map(self._tokens, chunks).swapaxes(0, 1).reshape(x.shape)
+
+    def _tokens(self, x):
+        flat = x.reshape(-1, x.shape[-1])  # so XLA on a CPU does not compute the norm before it in the product's loops
+        return self.net[2](self.net[0](flat)).reshape(x.shape)
 
 
 class TransformerBlock(nnx.Module):

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from bdm_jax.models import convolution, functional
 from bdm_jax.models.conditioning import Conditioning
 from bdm_jax.models.config import BranchConfig, UNetConfig, VAEConfig
-from bdm_jax.models.convolution import Conv, prepare, tile_size, transform_filters, winograd
+from bdm_jax.models.convolution import Conv, patches, prepare, tile_size, transform_filters, winograd
 
 # fp32, relative to the largest output; measured 1e-6 and 5e-6.
 TOLERANCE = {2: 1e-5, 4: 5e-5}
@@ -27,11 +28,34 @@ def plain(x, kernel):
 @pytest.mark.parametrize("m", [2, 4])
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 5), (16, 3)])
 @pytest.mark.parametrize("strip_bytes", [1e9, 1])
-def test_winograd_equals_plain(monkeypatch, rng, assert_parity, m, size, strip_bytes):
+@pytest.mark.parametrize("outputs", [7, 260])  # fewer and more than 16 for each tile: the order of the product
+def test_winograd_equals_plain(monkeypatch, rng, assert_parity, m, size, strip_bytes, outputs):
     monkeypatch.setattr(convolution, "_STRIP_BYTES", strip_bytes)
     x = jnp.asarray(rng.standard_normal((2, *size, 12), np.float32))
-    kernel = jnp.asarray(rng.standard_normal((3, 3, 12, 7), np.float32))
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 12, outputs), np.float32))
     assert_parity(winograd(x, transform_filters(kernel, m)), plain(x, kernel), TOLERANCE[m])
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, (1, 1)), (2, (1, 1)), (2, (0, 1)), (3, (0, 0))])
+@pytest.mark.parametrize("size", [(6, 7), (9, 4)])
+def test_a_product_of_patches_is_the_convolution(rng, assert_parity, stride, padding, size):
+    x = jnp.asarray(rng.standard_normal((2, *size, 5), np.float32))
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 5, 8), np.float32))
+    ours = patches(x, kernel, stride, padding) @ kernel.reshape(-1, 8)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    theirs = jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, (padding,) * 2, dimension_numbers=numbers)
+    assert_parity(ours, theirs)
+
+
+def test_small_maps_of_many_channels_are_products_of_patches_on_a_cpu(monkeypatch):
+    def products(side, outputs):
+        conv = Conv(4, outputs, nnx.Rngs(0), stride=2)
+        jaxpr = jax.make_jaxpr(lambda x: nnx.merge(*nnx.split(conv))(x))(jnp.zeros((1, side, side, 4)))
+        return "dot_general" in str(jaxpr)
+
+    assert products(16, 64) and not products(16, 63)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not products(16, 64)
 
 
 def test_few_channels_and_tiny_maps_stay_plain():
