@@ -11,6 +11,7 @@ import numpy as np
 from bdm_jax.components import Component
 from bdm_jax.models.config import TinyVAEConfig, VAEConfig
 from bdm_jax.models.functional import Params, bind
+from bdm_jax.programs import program
 from bdm_jax.tiles import slices, tiled
 
 # On a device at a time, but for a single picture or tile: four pictures of 512 x 512.
@@ -74,19 +75,19 @@ def _cut(x: jax.Array, size: tuple[int, int], top: int, left: int) -> jax.Array:
     return jax.lax.dynamic_slice(x, (0, top, left, 0), (len(x), *size, x.shape[-1]))
 
 
-@partial(jax.jit, static_argnums=0)
+@program
 def _encode(config: VAEConfig | TinyVAEConfig, params: Params, pictures: jax.Array) -> jax.Array:
     images = (pictures.astype(jnp.float32) / 127.5 - 1.0).astype(next(iter(params.values())).dtype)
     mean, _ = bind(config, params).encode(images)
     return mean.astype(jnp.float32) * config.scaling_factor
 
 
-@partial(jax.jit, static_argnums=0)
+@program
 def _decode(config: VAEConfig | TinyVAEConfig, params: Params, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _to_pictures(_images(config, params, latents), jnp)
 
 
-@partial(jax.jit, static_argnums=0)
+@program
 def _images(config: VAEConfig | TinyVAEConfig, params: Params, latents: jax.Array) -> jax.Array:
     """Latents (B,h,w,C) -> images (B,H,W,3) fp32 in about [-1,1]."""
     latents = (latents / config.scaling_factor).astype(next(iter(params.values())).dtype)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import jax
 
+from bdm_jax import programs
+
 
 def enable() -> Path:
     """Keep every compiled program in BDM_JAX_CACHE or, where that is not set, in the user's cache folder."""
@@ -15,4 +17,5 @@ def enable() -> Path:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # cuDNN's attention is partitioned by a Python function, whose address would make every process's key another.
     jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
+    programs.keep(folder / "programs")
     return folder

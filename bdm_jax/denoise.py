@@ -6,7 +6,6 @@ which approximations were asked for.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import jax
@@ -27,6 +26,7 @@ from bdm_jax.models.config import (
 )
 from bdm_jax.models.functional import Params, bind
 from bdm_jax.models.layers import repeat
+from bdm_jax.programs import program
 
 STEPS_PER_CALL = 5
 
@@ -104,19 +104,19 @@ class Reused:
     deep: jax.Array | None
 
 
-@partial(jax.jit, static_argnums=0)
+@program
 def unit_noise(shape: tuple[int, int, int], seeds: jax.Array) -> jax.Array:
     """Seeds (B,) -> unit noise (B,h,w,C) fp32, each sample a function of its own seed."""
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape, jnp.float32))(seeds)
 
 
-@partial(jax.jit, static_argnums=0)
+@program
 def with_keys(config: EncoderConfig, params: Params, cond: Conditioning) -> Conditioning:
     """A text with the keys and values that a network's cross-attentions make of it, once per picture."""
     return bind(config, params).with_keys(cond)
 
 
-@partial(jax.jit, static_argnums=0)
+@program
 def denoise(
     networks: Networks,
     params: dict[str, Params | list[Params]],

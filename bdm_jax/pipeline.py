@@ -15,7 +15,9 @@ from bdm_jax.components import KINDS, Component, choose, find, save_component
 from bdm_jax.diffusion import schedule as schedules
 from bdm_jax.diffusion.schedule import Schedule
 from bdm_jax.errors import UserError
+from bdm_jax.int8 import to_int8
 from bdm_jax.models.config import TinyVAEConfig, VAEConfig, to_json
+from bdm_jax.models.functional import is_int8
 from bdm_jax.paths import TOKENIZERS
 from bdm_jax.plugins.blend import add_difference, weighted_sum
 from bdm_jax.plugins.inversion import Embedding, add_embeddings
@@ -114,9 +116,12 @@ class BridgePipeline:
             if tokenizer is not None and tokenizer.added:
                 names = ", ".join(tokenizer.added)
                 raise UserError(f"{folder}: the added tokens {names} cannot be saved; save the system without them")
-        for name in NETWORKS:
-            if component := getattr(self, name):
-                save_component(folder / name, *component, dtype, metadata)
+        parts = {name: part for name in NETWORKS if (part := getattr(self, name))}
+        for name, (_, params) in parts.items():
+            if any(map(is_int8, params.values())):
+                raise UserError(f"{folder}: a {name} in eight bits cannot be saved; save the system without")
+        for name, component in parts.items():
+            save_component(folder / name, *component, dtype, metadata)
         for name in ("tokenizer", "branch_tokenizer"):
             if tokenizer := getattr(self, name):
                 tokenizer.save_pretrained(folder / name)
@@ -162,6 +167,14 @@ class BridgePipeline:
         if not blended:
             raise UserError(f"{other}: no UNet and no text tower to blend with")
         return replace(self, **blended)
+
+    def with_int8_text(self) -> "BridgePipeline":
+        """This system with its text towers' matrices in eight bits (see `int8`): the last change before it draws.
+
+        Plug-ins that change a tower come before it. Raises UserError where qwix is not installed.
+        """
+        towers = [name for name in ("text_encoder", "branch_text_encoder") if getattr(self, name)]
+        return replace(self, **{name: to_int8(getattr(self, name)) for name in towers})
 
     def _check_widths(self) -> None:
         """Components that are each in order may still not belong together."""

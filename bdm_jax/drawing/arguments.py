@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -66,6 +66,9 @@ class Parts:
     image_prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A picture to draw after, by an IP-Adapter: ADAPTER,VISION,PICTURE[,strength=1], VISION a CLIP vision tower."""
 
+    text_weights: Literal["int8"] | None = None
+    """Keep the text towers' matrices in eight bits: a quarter of fp32's memory, nearly the same pictures."""
+
     def check(self) -> None:
         """Raises UserError for what is no such flag's value or no file."""
         paths = [parse_spec(text).path for text in (*self.lora, *self.branch_lora)]
@@ -102,7 +105,7 @@ class Parts:
 
                 found = [one for text in texts for one in load_embeddings(*parse_embedding(text))]
                 pipeline = pipeline.with_embeddings(found, tower)
-        return pipeline
+        return pipeline.with_int8_text() if self.text_weights else pipeline
 
     def load_controls(self) -> list["Control | ImagePrompt"]:
         """Read the ControlNets, T2I-Adapters and IP-Adapters with their pictures. Raises UserError or FileError."""

@@ -21,6 +21,7 @@ KEY = "bdm_jax"
 PARTS = (
     *("model", "backbone", "vae", "branch", "text_encoder", "branch_text_encoder", "variant"),
     *("blend", "lora", "branch_lora", "embedding", "branch_embedding", "control", "adapter", "image_prompt"),
+    "text_weights",
 )
 _MAX_JSON = 1 << 20
 _TEXTS = ("prompt", "negative", "english", "english_negative")

@@ -8,6 +8,7 @@ import math
 import re
 import zlib
 from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,8 +82,13 @@ def bind(config: Config, params: Params) -> nnx.Module:
     graph, shapes, paths = _structure(config)
     if missing := [path for path in shapes if path not in params]:
         raise KeyError(f"{type(config).__name__}: missing parameters {missing[:3]} ({len(missing)} in all)")
-    state = nnx.from_flat_state({key: nnx.Param(params[path]) for path, key in paths.items()})
+    state = nnx.from_flat_state({key: nnx.Param(_dense(params[path])) for path, key in paths.items()})
     return nnx.merge(graph, state)
+
+
+def is_int8(value: Any) -> bool:
+    """Whether a parameter is kept in eight bits (`bdm_jax.int8`)."""
+    return hasattr(value, "qvalue")
 
 
 def cast(params: Params, dtype: jnp.dtype) -> Params:
@@ -93,6 +99,14 @@ def cast(params: Params, dtype: jnp.dtype) -> Params:
 def count(params: Params) -> int:
     """Number of parameters."""
     return sum(int(np.prod(value.shape)) for value in params.values())
+
+
+def _dense(value):
+    if not is_int8(value):
+        return value
+    import qwix  # an extra, which made it
+
+    return qwix.dequantize(value)
 
 
 class _NoKeys:

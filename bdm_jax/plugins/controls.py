@@ -7,7 +7,6 @@ backbone's encoder is seen by the backbone alone.
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from bdm_jax.errors import UserError, unknown
 from bdm_jax.models.config import ControlNetConfig, T2IAdapterConfig, UNetConfig
 from bdm_jax.models.functional import Params, bind
 from bdm_jax.plugins.spec import parse_control
+from bdm_jax.programs import program
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def embed(control: Control, hint: np.ndarray) -> jax.Array | tuple[jax.Array, ..
     return _embed(config, params, hint[None])
 
 
-@partial(jax.jit, static_argnums=0)
+@program
 def _embed(config: ControlNetConfig | T2IAdapterConfig, params: Params, hints: jax.Array):
     network = bind(config, params)
     read = network if isinstance(config, T2IAdapterConfig) else network.controlnet_cond_embedding

@@ -8,7 +8,6 @@ in diffusers, the base adapter's reading of a vector of zeros, or Plus' of a pic
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from bdm_jax.models.config import (
 from bdm_jax.models.functional import Params, abstract, bind
 from bdm_jax.models.ip_adapter import from_original, image_keys
 from bdm_jax.plugins.spec import parse_image_prompt
+from bdm_jax.programs import program
 from convert.layouts import to_jax, tree_from_torch
 from convert.pickles import is_checkpoint, read_checkpoint
 from convert.weights import read_weights
@@ -85,7 +85,7 @@ def keys(prompt: ImagePrompt, unet: Component) -> dict[str, tuple[jax.Array, jax
     return _keys(configs, prompt.vision.params, projection, layers, picture, np.float32(prompt.strength))
 
 
-@partial(jax.jit, static_argnums=0)
+@program
 def _keys(
     configs: tuple[EncoderConfig, CLIPVisionConfig, ImageProjectionConfig | ResamplerConfig],
     vision: Params,

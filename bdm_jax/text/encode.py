@@ -12,6 +12,7 @@ import numpy as np
 from bdm_jax.models.conditioning import Conditioning
 from bdm_jax.models.config import CLIPTextConfig, RobertaConfig
 from bdm_jax.models.functional import Params, bind
+from bdm_jax.programs import program
 from bdm_jax.text.grammar import parse
 from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.text.windows import cut, join, split, windows_needed
@@ -66,7 +67,7 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], *, reference: bool = 
     return read(tokenizer, prompts, reference=reference).ids
 
 
-@partial(jax.jit, static_argnums=0)
+@program
 def encode_ids(
     config: CLIPTextConfig | RobertaConfig, params: Params, ids: jax.Array, mask: jax.Array | None = None
 ) -> Conditioning:

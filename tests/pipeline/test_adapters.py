@@ -262,10 +262,10 @@ def test_strength_0_is_without_and_strengths_compile_nothing(
         np.testing.assert_array_equal(latents([request], controls=[replace(prompt, strength=0.0)]), without)
         np.testing.assert_array_equal(latents([request], controls=[replace(control, strength=0.0)]), without)
     first = latents([REQUEST], controls=[prompt, control])
-    programs = denoise._cache_size(), image_prompts._keys._cache_size()
+    programs = denoise.count(), image_prompts._keys.count()
     changed = [replace(prompt, strength=0.3), replace(control, strength=0.5, end=0.5)]
     assert np.abs(latents([REQUEST], controls=changed) - first).max() > 1e-3
-    assert (denoise._cache_size(), image_prompts._keys._cache_size()) == programs
+    assert (denoise.count(), image_prompts._keys.count()) == programs
     again = latents([REQUEST], controls=[control, prompt])
     np.testing.assert_allclose(again, first, atol=1e-6 * np.abs(first).max())
 

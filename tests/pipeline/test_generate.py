@@ -131,13 +131,13 @@ def test_zero_branch_is_the_backbone(tiny):
 def test_only_sizes_compile_anew(tiny):
     """Prompts, seeds, guidance, steps, sampler: one program."""
     pictures(tiny, [Request("红灯笼")])
-    programs = denoise._cache_size()
+    programs = denoise.count()
     pictures(tiny, [Request("猫", "低质量", seed=9)], guidance=1.5)
     pictures(tiny, [Request("猫")], steps=11)
     pictures(tiny, [Request("猫")], sampler="ddim", steps=2)
-    assert denoise._cache_size() == programs
+    assert denoise.count() == programs
     pictures(tiny, [Request("猫")], size=(40, 32))
-    assert denoise._cache_size() == programs + 1
+    assert denoise.count() == programs + 1
 
 
 def test_progress_counts_every_step(tiny):

@@ -37,9 +37,9 @@ def test_weights_count_and_change_no_neighbour(tiny, weighted, text):
 
 def test_weights_compile_nothing_anew(tiny):
     pictures(tiny, [Request("红灯笼", english="cat")])
-    programs = denoise._cache_size()
+    programs = denoise.count()
     pictures(tiny, [Request("(红:1.2)灯[笼]", "（雪）", english="a (cat)")])
-    assert denoise._cache_size() == programs
+    assert denoise.count() == programs
 
 
 def test_reference_pads_a_batch_to_its_longest_prompt_and_drops_the_branchs_weights(tiny):

@@ -124,24 +124,24 @@ def test_calls():
 @pytest.mark.parametrize("name", OFF)
 def test_off_is_exact_and_the_same_program(latents, name):
     plain = latents([REQUEST])
-    programs = denoise._cache_size()
+    programs = denoise.count()
     np.testing.assert_array_equal(latents([REQUEST], **{name: OFF[name]}), plain)
-    assert denoise._cache_size() == programs
+    assert denoise.count() == programs
 
 
 @pytest.mark.parametrize("on", ON, ids=lambda on: next(iter(on)))
 def test_only_what_is_asked_for_compiles_anew(latents, on):
     """Prompts, seeds, strengths, guidance, how often: nothing. With reuse there are two programs, else one."""
     size = (40, 32)  # that no other test takes
-    programs = denoise._cache_size()
+    programs = denoise.count()
     latents([REQUEST], size=size, **on)
-    assert denoise._cache_size() - programs == (1 if "merge_tokens" in on else 2)
-    programs = denoise._cache_size()
+    assert denoise.count() - programs == (1 if "merge_tokens" in on else 2)
+    programs = denoise.count()
     other = replace(REQUEST, prompt="猫", negative="", seed=8)
     latents([other], size=size, **on, branch_strength=0.5, guidance=4.5, steps=8)
     more = {name: value if name == "merge_tokens" else value + 1 for name, value in on.items()}
     latents([REQUEST], size=size, **more)
-    assert denoise._cache_size() == programs
+    assert denoise.count() == programs
 
 
 @pytest.mark.parametrize("on", ON, ids=lambda on: next(iter(on)))

@@ -212,10 +212,10 @@ def test_reference_mode(tiny, torch_nets, latents, plain, assert_parity):
 
 def test_controls_compile_nothing_anew(latents):
     latents([REQUEST], branch_strength=0.9, guidance_rescale=0.1)
-    programs = denoise._cache_size()
+    programs = denoise.count()
     latents([replace(REQUEST, negative="猫", seed=8)], branch_strength=0.5, residual_strengths=STRENGTHS)
     latents([REQUEST], guess=True, guidance=4.5, guidance_rescale=0.5)
-    assert denoise._cache_size() == programs
+    assert denoise.count() == programs
 
 
 def test_foreseen_latents_are_watched(tiny):

@@ -1,0 +1,130 @@
+"""Compiled programs as files: the next process that asks for one neither traces nor compiles it.
+
+JAX's own cache (`compile_cache`) keeps what the compiler made, but each start traces and lowers every program anew to
+find it there. A `program` is looked up by what it is called with instead. Its file's name is a digest of everything
+that the machine code depends on: this package's sources, versions, machine, flags, fixed arguments, shapes.
+"""
+
+import functools
+import hashlib
+import os
+import pickle
+import platform
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import serialize_executable
+
+from convert.files import atomic_file
+
+_folder: Path | None = None
+_SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_numpy_dtype_promotion")
+_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+
+
+def keep(folder: Path | None) -> None:
+    """From now on, look for programs in this folder and leave new ones there; None ends it.
+
+    It must be as trustworthy as the programs of this machine: what lies in it is run. One process of a job of several
+    keeps to itself.
+    """
+    global _folder
+    _folder = folder if jax.process_count() == 1 else None
+
+
+def program(function: Callable) -> "Program":
+    """A pure function (fixed, *arrays) as `jax.jit(function, static_argnums=0)`, kept as `keep` says.
+
+    `fixed` is something frozen whose repr tells all of it.
+    """
+    return Program(function)
+
+
+class Program:
+    """Called like its function, by position."""
+
+    def __init__(self, function: Callable):
+        functools.update_wrapper(self, function)
+        self.jitted = jax.jit(function, static_argnums=0)
+        self._ready: dict[str, Callable] = {}
+
+    def __call__(self, fixed, *arguments):
+        leaves, tree = jax.tree.flatten(arguments)
+        if _folder is None or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return self.jitted(fixed, *arguments)
+        # The folder too: who changes it, as tests do, does not want what lay in another.
+        key = f"{_folder} {fixed!r} {tree} {[_kind(leaf) for leaf in leaves]}"
+        if key not in self._ready:
+            self._ready[key] = self._find(key, fixed, arguments)
+        return self._ready[key](*arguments)
+
+    def count(self) -> int:
+        """How many there are in memory, one for each kind of call."""
+        return len(self._ready) + self.jitted._cache_size()
+
+    def _find(self, key: str, fixed, arguments) -> Callable:
+        parts = (_surroundings(), self.__module__, self.__qualname__, key.removeprefix(str(_folder)))
+        file = _folder / hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        if file.is_file():
+            try:
+                return _load(file.read_bytes(), arguments)
+            except Exception as error:  # whatever is wrong with a kept file, it can be made anew
+                warnings.warn(f"{file}: not a program that runs here ({error}); made anew", stacklevel=3)
+        compiled = self.jitted.lower(fixed, *arguments).compile()
+        try:
+            content = _dump(compiled)
+        except ValueError:  # a platform whose programs cannot be taken out of memory
+            return compiled
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(file) as out:
+            out.write(content)
+        return compiled
+
+
+def _dump(compiled: jax.stages.Compiled) -> bytes:
+    """Digest, then the program and its result's structure."""
+    code, _, structure = serialize_executable.serialize(compiled)
+    skeleton = jax.tree.unflatten(structure, range(structure.num_leaves))
+    body = pickle.dumps((code, skeleton))
+    return hashlib.sha256(body).digest() + body
+
+
+def _load(content: bytes, arguments: tuple) -> jax.stages.Compiled:
+    digest, body = content[:32], content[32:]
+    if hashlib.sha256(body).digest() != digest:
+        raise ValueError("damaged")
+    code, skeleton = pickle.loads(body)
+    structures = jax.tree.structure((arguments, {})), jax.tree.structure(skeleton)
+    return serialize_executable.deserialize_and_load(code, *structures)
+
+
+def _kind(leaf: Any) -> tuple:
+    """All that a program depends on in an argument."""
+    aval = jax.typeof(leaf)
+    placed = leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
+    return aval.shape, aval.dtype.name, aval.weak_type, placed
+
+
+@functools.cache
+def _surroundings() -> str:
+    """All that a program depends on besides its function and arguments."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
+    device = jax.devices()[0]
+    machine = device.platform, device.device_kind, jax.device_count(), device.client.platform_version, _instructions()
+    versions = [f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax", "numpy")]
+    settings = [getattr(jax.config, name) for name in _SETTINGS]
+    return repr((code, machine, versions, settings, [os.environ.get(name) for name in _VARIABLES]))
+
+
+def _instructions() -> str:
+    """The processor's instruction sets, as far as this system tells them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
