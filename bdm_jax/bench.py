@@ -1,18 +1,21 @@
 """How fast is it, and how fast is PyTorch on the same machine? `python -m bdm_jax.bench --against diffusers`.
 
-Random weights of SD1.5's and BDM's sizes in fp32. Both sides run in turn within one process and `ratio` is that of
-the medians, ours / theirs; PyTorch runs in its faster memory format, with as many threads as there are cores. What is
-counted as work (TFLOP/s, share of the peak) is the plain form's, whatever is saved. Memory is what our compiled program
-asks for: weights, inputs, outputs and everything in between.
+Random weights of SD1.5's and BDM's sizes, in fp32 on a CPU and bf16 elsewhere. Both sides run in turn within one
+process and `ratio` is that of the medians, ours / theirs; PyTorch runs in its faster memory format, with as many
+threads as there are cores; on a GPU compiled with max-autotune. What is counted as work (TFLOP/s, share of the peak) is
+the plain form's, whatever is saved. Memory is what our compiled program asks for: weights, inputs, outputs and
+everything in between.
 """
 
 import os
+import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +26,7 @@ import tyro
 from PIL import Image
 
 from bdm_jax import compile_cache, costs
+from bdm_jax.components import default_dtype
 from bdm_jax.drawing.chart import bars
 from bdm_jax.errors import UserError
 from bdm_jax.models.conditioning import Conditioning
@@ -40,7 +44,7 @@ from bdm_jax.models.config import (
     to_json,
 )
 from bdm_jax.models.convolution import prepare
-from bdm_jax.models.functional import abstract, bind, init
+from bdm_jax.models.functional import Params, abstract, bind, cast, init
 from bdm_jax.models.unet import TimeShifts
 from convert.files import FileError, atomic_file, write_json
 
@@ -59,6 +63,8 @@ class Settings:
     batch: tuple[int, ...] = (1,)
     """pictures at a time; a guided step computes two predictions of each"""
     against: Literal["diffusers"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """of weights and computation on both sides; float32 on a CPU and bfloat16 elsewhere where None"""
     repeats: int = 5
     json: Path | None = None
     """write all figures here"""
@@ -76,7 +82,8 @@ class Networks:
     def beforehand(self, params, t: jax.Array, english: Conditioning, chinese: Conditioning):
         """What all steps share: (shifts of both networks for the timesteps t (N,)), texts with their keys."""
         unet, branch = bind(self.unet, params[0]), bind(self.branch, params[1])
-        shifts = tuple(network.time_shifts(t, jnp.float32) for network in (unet, branch))
+        dtype = english.tokens.dtype
+        shifts = tuple(network.time_shifts(t, dtype) for network in (unet, branch))
         return shifts, unet.with_keys(english), branch.with_keys(chinese)
 
     def step(
@@ -97,6 +104,19 @@ class Sizes:
     clip: CLIPTextConfig = CLIP_L_TEXT
     chinese_clip: RobertaConfig = CHINESE_CLIP_H_TEXT
     vae: VAEConfig = SD15_VAE
+    dtype: str = "float32"
+
+    def params(self, config) -> Params:
+        """Fresh ones."""
+        return cast(init(config, 0), jnp.dtype(self.dtype))
+
+    def shapes(self, config) -> Params:
+        """Of those, nothing allocated."""
+        return jax.eval_shape(partial(cast, dtype=jnp.dtype(self.dtype)), abstract(config))
+
+    def normal(self, *shape: int) -> np.ndarray:
+        """Inputs in the same type."""
+        return np.random.default_rng(0).standard_normal(shape, np.float32).astype(jnp.dtype(self.dtype))
 
 
 @dataclass(frozen=True)
@@ -127,6 +147,7 @@ def bench(settings: Settings, sizes: Sizes = Sizes()) -> dict[str, Any]:
     factor = sizes.vae.factor
     if min(settings.repeats, *settings.batch) < 1 or any(size < factor or size % factor for size in settings.size):
         raise UserError(f"repeats and batch must be positive, sizes multiples of {factor}")
+    sizes = replace(sizes, dtype=settings.dtype or default_dtype())
     build = {
         "empty-english": partial(_step, one_english=True),
         "two-prompts": partial(_step, one_english=False),
@@ -144,8 +165,10 @@ def bench(settings: Settings, sizes: Sizes = Sizes()) -> dict[str, Any]:
                 make = partial(build[case], sizes, size // factor, batch, bool(settings.against))
                 rows.append({"case": case, "size": size, "batch": batch} | _timed(make, batch, settings.repeats, peak))
                 print(_line(rows[-1]), flush=True)
+    settings = replace(settings, dtype=sizes.dtype)
     values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
-    machine = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "jax": jax.__version__}
+    machine = {"device": jax.devices()[0].device_kind, "processor": _processor(), "cores": os.cpu_count()}
+    machine |= {name: version(name) for name in ("jax", *(("torch", "diffusers") if settings.against else ()))}
     return {"settings": values, "machine": machine, "peak_tflops": peak / 1e12, "rows": rows}
 
 
@@ -206,14 +229,19 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
+def _processor() -> str:
+    """Its name, where this system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
 def _seconds(function: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - begin
-
-
-def _normal(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
 def _spec(*arrays: np.ndarray) -> list[jax.ShapeDtypeStruct]:
@@ -223,17 +251,17 @@ def _spec(*arrays: np.ndarray) -> list[jax.ShapeDtypeStruct]:
 def _step(sizes: Sizes, side: int, batch: int, against: bool, one_english: bool) -> Problem:
     networks, shape = sizes.networks, (side, side)
     configs = networks.unet, networks.branch
-    x = _normal(batch, side, side, 4)
+    x = sizes.normal(batch, side, side, 4)
     both = np.repeat(x, 2, axis=0)
-    chinese = _normal(2 * batch, _CHINESE, networks.branch.cross_attention_dim)
-    english = _normal(batch if one_english else 2 * batch, _ENGLISH, networks.unet.cross_attention_dim)
+    chinese = sizes.normal(2 * batch, _CHINESE, networks.branch.cross_attention_dim)
+    english = sizes.normal(batch if one_english else 2 * batch, _ENGLISH, networks.unet.cross_attention_dim)
     # One after the other: the plain filters of the first are gone before the second is made.
-    params = tuple(prepare(config, init(config, 0), shape) for config in configs)
+    params = tuple(prepare(config, sizes.params(config), shape) for config in configs)
     beforehand = jax.jit(networks.beforehand)(params, jnp.full(1, 500.0), Conditioning(english), Conditioning(chinese))
     full = Conditioning(np.repeat(english, 2, axis=0) if one_english else english)
     times = (np.full(2 * batch, 500.0, np.float32),) * 2
     arguments = *_spec(both), times, full, Conditioning(chinese)
-    flops = costs.flops(networks.step, tuple(map(abstract, configs)), *arguments)
+    flops = costs.flops(networks.step, tuple(map(sizes.shapes, configs)), *arguments)
     theirs = _torch_step(configs, both, full.tokens, chinese) if against else None
     return _problem(networks.step, (params, x, *beforehand), theirs, flops)
 
@@ -241,18 +269,18 @@ def _step(sizes: Sizes, side: int, batch: int, against: bool, one_english: bool)
 def _text(sizes: Sizes, side: int, batch: int, against: bool, part: str) -> Problem:
     config, length = getattr(sizes, part), {"clip": _ENGLISH, "chinese_clip": _CHINESE}[part]
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2 * batch, length), np.int32)
-    params = init(config, 0)
+    params = sizes.params(config)
     run = lambda params, ids: bind(config, params)(ids)  # noqa: E731
-    flops = costs.flops(run, abstract(config), *_spec(ids))
-    return _problem(run, (params, ids), _torch_text(config, ids) if against else None, flops)
+    flops = costs.flops(run, sizes.shapes(config), *_spec(ids))
+    return _problem(run, (params, ids), _torch_text(config, ids, sizes.dtype) if against else None, flops)
 
 
 def _vae(sizes: Sizes, side: int, batch: int, against: bool) -> Problem:
     config = sizes.vae
-    x = _normal(batch, side, side, config.latent_channels)
-    params = prepare(config, init(config, 0), (side, side))
+    x = sizes.normal(batch, side, side, config.latent_channels)
+    params = prepare(config, sizes.params(config), (side, side))
     run = lambda params, x: bind(config, params).decode(x)  # noqa: E731
-    flops = costs.flops(run, abstract(config), *_spec(x))
+    flops = costs.flops(run, sizes.shapes(config), *_spec(x))
     return _problem(run, (params, x), _torch_vae(config, x) if against else None, flops)
 
 
@@ -260,16 +288,18 @@ def _train(sizes: Sizes, side: int, batch: int, against: bool) -> Problem:
     """Loss and gradients of the branch; the optimizer's share is left out on both sides."""
     networks = sizes.networks
     configs = networks.unet, networks.branch
-    x, times = _normal(batch, side, side, 4), (np.full(batch, 500.0, np.float32),) * 2
-    english = _normal(batch, _ENGLISH, networks.unet.cross_attention_dim)
-    chinese = _normal(batch, _CHINESE, networks.branch.cross_attention_dim)
+    x, times = sizes.normal(batch, side, side, 4), (np.full(batch, 500.0, np.float32),) * 2
+    english = sizes.normal(batch, _ENGLISH, networks.unet.cross_attention_dim)
+    chinese = sizes.normal(batch, _CHINESE, networks.branch.cross_attention_dim)
 
     def loss(branch, unet):
-        return jnp.mean(networks.step((unet, branch), x, times, Conditioning(english), Conditioning(chinese)) ** 2)
+        # Masters of the branch are fp32, as in a run; the backbone lies in the type of the computation.
+        params = unet, cast(branch, jnp.dtype(sizes.dtype))
+        return jnp.mean(networks.step(params, x, times, Conditioning(english), Conditioning(chinese)) ** 2)
 
-    unet, branch = (init(config, 0) for config in configs)
+    unet, branch = sizes.params(configs[0]), init(configs[1], 0)
     step = jax.value_and_grad(loss)
-    flops = costs.flops(step, abstract(configs[1]), abstract(configs[0]))
+    flops = costs.flops(step, abstract(configs[1]), sizes.shapes(configs[0]))
     theirs = _torch_step(configs, x, english, chinese, train=True) if against else None
     return _problem(step, (branch, unet), theirs, flops)
 
@@ -290,6 +320,27 @@ def _torch():
     return torch
 
 
+def _device() -> str:
+    """Where PyTorch is to run: where JAX does."""
+    if jax.default_backend() == "cpu":
+        return "cpu"
+    if not _torch().cuda.is_available():
+        raise UserError(f"the comparison on a {jax.default_backend()} needs a PyTorch that can use it")
+    return "cuda"
+
+
+def _placed(module, dtype: str):
+    """A module where it is to run, in the type of the computation; on a GPU to be compiled at its first call."""
+    torch = _torch()
+    module = module.to(_device(), getattr(torch, dtype))
+    return torch.compile(module, mode="max-autotune") if _device() == "cuda" else module
+
+
+def _tensor(x: np.ndarray):
+    """In JAX's type, which NumPy and PyTorch share for fp32 only."""
+    return _torch().from_numpy(np.ascontiguousarray(x, np.float32)).to(_device(), getattr(_torch(), x.dtype.name))
+
+
 def _formats(modules, run) -> Callable[[], Any]:
     """The modules' call in the faster of both memory formats, found by trial."""
     torch = _torch()
@@ -306,31 +357,34 @@ def _formats(modules, run) -> Callable[[], Any]:
 
 
 def _nchw(x: np.ndarray, layout):
-    return _torch().from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1))).contiguous(memory_format=layout)
+    return _tensor(np.moveaxis(x, -1, 1)).contiguous(memory_format=layout)
 
 
 def _torch_step(configs, x, english, chinese, train: bool = False):
-    torch = _torch()
+    torch, dtype = _torch(), x.dtype.name
     from diffusers import ControlNetModel, UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_config(to_json(configs[0])).requires_grad_(False)
     values = {key: value for key, value in to_json(configs[1]).items() if key != "bdm_branch"}
     branch = ControlNetModel.from_config(values).requires_grad_(train)
-    t, english, chinese = torch.full((len(x),), 500), torch.from_numpy(english), torch.from_numpy(chinese)
-    picture = torch.zeros(len(x), 3, 8 * x.shape[1], 8 * x.shape[2])
+    t, english, chinese = torch.full((len(x),), 500).to(_device()), _tensor(english), _tensor(chinese)
+    picture = _tensor(np.zeros((len(x), 3, 8 * x.shape[1], 8 * x.shape[2]), x.dtype))
     # BDM's branch has no picture: the embedding of its place must not count.
-    hint = torch.zeros(len(x), configs[1].block_out_channels[0], *x.shape[1:3])
+    hint = _tensor(np.zeros((len(x), configs[1].block_out_channels[0], *x.shape[1:3]), x.dtype))
     branch.controlnet_cond_embedding = _Constant(torch, hint)
+    unet = _placed(UNet2DConditionModel.from_config(to_json(configs[0])).requires_grad_(False), dtype)
+    # Masters of a trained branch are fp32 here too.
+    branch = _placed(branch, "float32" if train else dtype)
 
     def run(layout):
         latents = _nchw(x, layout)
-        with torch.set_grad_enabled(train):
+        mixed = torch.autocast(_device(), getattr(torch, dtype), enabled=train and dtype != "float32")
+        with torch.set_grad_enabled(train), mixed:
             skips, mid = branch(latents, t, chinese, picture, return_dict=False)
             out = unet(latents, t, english, down_block_additional_residuals=skips, mid_block_additional_residual=mid)
             if train:
                 branch.zero_grad()
                 out.sample.square().mean().backward()
-            return out.sample.detach().numpy()
+            return out.sample.detach().float().cpu().numpy()
 
     return _formats((unet, branch), run)
 
@@ -347,27 +401,29 @@ def _torch_vae(config: VAEConfig, x: np.ndarray):
     torch = _torch()
     from diffusers import AutoencoderKL
 
-    module = AutoencoderKL.from_config(to_json(config)).eval()
+    module = AutoencoderKL.from_config(to_json(config)).eval().to(_device(), getattr(torch, x.dtype.name))
+    decode = torch.compile(module.decode, mode="max-autotune") if _device() == "cuda" else module.decode
 
     def run(layout):
         with torch.inference_mode():
-            return module.decode(_nchw(x, layout), return_dict=False)[0].numpy()
+            return decode(_nchw(x, layout), return_dict=False)[0].float().cpu().numpy()
 
     return _formats((module,), run)
 
 
-def _torch_text(config, ids: np.ndarray):
+def _torch_text(config, ids: np.ndarray, dtype: str):
     torch = _torch()
     import transformers
 
     kind = "ChineseCLIPText" if isinstance(config, RobertaConfig) else "CLIPText"
     values = {k: v for k, v in to_json(config).items() if k not in ("architectures", "model_type")}
     module = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**values)).eval()
-    tokens = torch.from_numpy(ids).long()
+    module = _placed(module, dtype)
+    tokens = torch.from_numpy(ids).long().to(_device())
 
     def run():
         with torch.inference_mode():
-            return module(tokens)[0].numpy()
+            return module(tokens)[0].float().cpu().numpy()
 
     return run
 

@@ -23,9 +23,11 @@ TOY = bench.Sizes(
 )
 
 
-def test_cases_are_timed_against_diffusers(capsys):
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_cases_are_timed_against_diffusers(capsys, dtype):
     cases = tuple(case for case in bench.CASES if case != "two-prompts")  # the same but for one row of text
-    report = bench.bench(bench.Settings(cases, (64,), against="diffusers", repeats=1), TOY)
+    report = bench.bench(bench.Settings(cases, (64,), against="diffusers", repeats=1, dtype=dtype), TOY)
+    assert report["settings"]["dtype"] == (dtype or "float32")
     assert [row["case"] for row in report["rows"]] == list(cases)
     for row in report["rows"]:
         assert row["tflop"] > 0 and row["seconds"] > 0 and row["memory"] > 0
