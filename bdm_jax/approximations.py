@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,12 +28,14 @@ from bdm_jax.pipeline import BridgePipeline
 from bdm_jax.settings import Request, Settings, check
 from convert.files import FileError, write_json
 
+_INT8 = "text-weights=int8"  # changes the model, not how it draws
 _COMPARED = (
     *(f"branch-every={every}" for every in (2, 3, 5)),
     *(f"cache-every={every}" for every in (2, 3, 5)),
     *(f"merge-tokens={ratio}" for ratio in (0.25, 0.5)),
     *("guidance-end=0.5", "guidance-start=0.2,guidance-end=0.8"),
     *("steps=13", "steps=8", "sampler=lcm,steps=8", "sampler=lcm,steps=4"),
+    _INT8,
 )
 
 
@@ -64,12 +67,15 @@ def compare(asked: Comparison, features: Features | None = None) -> list[dict[st
     if asked.count < 1:
         raise UserError(f"count {asked.count} is less than 1")
     variants = {"exact": asked.settings} | {text: _settings(text, asked.settings) for text in asked.compared}
+    int8 = {name for name in variants if _INT8 in name.split(",")}
     evaluation = Evaluation(model=asked.model, count=asked.count, seed=asked.seed)
     pipeline = BridgePipeline.from_pretrained(asked.model)
     gallery, known, _, phrased = open_gallery(evaluation, features)
     wanted = choose(evaluation, known)
     requests = [request(gallery.rows[i], "zh", phrased, asked.seed + i) for i in wanted]
-    drawings = {name: generate(pipeline, requests, s, batch_size=asked.batch_size) for name, s in variants.items()}
+    models = {name: pipeline.with_int8_text() if name in int8 else pipeline for name in variants}
+    draw = partial(generate, requests=requests, batch_size=asked.batch_size)
+    drawings = {name: draw(models[name], settings=settings) for name, settings in variants.items()}
     rows, exact = [], None
     for name, drawing in drawings.items():
         pictures, seconds = _timed(drawing, requests, asked.batch_size)
@@ -99,7 +105,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _settings(text: str, exact: Settings) -> Settings:
-    found = command_line(Settings, [f"--{one.strip()}" for one in text.split(",")], default=exact)
+    found = command_line(Settings, [f"--{one.strip()}" for one in text.split(",") if one != _INT8], default=exact)
     check(found)
     return found
 

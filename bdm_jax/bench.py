@@ -363,7 +363,9 @@ def _nchw(x: np.ndarray, layout):
 def _torch_step(configs, x, english, chinese, train: bool = False):
     torch, dtype = _torch(), x.dtype.name
     from diffusers import ControlNetModel, UNet2DConditionModel
+    from diffusers.utils import logging
 
+    logging.set_verbosity_error()  # it warns of any change of type
     values = {key: value for key, value in to_json(configs[1]).items() if key != "bdm_branch"}
     branch = ControlNetModel.from_config(values).requires_grad_(train)
     t, english, chinese = torch.full((len(x),), 500).to(_device()), _tensor(english), _tensor(chinese)

@@ -110,8 +110,9 @@ def flops(function: Callable, *arguments: Any) -> int:
     Arguments may be shapes; nothing is computed. Attention counts as by its definition. `function` must not be jitted:
     JAX would keep what is traced here and run it.
     """
+    # Of a function of its own: JAX keeps the trace of `function` too, and would compile it where that is jitted later.
     with told("none"):
-        return 2 * _multiplications(jax.make_jaxpr(function)(*arguments).jaxpr)
+        return 2 * _multiplications(jax.make_jaxpr(lambda *given: function(*given))(*arguments).jaxpr)
 
 
 @contextmanager
