@@ -72,7 +72,7 @@ def draw(arguments: Arguments, requests: list[Request], rows: list[int] | None, 
 def _times(marks: list[float]) -> str:
     """marks: when loading began, when it ended, when each picture was done."""
     began, loaded, first, *rest = marks
-    then = f", then {(rest[-1] - first) / len(rest):.1f} s each" if rest else ""
+    then = f", then {(rest[-1] - first) / len(rest):.2f} s each" if rest else ""
     return f"loaded in {loaded - began:.1f} s, first picture after {first - loaded:.1f} s{then}"
 
 

@@ -2,7 +2,8 @@
 
 JAX's own cache (`compile_cache`) keeps what the compiler made, but each start traces and lowers every program anew to
 find it there. A `program` is looked up by what it is called with instead. Its file's name is a digest of everything
-that the machine code depends on: this package's sources, versions, machine, flags, fixed arguments, shapes.
+that the machine code depends on: this package's sources, versions, machine, flags, fixed arguments, shapes. Where the
+file is not there but JAX's cache has the program, as after a change of the sources, that one is taken and no file left.
 """
 
 import functools
@@ -58,31 +59,51 @@ class Program:
             return self.jitted(fixed, *arguments)
         # The folder too: who changes it, as tests do, does not want what lay in another.
         key = f"{_folder} {fixed!r} {tree} {[_kind(leaf) for leaf in leaves]}"
-        if key not in self._ready:
-            self._ready[key] = self._find(key, fixed, arguments)
-        return self._ready[key](*arguments)
+        if key in self._ready:
+            return self._ready[key](*arguments)
+        self._ready[key], result = self._first(key, fixed, arguments)
+        return result
 
     def count(self) -> int:
         """How many there are in memory, one for each kind of call."""
         return len(self._ready) + self.jitted._cache_size()
 
-    def _find(self, key: str, fixed, arguments) -> Callable:
+    def _first(self, key: str, fixed, arguments) -> tuple[Callable, Any]:
+        """The program and what comes out, from its file or made anew."""
         parts = (_surroundings(), self.__module__, self.__qualname__, key.removeprefix(str(_folder)))
         file = _folder / hashlib.sha256("\n".join(parts).encode()).hexdigest()
         if file.is_file():
             try:
-                return _load(file.read_bytes(), arguments)
+                loaded = _load(file.read_bytes(), arguments)
+                return loaded, jax.block_until_ready(loaded(*arguments))
             except Exception as error:  # whatever is wrong with a kept file, it can be made anew
                 warnings.warn(f"{file}: not a program that runs here ({error}); made anew", stacklevel=3)
-        compiled = self.jitted.lower(fixed, *arguments).compile()
-        try:
-            content = _dump(compiled)
-        except ValueError:  # a platform whose programs cannot be taken out of memory
-            return compiled
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(file) as out:
-            out.write(content)
-        return compiled
+                file.unlink(missing_ok=True)
+        lowered, before = self.jitted.lower(fixed, *arguments), _hits[0]
+        compiled = lowered.compile()
+        if _hits[0] == before:
+            _save(file, compiled)
+        return compiled, compiled(*arguments)
+
+
+_hits = [0]  # of JAX's own cache, which leaves programs that run but cannot be written once more: parts are missing
+
+
+def _count(event: str, **_) -> None:
+    _hits[0] += event == "/jax/compilation_cache/cache_hits"
+
+
+jax.monitoring.register_event_listener(_count)
+
+
+def _save(file: Path, compiled: jax.stages.Compiled) -> None:
+    try:
+        content = _dump(compiled)
+    except ValueError:  # a platform whose programs cannot be taken out of memory
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as out:
+        out.write(content)
 
 
 def _dump(compiled: jax.stages.Compiled) -> bytes:

@@ -22,9 +22,10 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 
 def curve(name: str, case: str, over: str) -> dict[float, tuple[float, float]]:
-    """Size or batch -> seconds, measured and by arithmetic: the work at the speed of the first."""
+    """Size or batch -> seconds, measured and by arithmetic: the plain form's work at the fastest's speed."""
     found = [row for row in rows(name) if row["case"] == case]
-    return {row[over]: (row["seconds"], row["tflop"] / found[0]["tflops"]) for row in found}
+    speed = max(row["tflops"] for row in found)
+    return {row[over]: (row["seconds"], row["tflop"] / speed) for row in found}
 
 
 def panel(title: str, unit: str, curves: dict[str, dict[float, tuple[float, float]]]) -> Image.Image:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from bdm_jax import programs
@@ -84,7 +85,7 @@ def test_the_next_process_traces_nothing(folder, given):
 def test_in_one_process_it_is_found_once(folder, given, monkeypatch):
     one = Program(scaled)
     one(Fixed(), *given)
-    monkeypatch.setattr(Program, "_find", None)
+    monkeypatch.setattr(Program, "_first", None)
     one(Fixed(), *given)
     assert one.count() == len(TRACED) == 1
 
@@ -144,6 +145,43 @@ def test_a_damaged_file_is_made_anew(folder, given, rng, damage):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert call(given)[1] == 0
+
+
+def test_a_file_that_fails_when_it_runs_is_made_anew(folder, given, monkeypatch):
+    first, _ = call(given)
+
+    def broken(*_):
+        def run(*_):
+            raise jax.errors.JaxRuntimeError("a part is missing")
+
+        return run
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="a part is missing.*made anew"):
+        patch.setattr(programs, "_load", broken)
+        assert call(given)[0].tobytes() == first.tobytes()
+    assert call(given)[1] == 0
+
+
+@pytest.fixture
+def jax_cache(tmp_path):
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in (*names, "jax_persistent_cache_min_entry_size_bytes")}
+    compilation_cache.reset_cache()
+    for name, value in zip(before, (str(tmp_path / "jax"), 0.0, -1), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_what_comes_from_jax_s_cache_is_not_written_once_more(jax_cache, folder, given):
+    """It would lack parts, and fail when it runs."""
+    first, _ = call(given)
+    (file,) = folder.iterdir()
+    file.unlink()
+    assert call(given)[0].tobytes() == first.tobytes()
+    assert not list(folder.iterdir())
 
 
 def test_placed_arguments_are_another_program(folder, given):
