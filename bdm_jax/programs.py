@@ -6,6 +6,7 @@ that the machine code depends on: this package's sources, versions, machine, fla
 file is not there but JAX's cache has the program, as after a change of the sources, that one is taken and no file left.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -20,7 +21,7 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
-from convert.files import atomic_file
+from convert.files import FileError, atomic_file
 
 _folder: Path | None = None
 _SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_numpy_dtype_promotion")
@@ -51,34 +52,40 @@ class Program:
     def __init__(self, function: Callable):
         functools.update_wrapper(self, function)
         self.jitted = jax.jit(function, static_argnums=0)
-        self._ready: dict[str, Callable] = {}
+        self._ready: dict[tuple, Callable] = {}
+        self._latest: dict[tuple, Callable] = {}
 
     def __call__(self, fixed, *arguments):
         leaves, tree = jax.tree.flatten(arguments)
         if _folder is None or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             return self.jitted(fixed, *arguments)
         # The folder too: who changes it, as tests do, does not want what lay in another.
-        key = f"{_folder} {fixed!r} {tree} {[_kind(leaf) for leaf in leaves]}"
-        if key in self._ready:
-            return self._ready[key](*arguments)
-        self._ready[key], result = self._first(key, fixed, arguments)
+        group = _folder, fixed, tree
+        if latest := self._latest.get(group):  # to look at a thousand arrays takes longer than to try
+            with contextlib.suppress(TypeError, ValueError):  # of another shape, or elsewhere
+                return latest(*arguments)
+        key = *group, tuple(map(_kind, leaves))
+        if ready := self._ready.get(key):
+            result = ready(*arguments)
+        else:
+            ready, result = self._first(key[1:], fixed, arguments)
+        self._ready[key] = self._latest[group] = ready
         return result
 
     def count(self) -> int:
         """How many there are in memory, one for each kind of call."""
         return len(self._ready) + self.jitted._cache_size()
 
-    def _first(self, key: str, fixed, arguments) -> tuple[Callable, Any]:
+    def _first(self, key: tuple, fixed, arguments) -> tuple[Callable, Any]:
         """The program and what comes out, from its file or made anew."""
-        parts = (_surroundings(), self.__module__, self.__qualname__, key.removeprefix(str(_folder)))
-        file = _folder / hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        told = repr((_surroundings(), self.__module__, self.__qualname__, key))
+        file = _folder / hashlib.sha256(told.encode()).hexdigest()
         if file.is_file():
             try:
                 loaded = _load(file.read_bytes(), arguments)
                 return loaded, jax.block_until_ready(loaded(*arguments))
             except Exception as error:  # whatever is wrong with a kept file, it can be made anew
                 warnings.warn(f"{file}: not a program that runs here ({error}); made anew", stacklevel=3)
-                file.unlink(missing_ok=True)
         lowered, before = self.jitted.lower(fixed, *arguments), _hits[0]
         compiled = lowered.compile()
         if _hits[0] == before:
@@ -101,9 +108,12 @@ def _save(file: Path, compiled: jax.stages.Compiled) -> None:
         content = _dump(compiled)
     except ValueError:  # a platform whose programs cannot be taken out of memory
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file) as out:
-        out.write(content)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(file) as out:
+            out.write(content)
+    except (FileError, OSError) as error:
+        warnings.warn(f"{file}: cannot be kept for the next start ({error})", stacklevel=4)
 
 
 def _dump(compiled: jax.stages.Compiled) -> bytes:
@@ -126,8 +136,10 @@ def _load(content: bytes, arguments: tuple) -> jax.stages.Compiled:
 def _kind(leaf: Any) -> tuple:
     """All that a program depends on in an argument."""
     aval = jax.typeof(leaf)
-    placed = leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
-    return aval.shape, aval.dtype.name, aval.weak_type, placed
+    if not isinstance(leaf, jax.Array) or not leaf.committed:
+        return aval.shape, aval.dtype.name, aval.weak_type
+    where = tuple(sorted(device.id for device in leaf.sharding.device_set))
+    return aval.shape, aval.dtype.name, aval.weak_type, leaf.sharding, where
 
 
 @functools.cache

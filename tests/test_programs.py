@@ -82,12 +82,14 @@ def test_the_next_process_traces_nothing(folder, given):
     np.testing.assert_allclose(third, expected(other), rtol=1e-6)
 
 
-def test_in_one_process_it_is_found_once(folder, given, monkeypatch):
-    one = Program(scaled)
-    one(Fixed(), *given)
-    monkeypatch.setattr(Program, "_first", None)
-    one(Fixed(), *given)
-    assert one.count() == len(TRACED) == 1
+def test_in_one_process_each_is_found_once(folder, given):
+    one, (cond, [offsets], count) = Program(scaled), given
+    calls = [given, (Conditioning(cond.tokens[:1]), [offsets], count), (cond, [offsets], np.int32(count))]
+    for _ in range(3):
+        for each in calls:
+            found, _nothing = one(Fixed(), *each)
+            np.testing.assert_allclose(found.tokens, expected(each), rtol=1e-6)
+    assert one.count() == len(TRACED) == len(list(folder.iterdir())) == len(calls)
 
 
 @pytest.mark.parametrize("change", ["fixed", "shape", "type", "structure", "weak type"])
@@ -160,6 +162,14 @@ def test_a_file_that_fails_when_it_runs_is_made_anew(folder, given, monkeypatch)
         patch.setattr(programs, "_load", broken)
         assert call(given)[0].tobytes() == first.tobytes()
     assert call(given)[1] == 0
+
+
+def test_where_nothing_can_be_kept_it_draws_all_the_same(tmp_path, given):
+    (tmp_path / "file").touch()
+    programs.keep(tmp_path / "file" / "programs")
+    with pytest.warns(UserWarning, match="cannot be kept for the next start"):
+        found, _ = call(given)
+    np.testing.assert_allclose(found, expected(given), rtol=1e-6)
 
 
 @pytest.fixture
