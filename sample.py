@@ -9,10 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bdm_jax.drawing.arguments import Arguments, parse
+from bdm_jax.app.arguments import Arguments, parse
 from bdm_jax.errors import UserError, unknown
-from bdm_jax.settings import Request
-from convert.files import FileError
+from bdm_jax.sampling.settings import Request
 
 
 def main() -> int:
@@ -24,7 +23,7 @@ def main() -> int:
         asked = parse(sys.argv[1:])
         with Progress(*what, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
             files = draw(*asked, bar)
-    except (UserError, FileError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -37,14 +36,14 @@ def main() -> int:
 def draw(arguments: Arguments, requests: list[Request], rows: list[int] | None, bar: Progress) -> list[Path]:
     """Load the model and draw; returns the files written. JAX is imported here, when it is needed."""
     task, marks = bar.add_task("loading", total=None), [time.perf_counter()]
-    from bdm_jax import compile_cache, distributed
+    from bdm_jax.app import runs
     from bdm_jax.diffusion.samplers import SAMPLERS
-    from bdm_jax.drawing import runs
+    from bdm_jax.runtime import compile_cache, processes
 
     settings = arguments.settings
     if settings.sampler not in SAMPLERS:
         raise unknown("sampler", settings.sampler, SAMPLERS)
-    distributed.initialize()
+    processes.initialize()
     compile_cache.enable()
     pipeline, controls = arguments.parts.load(), arguments.parts.load_controls()
     names = arguments.parts.names()

@@ -4,7 +4,7 @@ them, `train.py CONFIG --explain` says where its arrays would lie and trains not
 
 import sys
 
-LEG_OVER = 3
+SESSION_OVER = 3
 
 
 def main() -> int:
@@ -14,9 +14,8 @@ def main() -> int:
     import tyro
 
     import configs
-    from bdm_jax.distributed import initialize, is_first
     from bdm_jax.errors import UserError
-    from convert.files import FileError
+    from bdm_jax.runtime.processes import initialize, is_first
 
     arguments = sys.argv[1:]
     if not arguments or arguments[0].startswith("-"):
@@ -41,8 +40,8 @@ def main() -> int:
         if is_first():
             over = "the leg is over: run the same command again to go on"
             print(f"finished: {config.run / 'export'}" if finished else over)
-        return 0 if finished else LEG_OVER
-    except (UserError, FileError) as error:
+        return 0 if finished else SESSION_OVER
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

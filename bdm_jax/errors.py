@@ -1,4 +1,4 @@
-"""The one exception that is written for the person at the keyboard."""
+"""The errors that are written for the person at the keyboard: one family, one line each."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,25 @@ class UserError(ValueError):
 
     Scripts print `error: <message>` and exit with status 2; a traceback would add nothing.
     """
+
+
+class FileError(UserError):
+    """A file that cannot be used, in one line: which file, what is wrong with it, what would be right."""
+
+
+class BadRecord(UserError):
+    """One record that cannot be used, by no fault of the run: it is left out and counted under `cause`."""
+
+    def __init__(self, name: str, cause: str, message: str):
+        super().__init__(f"{name}: {' '.join(message.split())}")
+        self.name, self.cause = name, cause
+
+    def __reduce__(self):
+        return type(self), (self.name, self.cause, str(self).removeprefix(f"{self.name}: "))
+
+
+class Filtered(BadRecord):
+    """A sound record that is not wanted; never counted as a fault."""
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:

@@ -1,8 +1,14 @@
-"""Where the files bundled with a checkout lie, and reading those that a user names."""
+"""Where the bundled files lie, and files and folders that appear only when they are whole."""
 
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-from bdm_jax.errors import UserError
+from bdm_jax.errors import FileError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 DEMO = ASSETS / "demo"
@@ -10,14 +16,52 @@ EMOJI = ASSETS / "emoji"
 TOKENIZERS = ASSETS / "tokenizers"
 
 
-def read_bytes(path: Path, most: int, kind: str) -> bytes:
-    """A user's file of at most so many bytes. Raises UserError that names it where it cannot be read or is larger."""
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file that appears under `path` only when the block ends well: temporary neighbour, fsync, rename.
+
+    Makes the folder where needed. Raises FileError when the folder or file cannot be written.
+    """
+    path = Path(path)
     try:
-        with path.open("rb") as file:
-            # `read` reserves what is asked for: as much as there is; of a pipe, which tells no size, up to the limit
-            data = file.read((min(path.stat().st_size, most) or most) + 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if len(data) > most:
-        raise UserError(f"{path}: larger than {most >> 20} MiB, no {kind}")
-    return data
+        raise FileError(f"{path}: cannot be written ({error.strerror or error})") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder that appears under `path` only when the block ends well. Raises FileError when it cannot be written."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp"))
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written ({error.strerror or error})") from error
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        temporary.rename(path)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    """mkstemp makes private files; a finished one gets the rights that any new file of this user has."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -12,7 +12,7 @@ caption in ten left out, bf16 compute, batches of 3072, which pods divide.
 from pathlib import Path
 
 from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
-from bdm_jax.training.tasks import BranchTask
+from bdm_jax.training.objectives.branch import BranchTask
 
 CONFIG = TrainConfig(
     task=BranchTask(

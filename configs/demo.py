@@ -17,20 +17,19 @@ import jax
 import tyro
 
 import configs
+from bdm_jax.data.emoji.render_emoji import main as render_emoji
 from bdm_jax.data.records import open_source
-from bdm_jax.data.render_emoji import main as render_emoji
 from bdm_jax.errors import UserError
-from bdm_jax.paths import DEMO, EMOJI
+from bdm_jax.paths import DEMO, EMOJI, new_folder
 from bdm_jax.training.config import TrainConfig, check
 from bdm_jax.training.loop import train
 from bdm_jax.training.sets import select
-from convert.files import FileError, new_folder
 
 MORE_LEGS = 3
 
 
 @dataclass(frozen=True)
-class Settings:
+class DemoArgs:
     """Make the demo model again."""
 
     minutes: float | None = None
@@ -41,7 +40,7 @@ class Settings:
     """folder of the finished model"""
 
 
-def main(settings: Settings) -> int:
+def main(settings: DemoArgs) -> int:
     """Do what is not done yet; 0 when the folder is complete, 3 when more legs are needed."""
     deadline = time.monotonic() + 60 * settings.minutes if settings.minutes else None
     if not (EMOJI / "dataset_info.json").is_file() and render_emoji([]):
@@ -122,7 +121,7 @@ def _final(config: TrainConfig) -> dict[str, float]:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(tyro.cli(Settings, prog="python -m configs.demo")))
-    except (UserError, FileError) as error:
+        sys.exit(main(tyro.cli(DemoArgs, prog="python -m configs.demo")))
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -8,7 +8,7 @@ is what the backbone has with its own text.
 from pathlib import Path
 
 from bdm_jax.training.config import OptimizerConfig, TrainConfig
-from bdm_jax.training.tasks import BranchTask
+from bdm_jax.training.objectives.branch import BranchTask
 from configs import emoji_backbone, emoji_text
 
 CONFIG = TrainConfig(

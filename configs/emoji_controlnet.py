@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bdm_jax.paths import DEMO
 from bdm_jax.training.config import OptimizerConfig, TrainConfig
-from bdm_jax.training.controlnet import ControlNetTask
+from bdm_jax.training.objectives.controlnet import ControlNetTask
 from configs import emoji_backbone
 
 CONFIG = TrainConfig(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bdm_jax.paths import DEMO
 from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
-from bdm_jax.training.dreambooth import DreamBoothTask
+from bdm_jax.training.objectives.dreambooth import DreamBoothTask
 
 CONFIG = TrainConfig(
     task=DreamBoothTask(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bdm_jax.paths import DEMO
 from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
-from bdm_jax.training.inversion import InversionTask
+from bdm_jax.training.objectives.inversion import InversionTask
 
 CONFIG = TrainConfig(
     task=InversionTask(

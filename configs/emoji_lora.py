@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bdm_jax.paths import DEMO
 from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
-from bdm_jax.training.lora import ATTENTION, LoRATask
+from bdm_jax.training.objectives.lora import ATTENTION, LoRATask
 
 # A style is in the convolutions too, of which this small UNet has more than attention.
 EVERY_LAYER = rf"{ATTENTION}|ff\.net\.(0\.proj|2)|proj_(in|out)|conv[12]|conv_shortcut|conv"

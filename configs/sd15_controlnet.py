@@ -11,7 +11,7 @@ Latents of the set are kept in memory, 128 KB a picture: up to some ten thousand
 from pathlib import Path
 
 from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
-from bdm_jax.training.controlnet import ControlNetTask
+from bdm_jax.training.objectives.controlnet import ControlNetTask
 
 CONFIG = TrainConfig(
     task=ControlNetTask(remat="blocks"),

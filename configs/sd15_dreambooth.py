@@ -12,7 +12,7 @@ places, and other dogs as before. Settings: diffusers' train_dreambooth with pri
 from pathlib import Path
 
 from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
-from bdm_jax.training.dreambooth import DreamBoothTask
+from bdm_jax.training.objectives.dreambooth import DreamBoothTask
 
 CONFIG = TrainConfig(
     task=DreamBoothTask(remat="blocks"),

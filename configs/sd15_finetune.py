@@ -10,7 +10,7 @@ Settings: diffusers' train_text_to_image, a tenth of the captions left out.
 from pathlib import Path
 
 from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
-from bdm_jax.training.finetune import FinetuneTask
+from bdm_jax.training.objectives.finetune import FinetuneTask
 
 CONFIG = TrainConfig(
     task=FinetuneTask(remat="blocks"),

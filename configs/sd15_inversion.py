@@ -11,7 +11,7 @@ less exactly than DreamBooth does. Settings: diffusers' textual_inversion, witho
 from pathlib import Path
 
 from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
-from bdm_jax.training.inversion import InversionTask
+from bdm_jax.training.objectives.inversion import InversionTask
 
 CONFIG = TrainConfig(
     task=InversionTask(remat="blocks"),

@@ -10,7 +10,7 @@ draw the pictures' style or subject at strength 1. Settings: diffusers' train_te
 from pathlib import Path
 
 from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
-from bdm_jax.training.lora import LoRATask
+from bdm_jax.training.objectives.lora import LoRATask
 
 CONFIG = TrainConfig(
     task=LoRATask(rank=16),

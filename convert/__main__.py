@@ -14,15 +14,15 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from bdm_jax.components import contents_of
-from bdm_jax.conversion import to_jax, to_torch
 from bdm_jax.errors import UserError
+from bdm_jax.formats.detect import Contents, NetworkInFile
+from bdm_jax.formats.files import shown
+from bdm_jax.formats.layouts import fit
+from bdm_jax.formats.weights import Weights
 from bdm_jax.models.config import from_json
 from bdm_jax.models.functional import abstract
-from convert.detect import Contents, Part
-from convert.files import FileError, shown
-from convert.layouts import fit
-from convert.weights import Weights
+from bdm_jax.systems.components import contents_of
+from convert.conversion import to_jax, to_torch
 
 Where = Annotated[Path, tyro.conf.Positional]
 
@@ -76,7 +76,7 @@ def main(args: list[str] | None = None) -> int:
             written = to_jax(command.src, command.dst)
         else:
             written = to_torch(command.src, command.dst, command.layout, command.dtype)
-    except (UserError, FileError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(*written, sep="\n")
@@ -113,7 +113,7 @@ def describe(weights: Weights, contents: Contents, allow: tuple[str, ...] = ()) 
     }
 
 
-def _describe(part: Part, weights: Weights, allow: tuple[str, ...]) -> dict[str, Any]:
+def _describe(part: NetworkInFile, weights: Weights, allow: tuple[str, ...]) -> dict[str, Any]:
     tensors = part.of(weights.tensors)
     about = {
         "kind": part.kind,

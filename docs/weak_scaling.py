@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 import configs
-from bdm_jax.plan import Plan, from_json, parse_topology, reckon
+from bdm_jax.plan.__main__ import Plan, estimate, from_json, parse_topology
 
 DOCS = Path(__file__).resolve().parent
 PAIRS = 1e9
@@ -36,8 +36,8 @@ def curves() -> dict[str, tuple[list[Plan], list[Plan]]]:
         config, slices = configs.load(name), [parse_topology(text) for text in SLICES[chip]]
         known = {where.name: plan for where in slices if (plan := compiled(where.name))}
         largest = list(known.values())[-1]
-        many = [known.get(where.name) or reckon(config, largest, where, fsdp, batch) for where in slices]
-        one = [reckon(replace(config, accumulate=1), largest, where, fsdp, 1) for where in slices]
+        many = [known.get(where.name) or estimate(config, largest, where, fsdp, batch) for where in slices]
+        one = [estimate(replace(config, accumulate=1), largest, where, fsdp, 1) for where in slices]
         found[chip] = many, one
     return found
 

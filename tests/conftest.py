@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest_plugins = ["bridge"]  # the tiny system
+
 PARITY = 1e-4  # fp32 on both sides: what remains is the order of summation, measured at 1e-6 to 1e-5
 
 
@@ -79,8 +81,8 @@ def torch_params():
     Keys that begin with `drop` are left out; `prefix` is put before keys that lack it (transformers 5 names the CLIP
     text tower's parameters without the `text_model.` that every file carries).
     """
+    from bdm_jax.formats.layouts import tree_from_torch
     from bdm_jax.models import functional
-    from convert.layouts import tree_from_torch
 
     def carry(module, config, *, drop="\0", prefix=""):
         tensors = {

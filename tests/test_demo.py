@@ -10,13 +10,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from bdm_jax.data.captions import concepts
-from bdm_jax.data.images import decode_image
 from bdm_jax.data.records import open_source
-from bdm_jax.generate import generate
+from bdm_jax.images.decode import decode_image
 from bdm_jax.models.functional import bind
 from bdm_jax.paths import ASSETS, DEMO, EMOJI
-from bdm_jax.pipeline import BridgePipeline
-from bdm_jax.settings import Request
+from bdm_jax.sampling.generate import generate
+from bdm_jax.sampling.settings import Request
+from bdm_jax.systems.pipeline import BridgePipeline
 from bdm_jax.text.encode import encode, tokenize
 
 MOST_BYTES = 60_000_000

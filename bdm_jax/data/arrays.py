@@ -11,8 +11,8 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
-from bdm_jax.data.source import BadRecord, make_record
-from bdm_jax.errors import UserError
+from bdm_jax.data.source import make_record
+from bdm_jax.errors import BadRecord, UserError
 
 _PICTURES = ("image", "jpg", "jpeg", "png", "webp", "image/encoded", "image_bytes")
 _MOMENTS, _SHAPE = "moments", "_shape"

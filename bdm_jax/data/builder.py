@@ -16,8 +16,8 @@ from etils import epath
 
 from bdm_jax.data.records import list_files, open_source
 from bdm_jax.data.select import Filters, aesthetic_score
-from bdm_jax.data.source import BadRecord, Filtered, Skips, Source
-from bdm_jax.errors import UserError
+from bdm_jax.data.source import Skips, Source
+from bdm_jax.errors import BadRecord, Filtered, UserError
 
 _CHUNK = 10_000  # records that a Beam worker takes at a time, where the source is no list of files
 _NUMBERS = {"width": np.int32, "height": np.int32}

@@ -4,8 +4,8 @@ import re
 
 import numpy as np
 
-from bdm_jax.data.source import BadRecord, Source
-from bdm_jax.errors import UserError
+from bdm_jax.data.source import Source
+from bdm_jax.errors import BadRecord, UserError
 
 LANGUAGES = ("zh", "en")
 STYLE_PHRASES = {

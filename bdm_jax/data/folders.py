@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from fsspec import AbstractFileSystem
 
-from bdm_jax.data.images import MAX_BYTES
-from bdm_jax.data.source import BadRecord, make_record, parse_json
+from bdm_jax.data.source import make_record, parse_json
+from bdm_jax.errors import BadRecord
+from bdm_jax.images.decode import MAX_BYTES
 
 METADATA = "metadata.jsonl"
 _READ = 1 << 22

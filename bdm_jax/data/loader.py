@@ -9,8 +9,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from bdm_jax.data.source import BadRecord, Skips, Source
-from bdm_jax.errors import UserError
+from bdm_jax.data.source import Skips, Source
+from bdm_jax.errors import BadRecord, UserError
 
 Transform = Callable[[dict, np.random.Generator], dict[str, np.ndarray]]
 _IN_A_ROW = 100
@@ -18,7 +18,7 @@ _LARGEST = 2**32  # of Grain's shuffle
 
 
 @dataclass(frozen=True)
-class Part:
+class MixturePart:
     """Records of one source that are drawn in the same way.
 
     indices: a range, or an array, which may be memory-mapped. weight: of the part among all, by default the number of
@@ -33,7 +33,7 @@ class Part:
 
 
 def mix_loader(
-    parts: Sequence[Part],
+    parts: Sequence[MixturePart],
     transform: Transform,
     batch_size: int,
     seed: int,
@@ -160,7 +160,7 @@ class _Places:
 class _Read:
     """A place -> a sample, or another one of the same part where the record is refused."""
 
-    def __init__(self, parts: Sequence[Part], transform: Transform, skips: Skips):
+    def __init__(self, parts: Sequence[MixturePart], transform: Transform, skips: Skips):
         self._parts, self._transform, self._skips = parts, transform, skips
 
     def __call__(self, place: tuple[int, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -184,7 +184,7 @@ def _mix(datasets: list, weights: list[float]):
     return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights=weights)
 
 
-def _weights(parts: Sequence[Part]) -> list[float]:
+def _weights(parts: Sequence[MixturePart]) -> list[float]:
     given = [part.weight for part in parts]
     if all(weight is None for weight in given):
         return [float(len(part.indices)) for part in parts]

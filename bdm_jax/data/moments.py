@@ -17,9 +17,9 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from bdm_jax.data.arrays import ArrayRecordSource, to_example
-from bdm_jax.data.loader import Part
+from bdm_jax.data.loader import MixturePart
 from bdm_jax.errors import UserError
-from convert.files import read_json, write_json
+from bdm_jax.formats.files import read_json, write_json
 
 MANIFEST = "precompute.json"
 _DONE = re.compile(r"chunk-(\d+)\.json")
@@ -77,15 +77,15 @@ class Chunk:
         write_json(self._folder / f"{self._stem}.json", {**notes, "files": files})
 
 
-def open_moments(folder: str | Path, vae: str | None = None) -> list[Part]:
+def open_moments(folder: str | Path, vae: str | None = None) -> list[MixturePart]:
     """Precomputed latents as parts for `mix_loader`, one per bucket; nothing is read yet.
 
     Their records hold `moments` (h,w,2C) float16, mean and log-variance of the raw latents, `states` (captions,S,D)
     where text was encoded, and what the source told.
 
     Args:
-        folder: written by `python -m bdm_jax.precompute`, on a disk.
-        vae: digest of the autoencoder that the run works with (`bdm_jax.training.latents.digest`).
+        folder: written by `python -m bdm_jax.latents.precompute`, on a disk.
+        vae: digest of the autoencoder that the run works with (`bdm_jax.latents.moments.digest`).
 
     Raises:
         UserError: not such a folder, made with another autoencoder, not finished, or a file is missing or cut.
@@ -111,7 +111,7 @@ def open_moments(folder: str | Path, vae: str | None = None) -> list[Part]:
             files[height, width][str(path)] = told["records"]
     told = hashlib.sha256(json.dumps([manifest, done], sort_keys=True).encode()).hexdigest()[:16]
     sources = {bucket: ArrayRecordSource(list(counts), counts.values(), told) for bucket, counts in files.items()}
-    return [Part(source, range(len(source)), bucket=bucket) for bucket, source in sorted(sources.items())]
+    return [MixturePart(source, range(len(source)), bucket=bucket) for bucket, source in sorted(sources.items())]
 
 
 def _check(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
-from bdm_jax.data.images import MAX_BYTES
-from bdm_jax.data.source import BadRecord, make_record, parse_text
+from bdm_jax.data.source import make_record, parse_text
+from bdm_jax.errors import BadRecord
+from bdm_jax.images.decode import MAX_BYTES
 
 _KINDS = (".png", ".jpg", ".jpeg", ".webp")
 

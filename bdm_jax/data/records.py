@@ -16,9 +16,9 @@ from fsspec import AbstractFileSystem
 from bdm_jax.data.arrays import ArrayRecordSource
 from bdm_jax.data.folders import METADATA, FolderSource
 from bdm_jax.data.photos import PhotoSource
-from bdm_jax.data.source import BadRecord, Source, make_record
+from bdm_jax.data.source import Source, make_record
 from bdm_jax.data.tars import TarSource
-from bdm_jax.errors import UserError
+from bdm_jax.errors import BadRecord, UserError
 
 _TFDS = "dataset_info.json"
 _NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")

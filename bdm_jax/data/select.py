@@ -12,12 +12,13 @@ from typing import Any, Literal
 import numpy as np
 
 from bdm_jax.data.captions import is_written_in
-from bdm_jax.data.images import image_size
-from bdm_jax.data.loader import Part
-from bdm_jax.data.source import BadRecord, Filtered, Source
+from bdm_jax.data.loader import MixturePart
+from bdm_jax.data.source import Source
 from bdm_jax.data.threads import map_ahead
-from bdm_jax.errors import UserError
-from convert.files import new_folder, read_json, write_json
+from bdm_jax.errors import BadRecord, Filtered, UserError
+from bdm_jax.formats.files import read_json, write_json
+from bdm_jax.images.decode import image_size
+from bdm_jax.paths import new_folder
 
 Size = tuple[int, int]  # height, width in pixels
 _AESTHETIC = ("aesthetic", "aesthetic_score", "AESTHETIC_SCORE")
@@ -80,7 +81,7 @@ class Selection:
     left_out: dict[str, int]
     filters: Filters
 
-    def parts(self, source: Source, weight: float | None = None) -> list[Part]:
+    def parts(self, source: Source, weight: float | None = None) -> list[MixturePart]:
         """What `mix_loader` draws from: one part per bucket, `weight` divided among them by their records. Records come
         without the captions that do not pass.
         """
@@ -88,7 +89,7 @@ class Selection:
         for number, size in enumerate(self.buckets):
             if len(chosen := self.indices[self.bucket == number]):
                 share = None if weight is None else weight * len(chosen) / len(self.indices)
-                parts.append(Part(_Passing(source, self.filters), chosen, share, size))
+                parts.append(MixturePart(_Passing(source, self.filters), chosen, share, size))
         return parts
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from bdm_jax.errors import UserError
+from bdm_jax.errors import BadRecord, UserError
 
 _CAPTIONS = ("captions", "txt", "text", "caption")
 _ENOUGH = 1000  # samples: before so many are seen, a rate says little
@@ -24,21 +24,6 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-
-class BadRecord(UserError):
-    """One record that cannot be used, by no fault of the run: it is left out and counted under `cause`."""
-
-    def __init__(self, name: str, cause: str, message: str):
-        super().__init__(f"{name}: {' '.join(message.split())}")
-        self.name, self.cause = name, cause
-
-    def __reduce__(self):
-        return type(self), (self.name, self.cause, str(self).removeprefix(f"{self.name}: "))
-
-
-class Filtered(BadRecord):
-    """A sound record that is not wanted; never counted as a fault."""
 
 
 class Skips:

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from fsspec import AbstractFileSystem
 
-from bdm_jax.data.images import MAX_BYTES
-from bdm_jax.data.source import BadRecord, make_record, parse_json, parse_text
-from bdm_jax.errors import UserError
-from convert.files import atomic_file
+from bdm_jax.data.source import make_record, parse_json, parse_text
+from bdm_jax.errors import BadRecord, UserError
+from bdm_jax.images.decode import MAX_BYTES
+from bdm_jax.paths import atomic_file
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 _CACHE = ".bdm_jax_index"

@@ -231,7 +231,7 @@ _MOST_LAYERS = 256
 _LARGEST = 2**24
 
 # Values that config.json may carry and that the networks here take for granted: (key, accepted values).
-_ENCODER_TAKEN_FOR_GRANTED = {
+_ENCODER_FIXED = {
     "act_fn": ("silu",),
     "flip_sin_to_cos": (True,),
     "freq_shift": (0,),
@@ -257,7 +257,7 @@ _ENCODER_TAKEN_FOR_GRANTED = {
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
 }
-_VAE_TAKEN_FOR_GRANTED = {
+_VAE_FIXED = {
     "act_fn": ("silu",),
     "use_quant_conv": (True,),
     "use_post_quant_conv": (True,),
@@ -266,7 +266,7 @@ _VAE_TAKEN_FOR_GRANTED = {
     "latents_mean": (None,),
     "latents_std": (None,),
 }
-_TINY_VAE_TAKEN_FOR_GRANTED = {
+_TINY_VAE_FIXED = {
     "act_fn": ("relu",),
     "upsample_fn": ("nearest",),
     "upsampling_scaling_factor": (2,),
@@ -275,8 +275,8 @@ _TINY_VAE_TAKEN_FOR_GRANTED = {
     "shift_factor": (0.0, None),
     "force_upcast": (False,),
 }
-_CLIP_TAKEN_FOR_GRANTED = {"hidden_act": ("quick_gelu", "gelu"), "num_channels": (3,)}
-_ROBERTA_TAKEN_FOR_GRANTED = {"position_embedding_type": ("absolute",), "hidden_act": ("gelu",)}
+_CLIP_FIXED = {"hidden_act": ("quick_gelu", "gelu"), "num_channels": (3,)}
+_ROBERTA_FIXED = {"position_embedding_type": ("absolute",), "hidden_act": ("gelu",)}
 
 
 def to_json(config: Config) -> dict[str, Any]:
@@ -295,7 +295,7 @@ def to_json(config: Config) -> dict[str, Any]:
             "up_block_types": ["UpDecoderBlock2D"] * levels,
         }
     if isinstance(config, TinyVAEConfig):
-        granted = {key: accepted[0] for key, accepted in _TINY_VAE_TAKEN_FOR_GRANTED.items()}
+        granted = {key: accepted[0] for key, accepted in _TINY_VAE_FIXED.items()}
         return {"_class_name": "AutoencoderTiny", **values, **granted}
     if isinstance(config, CLIPTextConfig):
         return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **values}
@@ -320,26 +320,26 @@ def from_json(values: dict[str, Any]) -> Config:
         branch = values.get("bdm_branch") or name == "ControlNetModelBDM"
         return _encoder_from_json(BranchConfig if branch else ControlNetConfig, values)
     if name == "AutoencoderKL":
-        _check(values, _VAE_TAKEN_FOR_GRANTED)
+        _check(values, _VAE_FIXED)
         return _pick(VAEConfig, values)
     if name == "AutoencoderTiny":
-        _check(values, _TINY_VAE_TAKEN_FOR_GRANTED)
+        _check(values, _TINY_VAE_FIXED)
         config = _pick(TinyVAEConfig, values)
         widths = config.decoder_block_out_channels  # diffusers writes them twice
         _check(values, {"block_out_channels": (list(widths), widths)})
         return config
     if name in ("clip_text_model", "clip"):
         values = _text_config(values) if name == "clip" else values
-        _check(values, _CLIP_TAKEN_FOR_GRANTED)
+        _check(values, _CLIP_FIXED)
         return _pick(CLIPTextConfig, values)
     if name == "clip_vision_model":
-        _check(values, _CLIP_TAKEN_FOR_GRANTED)
+        _check(values, _CLIP_FIXED)
         return _pick(CLIPVisionConfig, values)
     if name == "T2IAdapter":
         return _pick(T2IAdapterConfig, values)
     if name in ("chinese_clip_text_model", "chinese_clip", "bert"):
         values = _text_config(values) if name == "chinese_clip" else values
-        _check(values, _ROBERTA_TAKEN_FOR_GRANTED)
+        _check(values, _ROBERTA_FIXED)
         return _pick(RobertaConfig, values)
     raise ValueError(f"config.json: {name!r} is not a network this library has")
 
@@ -363,7 +363,7 @@ def _encoder_to_json(config: EncoderConfig, values: dict[str, Any]) -> dict[str,
 
 
 def _encoder_from_json(cls: type, values: dict[str, Any]):
-    _check(values, _ENCODER_TAKEN_FOR_GRANTED)
+    _check(values, _ENCODER_FIXED)
     types = values.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
     for block in types:
         if block not in ("CrossAttnDownBlock2D", "DownBlock2D"):
@@ -374,8 +374,8 @@ def _encoder_from_json(cls: type, values: dict[str, Any]):
     return _pick(cls, {**values, "attention_levels": [t == "CrossAttnDownBlock2D" for t in types], "num_heads": heads})
 
 
-def _check(values: dict[str, Any], taken_for_granted: dict[str, tuple]) -> None:
-    for key, accepted in taken_for_granted.items():
+def _check(values: dict[str, Any], fixed: dict[str, tuple]) -> None:
+    for key, accepted in fixed.items():
         if key in values and values[key] not in accepted:
             raise ValueError(f"config.json: {key}={values[key]!r} is not implemented (only {accepted[0]!r})")
 

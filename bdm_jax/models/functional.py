@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bdm_jax.models.adapter import T2IAdapter
-from bdm_jax.models.branch import Branch, ControlNet
-from bdm_jax.models.clip import CLIPText, CLIPVision
+from bdm_jax.models.autoencoders.taesd import TinyVAE
+from bdm_jax.models.autoencoders.vae import VAE
 from bdm_jax.models.config import (
     BranchConfig,
     CLIPTextConfig,
@@ -32,11 +31,12 @@ from bdm_jax.models.config import (
     UNetConfig,
     VAEConfig,
 )
-from bdm_jax.models.ip_adapter import ImageProjection, Resampler
-from bdm_jax.models.roberta import Roberta
-from bdm_jax.models.taesd import TinyVAE
-from bdm_jax.models.unet import UNet
-from bdm_jax.models.vae import VAE
+from bdm_jax.models.towers.clip import CLIPText, CLIPVision
+from bdm_jax.models.towers.roberta import Roberta
+from bdm_jax.models.unet.branch import Branch, ControlNet
+from bdm_jax.models.unet.ip_adapter import ImageProjection, Resampler
+from bdm_jax.models.unet.t2i_adapter import T2IAdapter
+from bdm_jax.models.unet.unet import UNet
 
 Params = dict[str, jax.Array]
 
@@ -87,7 +87,7 @@ def bind(config: Config, params: Params) -> nnx.Module:
 
 
 def is_int8(value: Any) -> bool:
-    """Whether a parameter is kept in eight bits (`bdm_jax.int8`)."""
+    """Whether a parameter is kept in eight bits (`bdm_jax.systems.int8`)."""
     return hasattr(value, "qvalue")
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from bdm_jax.components import Component
 from bdm_jax.errors import UserError
+from bdm_jax.systems.components import Component
 
 
 def weighted_sum(one: Component, other: Component, weight: float, name: str = "blend") -> Component:

@@ -13,13 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from bdm_jax.components import Component, load_component
-from bdm_jax.data.images import read_picture
-from bdm_jax.errors import UserError, unknown
+from bdm_jax.errors import UserError
 from bdm_jax.models.config import ControlNetConfig, T2IAdapterConfig, UNetConfig
 from bdm_jax.models.functional import Params, bind
-from bdm_jax.plugins.spec import parse_control
-from bdm_jax.programs import program
+from bdm_jax.runtime.programs import program
+from bdm_jax.systems.components import Component
 
 
 @dataclass(frozen=True)
@@ -34,21 +32,6 @@ class Control:
     start: float = 0.0
     end: float = 1.0
     name: str = "control"
-
-
-def load(text: str, dtype: str | None = None, kind: str = "controlnet") -> Control:
-    """A control as it is written on the command line (see `spec.parse_control`); with `from`, its map is made of a
-    picture. `kind`: controlnet or t2i_adapter.
-    """
-    network, picture, values = parse_control(text)
-    hint = read_picture(picture)
-    if (maker := values.pop("from", None)) is not None:
-        from bdm_jax.plugins.hints import HINTS  # OpenCV, where it is asked for
-
-        if maker not in HINTS:
-            raise unknown("map", maker, HINTS)
-        hint = HINTS[maker](hint)
-    return Control(load_component(network, dtype, kind), hint, **values, name=network.name)
 
 
 def check(control: Control, unet: UNetConfig, factor: int) -> None:

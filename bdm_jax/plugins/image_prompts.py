@@ -8,16 +8,17 @@ in diffusers, the base adapter's reading of a vector of zeros, or Plus' of a pic
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdm_jax.components import Component, load_component
-from bdm_jax.data.images import read_picture
 from bdm_jax.errors import UserError
-from bdm_jax.models.clip import normalised
+from bdm_jax.formats.layouts import to_jax, tree_from_torch
+from bdm_jax.formats.pickles import is_checkpoint, read_checkpoint
+from bdm_jax.formats.weights import read_weights
 from bdm_jax.models.config import (
     CLIPVisionConfig,
     EncoderConfig,
@@ -26,12 +27,10 @@ from bdm_jax.models.config import (
     UNetConfig,
 )
 from bdm_jax.models.functional import Params, abstract, bind
-from bdm_jax.models.ip_adapter import from_original, image_keys
-from bdm_jax.plugins.spec import parse_image_prompt
-from bdm_jax.programs import program
-from convert.layouts import to_jax, tree_from_torch
-from convert.pickles import is_checkpoint, read_checkpoint
-from convert.weights import read_weights
+from bdm_jax.models.towers.clip import normalised
+from bdm_jax.models.unet.ip_adapter import from_original, image_keys
+from bdm_jax.runtime.programs import program
+from bdm_jax.systems.components import Component
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,9 @@ class ImagePrompt:
     name: str = "image prompt"
 
 
-def load(text: str, dtype: str | None = None) -> ImagePrompt:
-    """An image prompt as it is written on the command line (see `spec.parse_image_prompt`)."""
-    path, vision, picture, values = parse_image_prompt(text)
-    adapter = read_checkpoint(path) if path.is_file() and is_checkpoint(path) else read_weights(path).tensors
-    tower = load_component(vision, dtype, "image_encoder")
-    return ImagePrompt(adapter, tower, read_picture(picture), **values, name=path.name)
+def read_adapter(path: Path) -> Mapping[str, Any]:
+    """The tensors of an IP-Adapter's file, flat (safetensors) or nested (a checkpoint). Raises FileError."""
+    return read_checkpoint(path) if path.is_file() and is_checkpoint(path) else read_weights(path).tensors
 
 
 def read(prompt: ImagePrompt, unet: UNetConfig) -> tuple[Component, Params]:

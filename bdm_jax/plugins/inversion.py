@@ -13,13 +13,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from bdm_jax.components import Component
 from bdm_jax.errors import UserError
+from bdm_jax.formats.embeddings import read_embeddings
+from bdm_jax.formats.files import shown
 from bdm_jax.models.config import CLIPTextConfig, RobertaConfig
+from bdm_jax.systems.components import Component
 from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.text.windows import MAX_WINDOWS
-from convert.embeddings import read_embeddings
-from convert.files import shown
 
 TABLES = {
     CLIPTextConfig: "text_model.embeddings.token_embedding.embedding",
@@ -36,7 +36,7 @@ class Embedding(NamedTuple):
 
 
 def load_embeddings(path: str | Path, token: str | None = None) -> list[Embedding]:
-    """The embeddings of a file: one, but for files of several tokens. See `convert.embeddings` for what is read.
+    """The embeddings of a file: one, but for files of several tokens. See `formats.embeddings` for what is read.
 
     `token` replaces the file's own name for its embedding; a file without any gives its stem. Raises UserError for an
     SDXL embedding, which is for two towers, and for one name for several embeddings; FileError for what no reader

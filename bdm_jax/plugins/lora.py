@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdm_jax.errors import UserError, unknown
+from bdm_jax.errors import FileError, UserError, unknown
+from bdm_jax.formats.files import Tensors, shown
+from bdm_jax.formats.layouts import to_jax, to_torch
+from bdm_jax.formats.lora import LoraFile, family, module_names, numbered_modules, read_lora
 from bdm_jax.models.functional import Params
 from bdm_jax.plugins.deltas import Delta, change, make, make_ia3
-from convert.files import FileError, Tensors, shown
-from convert.layouts import to_jax, to_torch
-from convert.lora import LoraFile, family, module_names, numbered_modules, read_lora
 
 # The networks that a plug-in may change, in the order in which one is looked for where a file does not say which.
 TARGETS = ("unet", "text_encoder", "branch", "branch_text_encoder")
@@ -54,7 +54,7 @@ class LoRA:
 
 
 def load_lora(path: str | Path, networks: Mapping[str, Mapping[str, Any]], target: str | None = None) -> LoRA:
-    """Read a plug-in of any layout (convert/lora.py) and kind (deltas.py) and find the weight that each part changes.
+    """Read a plug-in of any layout (`formats.lora`) and kind (`deltas`) and find the weight that each part changes.
 
     Args:
       path: a safetensors, .bin or .pt file, a peft folder, or a folder with `pytorch_lora_weights`.

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdm_jax.models.conditioning import Conditioning
 from bdm_jax.models.config import CLIPTextConfig, RobertaConfig
 from bdm_jax.models.functional import Params, bind
-from bdm_jax.programs import program
+from bdm_jax.models.unet.conditioning import Conditioning
+from bdm_jax.runtime.programs import program
 from bdm_jax.text.grammar import parse
 from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.text.windows import cut, join, split, windows_needed

@@ -12,8 +12,8 @@ import numpy as np
 from transformers import BertTokenizer, CLIPTokenizer
 
 from bdm_jax.errors import UserError
+from bdm_jax.formats.files import read_json
 from bdm_jax.text.windows import cut, split
-from convert.files import read_json
 
 
 class PromptWarning(UserWarning):

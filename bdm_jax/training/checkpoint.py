@@ -25,11 +25,11 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from bdm_jax.distributed import all_say, first_says, is_first
-from bdm_jax.errors import UserError
+from bdm_jax.errors import FileError, UserError
+from bdm_jax.formats.files import read_json, write_json
+from bdm_jax.runtime.processes import all_agree, broadcast_from_first, is_first
 from bdm_jax.training import digests
 from bdm_jax.training.state import TrainState, state_sharding
-from convert.files import FileError, read_json, write_json
 
 _SAVING, _REMOVING = ".saving-", ".removing-"
 
@@ -94,13 +94,13 @@ class Checkpoints:
             UserError: it is of another run or model, or none is good; nothing is trained from scratch instead.
         """
         steps, promised = self._steps(), self._promised()
-        if first_says(-1 if not steps and promised is None else 0) < 0:
+        if broadcast_from_first(-1 if not steps and promised is None else 0) < 0:
             return None
         faults = []
         if promised is not None and promised not in steps:
             faults.append(f"step {promised}: its folder is missing" if promised >= 0 else "newest.json is damaged")
             _warn(f"{self.folder}: {faults[-1]}; trying older ones")
-        while (step := first_says(steps.pop() if steps else -1)) >= 0:
+        while (step := broadcast_from_first(steps.pop() if steps else -1)) >= 0:
             try:
                 found = self._restore(step, like, mesh)
             except _Damage as damage:
@@ -205,7 +205,7 @@ def _everywhere(read):
         raise
     except Exception as error:  # Orbax and TensorStore raise whatever the damaged bytes lead them to
         value, damage = None, _Damage(_line(error))
-    if not all_say(damage is None):
+    if not all_agree(damage is None):
         raise damage or _Damage("another process cannot read it")
     return value
 

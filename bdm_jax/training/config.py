@@ -12,16 +12,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from bdm_jax.distributed import is_first
 from bdm_jax.errors import UserError
-from bdm_jax.training.controlnet import ControlNetTask
-from bdm_jax.training.dreambooth import DreamBoothTask
-from bdm_jax.training.finetune import FinetuneTask
-from bdm_jax.training.inversion import InversionTask
-from bdm_jax.training.lora import LoRATask
+from bdm_jax.formats.files import read_json, write_json
+from bdm_jax.runtime.processes import is_first
+from bdm_jax.training.objectives.branch import BackboneTask, BranchTask, TextTask, VAETask
+from bdm_jax.training.objectives.controlnet import ControlNetTask
+from bdm_jax.training.objectives.dreambooth import DreamBoothTask
+from bdm_jax.training.objectives.finetune import FinetuneTask
+from bdm_jax.training.objectives.inversion import InversionTask
+from bdm_jax.training.objectives.lora import LoRATask
 from bdm_jax.training.sets import DataConfig
-from bdm_jax.training.tasks import BackboneTask, BranchTask, TextTask, VAETask
-from convert.files import read_json, write_json
 
 # May differ between the legs of one run: how it is watched, when it pauses, on which devices and in which folder.
 _FREE_TO_CHANGE = {"minutes", "export_only", "log_every", "sample_every", "checkpoint_every", "keep", "run", "mesh"}

@@ -13,24 +13,24 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from bdm_jax.costs import PEAKS, flops
 from bdm_jax.data.loader import mix_loader
-from bdm_jax.data.source import BadRecord, Skips
-from bdm_jax.distributed import first_says, gather, is_first
-from bdm_jax.errors import UserError
-from bdm_jax.sharding import batch_ways, make_mesh, place, place_batch, replicated, to_host
-from bdm_jax.sharding import explain as placements
+from bdm_jax.data.source import Skips
+from bdm_jax.errors import BadRecord, UserError
+from bdm_jax.formats.files import write_json
+from bdm_jax.latents.moments import record_key
+from bdm_jax.runtime.costs import PEAKS, flops
+from bdm_jax.runtime.processes import broadcast_from_first, gather, is_first
+from bdm_jax.runtime.sharding import batch_ways, make_mesh, place, place_batch, replicated, to_host
+from bdm_jax.runtime.sharding import explain as placements
 from bdm_jax.training.checkpoint import Checkpoints
 from bdm_jax.training.config import TrainConfig, check, remember
 from bdm_jax.training.digests import leaves
-from bdm_jax.training.job import Job, Trees
-from bdm_jax.training.latents import record_key
 from bdm_jax.training.metrics import Clock, Metrics
+from bdm_jax.training.objectives.job import Objective, Trees
 from bdm_jax.training.position import NUMBER, Position, numbered
 from bdm_jax.training.sets import Sets
 from bdm_jax.training.signals import stop_requests
 from bdm_jax.training.state import abstract_state, make_optimizer, make_state, make_step, state_sharding
-from convert.files import write_json
 
 _PICTURES = 16
 
@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> bool:
     check(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     _check_batch(config, mesh)
-    leg = _Leg(config, mesh)
+    leg = _Session(config, mesh)
     try:
         if not config.export_only:
             leg.run(deadline)
@@ -64,7 +64,7 @@ def train(config: TrainConfig) -> bool:
     if is_first():
         told = {"bdm_jax.step": str(leg.at), "bdm_jax.config": config.digest()}
         leg.job.export(averaged, config.run / "export", told)
-    first_says(0)  # nobody leaves before it is written
+    broadcast_from_first(0)  # nobody leaves before it is written
     return True
 
 
@@ -85,13 +85,13 @@ def explain(config: TrainConfig) -> Iterator[str]:
     yield f"frozen networks, whole on every device, in {config.compute_dtype()}: {held:,}"
 
 
-class _Leg:
+class _Session:
     """One process's part of a run: everything made ready, from scratch or from the newest good checkpoint."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh):
         self.config, self.mesh = config, mesh
         sets = Sets(config.data, config.task.language, getattr(config.task, "only", ()))
-        self.job: Job = config.task.start(sets, config.run, config.seed, config.compute_dtype())
+        self.job: Objective = config.task.start(sets, config.run, config.seed, config.compute_dtype())
         optimizer = make_optimizer(config.optimizer, config.steps)
         like = abstract_state(self.job.params, optimizer)
         self.skips = Skips(config.data.skip_rate, config.run / f"left_out-{jax.process_index()}.jsonl")
@@ -110,7 +110,7 @@ class _Leg:
             self.at, self.rows, self.state = 0, [], make_state(self.job.params, optimizer, mesh)
         else:
             self.state, notes = found
-            self.at, self.rows = self.position.go_to(notes["data"]), notes["rows"]
+            self.at, self.rows = self.position.restore(notes["data"]), notes["rows"]
         self.job.params = {}  # the state has them now: a second copy would stay in memory
         self.frozen = place(self.job.frozen, replicated(mesh))
         self.step = make_step(self.job.loss, optimizer, config, mesh, like)
@@ -131,7 +131,7 @@ class _Leg:
                 done, ending = self.at == config.steps, asked(self.at)
                 if self.at % config.log_every == 0 or done:
                     self._log()
-                    ending = ending or bool(first_says(int(time.monotonic() > deadline)))
+                    ending = ending or bool(broadcast_from_first(int(time.monotonic() > deadline)))
                 if self.at % config.sample_every == 0 or done:
                     with self.clock.of("samples"):
                         self._show()
@@ -237,7 +237,7 @@ class _Leg:
         )
 
 
-def _shown(job: Job) -> list[dict]:
+def _shown(job: Objective) -> list[dict]:
     """Records evenly over all parts, without those that cannot be used. Raises BadRecord where none of them can."""
     ends = np.cumsum([len(part.indices) for part in job.parts])
     shown, fault = [], None

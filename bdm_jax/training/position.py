@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from bdm_jax.data.loader import Loader, Part
+from bdm_jax.data.loader import Loader, MixturePart
 from bdm_jax.data.source import Source
 from bdm_jax.errors import UserError
 
 NUMBER = "number"  # (2,) uint32, a record's part and place in its source, on its way through the loader
 
 
-def numbered(parts: Sequence[Part]) -> list[Part]:
+def numbered(parts: Sequence[MixturePart]) -> list[MixturePart]:
     """The same parts, whose records say under `NUMBER` which they are."""
     return [replace(part, source=_Numbered(part.source, number)) for number, part in enumerate(parts)]
 
@@ -23,7 +23,7 @@ def numbered(parts: Sequence[Part]) -> list[Part]:
 class Position:
     """The order of the samples is made of the seed and the parts alone; a position is a number of whole batches."""
 
-    def __init__(self, loader: Loader, parts: Sequence[Part]):
+    def __init__(self, loader: Loader, parts: Sequence[MixturePart]):
         self._loader, self._parts = loader, parts
 
     def note(self) -> dict[str, Any]:
@@ -32,7 +32,7 @@ class Position:
         samples = state["step"] * state["batch_size"]
         return {**state, "sources": prints, "samples": samples, "processes": jax.process_count()}
 
-    def go_to(self, note: dict[str, Any]) -> int:
+    def restore(self, note: dict[str, Any]) -> int:
         """Let the loader go on from there; the number of batches before. Another number of processes is no obstacle,
         and is told.
 

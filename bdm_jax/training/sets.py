@@ -8,25 +8,25 @@ from typing import Any
 
 import numpy as np
 
-from bdm_jax.components import Component
 from bdm_jax.data.captions import concepts
-from bdm_jax.data.loader import Part
+from bdm_jax.data.loader import MixturePart
 from bdm_jax.data.moments import is_precomputed, open_moments
 from bdm_jax.data.records import open_source
 from bdm_jax.data.source import Source
 from bdm_jax.errors import UserError, unknown
+from bdm_jax.latents.moments import digest, record_moments
 from bdm_jax.paths import EMOJI
-from bdm_jax.training.latents import digest, record_moments
+from bdm_jax.systems.components import Component
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which records are trained on.
 
-    folder: records, of any kind that `open_source` reads, or latents written by `python -m bdm_jax.precompute`. also:
-    more such sets. weights: how much of the training is `folder`'s and each of `also`'s, in any unit; () is by their
-    records. style: one art style, or None for all. concepts: at most so many of them (the zh_only ones first, then at
-    random by `seed`), None for all. skip_rate: share of the records that may turn out not to be usable.
+    folder: records, of any kind that `open_source` reads, or latents written by `python -m bdm_jax.latents.precompute`.
+    also: more such sets. weights: how much of the training is `folder`'s and each of `also`'s, in any unit; () is by
+    their records. style: one art style, or None for all. concepts: at most so many of them (the zh_only ones first,
+    then at random by `seed`), None for all. skip_rate: share of the records that may turn out not to be usable.
     """
 
     folder: Path = EMOJI
@@ -55,7 +55,7 @@ class Sets:
         self._weights = data.weights or (None,) * len(self.folders)
         self._chosen = [_open(folder, data, language, only) for folder in self.folders]
 
-    def pictures(self) -> list[Part]:
+    def pictures(self) -> list[MixturePart]:
         """The sets, whose records hold pictures.
 
         Raises:
@@ -65,11 +65,11 @@ class Sets:
             if chosen is None:
                 raise UserError(f"{folder} holds precomputed latents, this training reads pictures: give it their set")
         pairs = zip(self._chosen, self._weights, strict=True)
-        return [Part(source, range(len(source)), weight) for source, weight in pairs]
+        return [MixturePart(source, range(len(source)), weight) for source, weight in pairs]
 
     def latents(
         self, vae: Component, run: Path, size: tuple[int, int] | None = None, pictures: bool = False
-    ) -> list[Part]:
+    ) -> list[MixturePart]:
         """The sets, whose records hold `moments` (h,w,2C), mean and log-variance of their raw latents.
 
         Those of pictures are made and kept in memory, fp32 (fp16 beside precomputed ones, which are), cached in the
@@ -96,7 +96,7 @@ class Sets:
             else:
                 moments = record_moments(vae, source, run / f"latents-{number}.npz", size).astype(kind)
                 bucket = (moments.shape[1] * vae.config.factor, moments.shape[2] * vae.config.factor)
-                found = [Part(_Encoded(source, moments), range(len(source)), bucket=bucket)]
+                found = [MixturePart(_Encoded(source, moments), range(len(source)), bucket=bucket)]
             parts += _weighted(found, self._weights[number])
         return parts
 
@@ -152,13 +152,15 @@ def _open(folder: Path, data: DataConfig, language: str, only: Sequence[str]) ->
     return _Chosen(source, indices)
 
 
-def _weighted(parts: list[Part], weight: float | None) -> list[Part]:
+def _weighted(parts: list[MixturePart], weight: float | None) -> list[MixturePart]:
     """A set's weight, divided among its parts by their records."""
     if weight is None:
         return parts
     total = sum(len(part.indices) for part in parts)
     shares = [weight * len(part.indices) / total for part in parts]
-    return [Part(part.source, part.indices, share, part.bucket) for part, share in zip(parts, shares, strict=True)]
+    return [
+        MixturePart(part.source, part.indices, share, part.bucket) for part, share in zip(parts, shares, strict=True)
+    ]
 
 
 class _Chosen:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bdm_jax.models.branch import STARTS_ANEW
-from bdm_jax.sharding import batch_sharding, place, replicated, split_sharding, tree_sharding
+from bdm_jax.models.unet.branch import REINITIALISED
+from bdm_jax.runtime.sharding import batch_sharding, place, replicated, split_sharding, tree_sharding
 from bdm_jax.training.config import OptimizerConfig, TrainConfig
-from bdm_jax.training.job import Trees
+from bdm_jax.training.objectives.job import Trees
 
 Loss = Callable[[Trees, Trees, dict[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -63,7 +63,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def _slow_copies(updates: Trees, factor: float) -> Trees:
     """Updates of a branch's copied weights times `factor`; all others as they are."""
     branch = {
-        path: update if STARTS_ANEW.search(path) else factor * update
+        path: update if REINITIALISED.search(path) else factor * update
         for path, update in updates.get("branch", {}).items()
     }
     return {**updates, **({"branch": branch} if branch else {})}

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from bdm_jax.data import captions, records
-from bdm_jax.data.images import decode_image
-from bdm_jax.data.loader import Part, mix_loader
-from bdm_jax.data.source import BadRecord, Skips
-from bdm_jax.errors import UserError
+from bdm_jax.data.loader import MixturePart, mix_loader
+from bdm_jax.data.source import Skips
+from bdm_jax.errors import BadRecord, UserError
+from bdm_jax.images.decode import decode_image
 
 GOOD, BAD = 500, 500
 
 
 def make_loader(source, indices, *arguments, **options):
     """Of one part."""
-    return mix_loader([Part(source, indices)], *arguments, **options)
+    return mix_loader([MixturePart(source, indices)], *arguments, **options)
 
 
 class Some:
@@ -64,9 +64,9 @@ def several():
     first, second = Some(40, bad=range(0, 40, 7)), Some(30, bad=[3, 4], offset=100)
     wide, tall = (32, 64), (64, 32)
     return [
-        Part(first, range(25), 2.0, wide),
-        Part(first, np.arange(25, 40, dtype=np.uint32), 1.0, tall),
-        Part(second, range(30), 3.0, wide),
+        MixturePart(first, range(25), 2.0, wide),
+        MixturePart(first, np.arange(25, 40, dtype=np.uint32), 1.0, tall),
+        MixturePart(second, range(30), 3.0, wide),
     ]
 
 
@@ -114,7 +114,7 @@ def test_a_position_is_converted_to_another_batch_size():
 
 def test_a_batch_is_of_one_bucket_and_every_sample_comes_once_per_epoch():
     first, second = Some(64), Some(32, offset=100)
-    parts = [Part(first, range(64), bucket=(8, 16)), Part(second, range(32), bucket=(16, 8))]
+    parts = [MixturePart(first, range(64), bucket=(8, 16)), MixturePart(second, range(32), bucket=(16, 8))]
     batches = take(mix_loader(parts, keep, 8, 3), 24)  # two epochs of 12
     for batch in batches:
         assert len(np.unique(batch["bucket"], axis=0)) == 1
@@ -126,7 +126,7 @@ def test_a_batch_is_of_one_bucket_and_every_sample_comes_once_per_epoch():
 @pytest.mark.parametrize("weights", [(1, 1, 1), (0.7, 0.2, 0.1), (5, 1, 30)])
 def test_sets_are_mixed_by_weight(weights):
     sources = [Some(400), Some(30, offset=1000), Some(90, offset=2000)]
-    parts = [Part(s, range(len(s)), w) for s, w in zip(sources, weights, strict=True)]
+    parts = [MixturePart(s, range(len(s)), w) for s, w in zip(sources, weights, strict=True)]
     numbers = np.concatenate([batch["number"] for batch in take(mix_loader(parts, keep, 50, 0), 60)])
     found = np.bincount(numbers // 1000, minlength=3) / len(numbers)
     assert np.abs(found - np.array(weights) / sum(weights)).max() < 0.006  # Grain rounds weights to about a hundredth
@@ -137,7 +137,7 @@ def test_sets_are_mixed_by_weight(weights):
 def test_weights_must_be_there_for_all_or_none():
     for weights in ((1.0, None), (0.0, 1.0), (-1.0, 1.0), (float("nan"), 1.0)):
         with pytest.raises(UserError, match="weights"):
-            mix_loader([Part(Some(5), range(5), weight) for weight in weights], keep, 2, 0)
+            mix_loader([MixturePart(Some(5), range(5), weight) for weight in weights], keep, 2, 0)
 
 
 def test_only_the_faulty_samples_change():
@@ -198,7 +198,9 @@ def test_500_hostile_records_are_counted_and_no_good_one_is_lost(tmp_path, fault
         return {"pixels": pixels.mean(), "text": np.array(text, dtype="U9")}
 
     skips = Skips(1.0, tmp_path / "left_out.jsonl")
-    loader = mix_loader([Part(s, range(GOOD)) for s in sources], sample, 20, 0, skips=skips, threads=1, prefetch=1)
+    loader = mix_loader(
+        [MixturePart(s, range(GOOD)) for s in sources], sample, 20, 0, skips=skips, threads=1, prefetch=1
+    )
     steps = (GOOD + BAD) // 20
     seen = {str(text) for batch in take(loader, steps) for text in batch["text"]}
     assert seen == {f"好{i}" for i in range(250)} | {f"很好{i}" for i in range(250)}
@@ -228,13 +230,13 @@ def test_a_billion_records_cost_nothing_to_shuffle():
             return {"number": index}
 
     begun = time.monotonic()
-    parts = [Part(Endless(10**9), range(10**9), 1.0), Part(Endless(4 * 10**9), range(4 * 10**9), 1.0)]
+    parts = [MixturePart(Endless(10**9), range(10**9), 1.0), MixturePart(Endless(4 * 10**9), range(4 * 10**9), 1.0)]
     loader = mix_loader(parts, keep, 64, 0, start_step=10**7)
     numbers = np.concatenate([batch["number"] for batch in take(loader, 4)])
     assert len(set(numbers.tolist())) == len(numbers) and numbers.max() > 2**31
     assert time.monotonic() - begun < 10
     with pytest.raises(UserError, match="split it"):
-        mix_loader([Part(Endless(2**33), range(2**33))], keep, 64, 0)
+        mix_loader([MixturePart(Endless(2**33), range(2**33))], keep, 64, 0)
 
 
 def test_several_captions_each_get_their_turn():

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdm_jax.data import images, records
-from bdm_jax.data.loader import Part, mix_loader
+from bdm_jax.data import records
+from bdm_jax.data.loader import MixturePart, mix_loader
 from bdm_jax.errors import UserError
+from bdm_jax.images import decode
 from bdm_jax.paths import EMOJI
 
 
 def make_loader(source, indices, *arguments, **options):
     """Of one part."""
-    return mix_loader([Part(source, indices)], *arguments, **options)
+    return mix_loader([MixturePart(source, indices)], *arguments, **options)
 
 
 class Numbers:
@@ -91,7 +92,7 @@ def test_processes_share_the_global_batches():
 def test_loads_pictures_of_the_bundled_set():
     source = records.open_source(EMOJI)
     batches = make_loader(
-        source, [0, 1, 2], lambda record, rng: {"image": images.decode_image(record["image"])}, 6, seed=0
+        source, [0, 1, 2], lambda record, rng: {"image": decode.decode_image(record["image"])}, 6, seed=0
     )
     batch = next(batches)
     assert batch["image"].shape == (6, 128, 128, 3) and batch["image"].dtype == np.uint8
@@ -136,25 +137,25 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_pictures_give_one_error_that_names_the_record(kind):
     with pytest.raises(UserError, match="record 7") as error:
-        images.decode_image(HOSTILE[kind], name="record 7")
+        decode.decode_image(HOSTILE[kind], name="record 7")
     assert "\n" not in str(error.value)
 
 
 def test_own_pixel_limit():
     with pytest.raises(UserError, match="64 x 64 pixels"):
-        images.decode_image(PICTURE, max_pixels=64 * 63)
-    assert images.decode_image(PICTURE, max_pixels=64 * 64).shape == (64, 64, 3)
+        decode.decode_image(PICTURE, max_pixels=64 * 63)
+    assert decode.decode_image(PICTURE, max_pixels=64 * 64).shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16", "CMYK"])
 def test_every_mode_becomes_rgb(mode):
     image = Image.new(mode, (5, 3)) if mode == "I;16" else Image.new("RGBA", (5, 3), "red").convert(mode)
-    picture = images.decode_image(encoded(image, "JPEG" if mode == "CMYK" else "PNG"))
+    picture = decode.decode_image(encoded(image, "JPEG" if mode == "CMYK" else "PNG"))
     assert picture.shape == (3, 5, 3) and picture.dtype == np.uint8
 
 
 def test_transparency_is_laid_over_white():
-    assert (images.decode_image(encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0)))) == 255).all()
+    assert (decode.decode_image(encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0)))) == 255).all()
 
 
 def test_opening_a_wrong_folder_says_what_is_missing(tmp_path):

@@ -10,9 +10,8 @@ import pytest
 
 from bdm_jax.data import records, tars
 from bdm_jax.data.builder import ImageText
-from bdm_jax.data.images import decode_image
-from bdm_jax.data.source import BadRecord
-from bdm_jax.errors import UserError
+from bdm_jax.errors import BadRecord, UserError
+from bdm_jax.images.decode import decode_image
 
 COUNT = 10
 

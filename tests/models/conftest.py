@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 
 from bdm_jax.models import functional
-from bdm_jax.models.conditioning import Conditioning
 from bdm_jax.models.config import UNetConfig, to_json
+from bdm_jax.models.unet.conditioning import Conditioning
 
 UNETS = {
     # SD1.5's plan: four levels, the last without attention; two layers; latents that are not square.

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from bdm_jax.models import convolution, functional
-from bdm_jax.models.conditioning import Conditioning
 from bdm_jax.models.config import BranchConfig, UNetConfig, VAEConfig
 from bdm_jax.models.convolution import Conv, patches, prepare, tile_size, transform_filters, winograd
+from bdm_jax.models.unet.conditioning import Conditioning
 
 # fp32, relative to the largest output; measured 1e-6 and 5e-6.
 TOLERANCE = {2: 1e-5, 4: 5e-5}

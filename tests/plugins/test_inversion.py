@@ -12,12 +12,12 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from safetensors.torch import save_file
 from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPTextModel
 
-from bdm_jax.components import Component
 from bdm_jax.errors import UserError
 from bdm_jax.models import functional
 from bdm_jax.models.config import CLIPTextConfig, RobertaConfig, UNetConfig
 from bdm_jax.paths import TOKENIZERS
 from bdm_jax.plugins.inversion import Embedding, add_embeddings, load_embeddings
+from bdm_jax.systems.components import Component
 from bdm_jax.text.encode import encode, read
 from bdm_jax.text.tokenizer import Tokenizer
 

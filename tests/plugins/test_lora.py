@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdm_jax.errors import UserError
+from bdm_jax.app.spec import Spec, parse_spec
+from bdm_jax.errors import FileError, UserError
+from bdm_jax.formats.files import write_json, write_safetensors
 from bdm_jax.plugins.lora import apply, load_lora
-from bdm_jax.plugins.spec import Spec, parse_spec
-from convert.files import FileError, write_json, write_safetensors
 
 LINEAR = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 CONV = "down_blocks.0.resnets.0.conv1"

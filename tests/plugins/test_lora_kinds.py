@@ -11,9 +11,9 @@ from lycoris.functional.general import apply_dora_scale
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from torch import nn
 
+from bdm_jax.formats.files import read_header, write_safetensors
+from bdm_jax.formats.layouts import to_jax, tree_to_torch
 from bdm_jax.plugins.lora import apply, load_lora
-from convert.files import read_header, write_safetensors
-from convert.layouts import to_jax, tree_to_torch
 
 # fp32 on both sides: what remains is the order of summation, measured at 1e-7 to 2e-6.
 TOLERANCE = 1e-5

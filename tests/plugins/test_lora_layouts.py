@@ -14,6 +14,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import CLIPTextConfig as TorchCLIPConfig
 from transformers import CLIPTextModel
 
+from bdm_jax.formats.files import write_json, write_safetensors
+from bdm_jax.formats.layouts import to_torch, tree_to_torch
+from bdm_jax.formats.lora import module_names, numbered_modules
+from bdm_jax.formats.tables import ldm_unet
 from bdm_jax.models import functional
 from bdm_jax.models.config import (
     BDM_BRANCH,
@@ -27,10 +31,6 @@ from bdm_jax.models.config import (
     to_json,
 )
 from bdm_jax.plugins.lora import apply, load_lora
-from convert.files import write_json, write_safetensors
-from convert.keys import ldm_unet
-from convert.layouts import to_torch, tree_to_torch
-from convert.lora import module_names, numbered_modules
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "lora" / "cloneofsimo"
 TOLERANCE = 2e-6  # of a weight's largest value: the same product in fp32, measured at 1e-7 to 4e-7

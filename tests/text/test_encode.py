@@ -12,8 +12,8 @@ import torch
 import transformers
 from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPTextModel
 
-from bdm_jax.models.conditioning import Conditioning
 from bdm_jax.models.config import CLIPTextConfig, RobertaConfig
+from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.paths import TOKENIZERS
 from bdm_jax.text.encode import encode, encode_ids, read, tokenize, weigh
 from bdm_jax.text.tokenizer import PromptWarning, Tokenizer

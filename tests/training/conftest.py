@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from bdm_jax.components import Component, save_component
 from bdm_jax.diffusion.schedule import Schedule
 from bdm_jax.models.config import CLIPTextConfig, RobertaConfig, UNetConfig, VAEConfig
 from bdm_jax.models.functional import init
 from bdm_jax.paths import TOKENIZERS
-from bdm_jax.pipeline import BridgePipeline
+from bdm_jax.systems.components import Component, save_component
+from bdm_jax.systems.pipeline import BridgePipeline
 from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
-from bdm_jax.training.tasks import BranchTask
+from bdm_jax.training.objectives.branch import BranchTask
 
 sys.path.insert(0, str(Path(__file__).parent))  # for toy.py, which also runs as a program
 

@@ -10,9 +10,9 @@ import optax
 import torch
 import transformers
 
-from bdm_jax.sharding import make_mesh, place_batch
+from bdm_jax.runtime.sharding import make_mesh, place_batch
 from bdm_jax.training.config import OptimizerConfig, TrainConfig
-from bdm_jax.training.job import draw
+from bdm_jax.training.objectives.job import draw
 from bdm_jax.training.sets import Sets
 from bdm_jax.training.state import make_optimizer, make_state, make_step
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from bdm_jax.errors import UserError
-from bdm_jax.sharding import make_mesh
+from bdm_jax.runtime.sharding import make_mesh
 from bdm_jax.training import checkpoint, digests
 from bdm_jax.training.checkpoint import Checkpoints
 from bdm_jax.training.state import abstract_state, make_state

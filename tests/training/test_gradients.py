@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bdm_jax.components import Component
-from bdm_jax.costs import flops
 from bdm_jax.diffusion.schedule import Schedule
-from bdm_jax.models.conditioning import Conditioning
 from bdm_jax.models.config import BDM_BRANCH, CHINESE_CLIP_H_TEXT, SD15_UNET, SD15_VAE
 from bdm_jax.models.functional import abstract, bind
+from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.paths import TOKENIZERS
-from bdm_jax.training.networks import _Again, network
+from bdm_jax.runtime.costs import flops
+from bdm_jax.systems.components import Component
+from bdm_jax.training.objectives.branch import BranchJob, BranchTask
+from bdm_jax.training.objectives.remat import _Remat, network
 from bdm_jax.training.sets import DataConfig, Sets
-from bdm_jax.training.tasks import BranchJob, BranchTask
 
 BATCH = 4
 
@@ -122,7 +122,7 @@ def test_remat_finds_every_resnet_and_transformer(config, blocks):
 
     def look(params):
         wrapped = network(config, params, "blocks")
-        found.append(sum(isinstance(module, _Again) for _, module in nnx.iter_modules(wrapped)))
+        found.append(sum(isinstance(module, _Remat) for _, module in nnx.iter_modules(wrapped)))
 
     jax.eval_shape(look, abstract(config))
     assert found == [blocks]

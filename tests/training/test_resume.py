@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from bdm_jax.errors import UserError
+from bdm_jax.formats.files import DIFFUSERS_WEIGHTS, read_header
 from bdm_jax.training.config import remember
 from bdm_jax.training.loop import train
-from convert.files import DIFFUSERS_WEIGHTS, read_header
 
 FROZEN = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 PATIENCE = 600  # seconds for one process to start, compile and take a few steps, on a busy machine

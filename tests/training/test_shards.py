@@ -14,13 +14,13 @@ from PIL import Image
 from test_devices import samples, two
 from test_survival import final_state, finish, metrics, same, start, watched  # noqa: F401
 
-from bdm_jax.components import Component, load_component, save_component
 from bdm_jax.data.loader import mix_loader
 from bdm_jax.data.moments import open_moments
 from bdm_jax.data.records import open_source
+from bdm_jax.latents.precompute import precompute
 from bdm_jax.models.functional import init
 from bdm_jax.paths import TOKENIZERS
-from bdm_jax.precompute import precompute
+from bdm_jax.systems.components import Component, load_component, save_component
 from bdm_jax.training import loop, sets
 from bdm_jax.training.loop import train
 from bdm_jax.training.position import NUMBER, numbered

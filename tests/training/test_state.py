@@ -12,10 +12,10 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 import jax, numpy as np
-from bdm_jax.sharding import make_mesh, place_batch, replicated
+from bdm_jax.runtime.sharding import make_mesh, place_batch, replicated
 from bdm_jax.training.config import MeshConfig, OptimizerConfig, TrainConfig
 from bdm_jax.training.state import make_optimizer, make_state, make_step
-from bdm_jax.training.tasks import VAETask
+from bdm_jax.training.objectives.branch import VAETask
 
 rng = np.random.default_rng(0)
 draw = lambda *shape: rng.standard_normal(shape, dtype=np.float32) / shape[0] ** 0.5

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from bdm_jax.sharding import make_mesh, place_batch
+from bdm_jax.runtime.sharding import make_mesh, place_batch
 from bdm_jax.training.config import OptimizerConfig, TrainConfig
+from bdm_jax.training.objectives.branch import VAETask
 from bdm_jax.training.state import make_optimizer, make_state, make_step
-from bdm_jax.training.tasks import VAETask
 
 STEPS, BATCH = 12, 8
 BASE = TrainConfig(task=VAETask(), run=Path("unused"), steps=STEPS, batch_size=BATCH)

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdm_jax.components import load_component
 from bdm_jax.data.loader import Loader, mix_loader
+from bdm_jax.latents.moments import record_key
+from bdm_jax.systems.components import load_component
 from bdm_jax.training import checkpoint, loop
 from bdm_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
-from bdm_jax.training.job import draw
-from bdm_jax.training.latents import record_key
+from bdm_jax.training.objectives.job import draw
 
 WIDTH = 512  # so that the matrix is large enough to be split
 
@@ -140,12 +140,12 @@ def kill_at(case: str) -> None:
     elif case == "before the old one is removed":
         before(saves, "_remove", die, lambda self, folder: folder.name == "2" and folder.is_dir())
     elif case == "between saves":
-        before(loop._Leg, "_step", die, lambda leg: leg.at == 5 and leg.checkpoints.wait() is None)
+        before(loop._Session, "_step", die, lambda leg: leg.at == 5 and leg.checkpoints.wait() is None)
     elif case.startswith("SIGTERM"):
         if case == "SIGTERM to one":  # JAX's service listens once per second
-            before(loop._Leg, "_step", lambda: time.sleep(1), lambda leg: leg.at >= 4)
+            before(loop._Session, "_step", lambda: time.sleep(1), lambda leg: leg.at >= 4)
         if case == "SIGTERM" or jax.process_index() == 1:
-            before(loop._Leg, "_step", lambda: os.kill(os.getpid(), signal.SIGTERM), lambda leg: leg.at == 4)
+            before(loop._Session, "_step", lambda: os.kill(os.getpid(), signal.SIGTERM), lambda leg: leg.at == 4)
     else:
         raise ValueError(case)
     die_now = {"six": False}
@@ -155,8 +155,8 @@ def kill_at(case: str) -> None:
 
 def main(run: str, steps: str, *case: str) -> int:
     """Train; 0 when finished, 3 at the end of a leg."""
-    from bdm_jax.distributed import initialize
     from bdm_jax.errors import UserError
+    from bdm_jax.runtime.processes import initialize
 
     initialize()
     folder = Path(run)

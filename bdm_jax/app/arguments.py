@@ -1,0 +1,251 @@
+"""What sample.py is told: flags, a file of prompts, the settings inside a picture. All of it is checked without JAX."""
+
+import contextlib
+import io
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import tyro
+
+from bdm_jax.app.metadata import PARTS, digest, read_settings, restore
+from bdm_jax.app.parts import Parts
+from bdm_jax.app.prompts import read_prompts
+from bdm_jax.app.spec import parse_control, parse_image_prompt
+from bdm_jax.errors import UserError
+from bdm_jax.images.decode import read_mask, read_picture
+from bdm_jax.sampling.settings import Request, Sampling, check
+
+if TYPE_CHECKING:
+    pass
+
+# Flags whose value names a picture, the last of its paths.
+_PICTURED = {"control": parse_control, "adapter": parse_control, "image_prompt": parse_image_prompt}
+_MAX_SEEDS = 1_000_000
+_Kind = TypeVar("_Kind")
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`7`, `0-9` or `1,5,20-24` -> seeds. Raises ValueError."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not all(number.isdecimal() and len(number) < 20 for number in ((first, last) if dash else (first,))):
+            raise ValueError(f"{text}: write seeds as 7, as 0-9 or as 1,5,20-24")
+        begin, end = int(first), int(last or first)
+        if end < begin or end >= 2**32 or end - begin + len(seeds) >= _MAX_SEEDS:
+            raise ValueError(f"{text}: seeds rise, are below 2**32, and at most {_MAX_SEEDS} at a time")
+        seeds += range(begin, end + 1)
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{text}: a seed is there twice")
+    return tuple(seeds)
+
+
+_SEEDS = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="N|A-B|A,B,C",
+    instance_from_str=lambda texts: parse_seeds(texts[0]),
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=lambda seeds: [",".join(map(str, seeds))],
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Draw pictures for Chinese prompts: PNG files in the output folder, with their settings inside.
+
+    Several pictures also make a contact sheet. A picture depends on its prompts, seed and settings only.
+    """
+
+    prompt: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT ...")] = ()
+    """What to draw, in the branch's language; each prompt makes its own pictures."""
+    negative: str = ""
+    """What to keep away from, in the branch's language."""
+    english: str = ""
+    """Told to the backbone as well, in English; the paper's way is to leave it empty."""
+    english_negative: str = ""
+    """What the backbone keeps away from, in English."""
+    prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Prompts from a .txt, .csv or .jsonl file, or BDM_870.json; started again, the run goes on where it was."""
+    seed: Annotated[tuple[int, ...], _SEEDS] = (0,)
+    """Seeds of each prompt's pictures: one, a range, or a list."""
+    count: int = 1
+    """Pictures per prompt, with seeds SEED, SEED+1, ..."""
+    image: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """A picture to begin from."""
+    mask: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """White where the image is drawn anew; of the image's size."""
+    from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="PNG")] = None
+    """Repeat a picture that was drawn here: its settings are the defaults of all others."""
+    out: Path = Path("out")
+    """Folder for the pictures."""
+    batch_size: int = 8
+    """Pictures drawn at a time; changes their speed only."""
+    preview_every: int = 0
+    """Show the pictures on their way in OUT/preview.png, every so many steps; 0 for never."""
+    settings: Sampling = Sampling()
+    parts: Parts = Parts()
+
+    def requests(self) -> tuple[list[Request], list[int] | None]:
+        """What is asked for, picture by picture, and for prompts from a file the numbers of their rows.
+
+        Raises UserError for what cannot be, as far as it can be known without a model.
+        """
+        common = Request("", self.negative, self.english, self.english_negative, 0, self.image, self.mask)
+        if self.prompts is None:
+            seeds = self._seeds(self.seed)
+            return [replace(common, prompt=prompt, seed=seed) for prompt in self.prompt for seed in seeds], None
+        rows = read_prompts(self.prompts, common, english=self.settings.bare)
+        drawn = [
+            (row, seed) for row in rows for seed in self._seeds((row.request.seed,) if row.own_seed else self.seed)
+        ]
+        return [replace(row.request, seed=seed) for row, seed in drawn], [row.number for row, _ in drawn]
+
+    def _seeds(self, seeds: Sequence[int]) -> Sequence[int]:
+        return range(seeds[0], seeds[0] + self.count) if self.count > 1 else seeds
+
+
+def parse(given: Sequence[str]) -> tuple[Arguments, list[Request], list[int] | None]:
+    """A command line -> arguments, requests, and for prompts from a file the numbers of their rows.
+
+    Raises UserError, in one line, for what cannot be; SystemExit after --help.
+    """
+    earlier = command_line(_From, _without_help(given), return_unknown_args=True)[0].from_
+    values = {} if earlier is None else read_settings(earlier)
+    arguments = command_line(Arguments, given, default=_defaults(values), prog="sample.py")
+    _check(arguments, {flag.partition("=")[0] for flag in given if flag.startswith("--")})
+    check(arguments.settings)
+    requests, rows = arguments.requests()
+    _check_requests(arguments, requests, given)
+    if values:
+        _compare(arguments, values)
+    _check_folder(arguments.out)
+    return arguments, requests, rows
+
+
+def command_line(kind: type[_Kind], given: Sequence[str], **options: Any) -> _Kind:
+    """`tyro.cli` in the house's way: flags without prefixes, what is wrong in one line. Raises UserError."""
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=list(given), config=config, **options)
+    except SystemExit as error:
+        if not error.code:
+            raise
+        raise UserError(_one_line(said.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """tyro's frame around an error -> its message."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    message: list[str] = []
+    for line in lines:
+        if line.startswith(("Argument helptext", "For full helptext")):
+            break
+        if line.strip("─"):
+            message.append(line)
+    return " ".join(message).replace("Error parsing ", "", 1) or " ".join(lines)
+
+
+@dataclass(frozen=True)
+class _From:
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+
+
+def _without_help(given: Sequence[str]) -> list[str]:
+    return [flag for flag in given if flag not in ("-h", "--help")]
+
+
+def _defaults(values: dict[str, Any]) -> Arguments:
+    """The arguments that would draw a picture of these settings; its images are only named in them."""
+    if not values:
+        return Arguments()
+    request, settings = restore(values)
+    texts = {name: getattr(request, name) for name in ("negative", "english", "english_negative")}
+    return Arguments((request.prompt,), **texts, seed=(request.seed,), settings=settings)
+
+
+def _check(arguments: Arguments, flags: set[str]) -> None:
+    """Flags that contradict each other."""
+    if arguments.prompts and arguments.from_:
+        raise UserError("--from repeats one picture: leave out --prompts")
+    if arguments.prompts and arguments.prompt:
+        raise UserError("prompts from the command line or from a file (--prompts), not both")
+    if not arguments.prompt and not arguments.prompts:
+        raise UserError('no prompts: give at least one, as in: python sample.py "红灯笼"')
+    if arguments.count < 1:
+        raise UserError(f"--count {arguments.count} is less than 1")
+    if arguments.count > _MAX_SEEDS:
+        raise UserError(f"--count {arguments.count} is more than {_MAX_SEEDS}")
+    if arguments.count > 1 and len(arguments.seed) > 1:
+        raise UserError(f"--seed names {len(arguments.seed)} seeds already: leave out --count")
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size {arguments.batch_size} is less than 1")
+    if arguments.preview_every < 0:
+        raise UserError(f"--preview-every {arguments.preview_every} is less than 0")
+    if "--hires-strength" in flags and arguments.settings.hires == 1:
+        raise UserError("--hires-strength has no effect without --hires")
+    if arguments.settings.reference and arguments.prompts and arguments.batch_size > 1:
+        raise UserError(
+            "--reference lets the pictures of a batch depend on each other: add --batch-size 1 to --prompts"
+        )
+    arguments.parts.check()
+
+
+def _check_requests(arguments: Arguments, requests: Sequence[Request], given: Sequence[str]) -> None:
+    for request in requests:
+        texts = "".join((request.prompt, request.negative, request.english, request.english_negative))
+        if any("\ud800" <= character <= "\udfff" for character in texts):
+            raise UserError(
+                f"the prompt {texts[:40].encode('ascii', 'replace').decode()!r} holds bytes that are no UTF-8"
+            )
+        if request.seed >= 2**32:
+            raise UserError(f"seed {request.seed} is outside 0 .. 2**32 - 1")
+        if request.mask is not None and request.image is None:
+            raise UserError("--mask without --image: give the image that it is the mask of")
+        if arguments.settings.bare and (request.english or request.english_negative):
+            raise UserError("--bare draws the prompt itself, in English: leave out --english and --english-negative")
+    strength = any(flag == "--strength" or flag.startswith("--strength=") for flag in given)
+    if strength and all(request.image is None for request in requests):
+        raise UserError("--strength has no effect without an image to begin from (--image)")
+    for request in {request.image: request for request in requests if request.image is not None}.values():
+        image = read_picture(request.image)
+        if request.mask is not None and (mask := read_mask(request.mask)).shape != image.shape[:2]:
+            sizes = (f"{array.shape[1]}x{array.shape[0]}" for array in (mask, image))
+            raise UserError("the mask has {} pixels, the image {}: they must be of one size".format(*sizes))
+
+
+def _compare(arguments: Arguments, values: dict[str, Any]) -> None:
+    """What --from cannot bring back: images are asked for, other models and images are noted."""
+    for name, read in (("image", read_picture), ("mask", read_mask)):
+        file, sha256 = getattr(arguments, name), values.get(f"{name}_sha256")
+        if sha256 and file is None:
+            raise UserError(f"{arguments.from_} was drawn with the {name} {values.get(name)}: give it with --{name}")
+        if sha256 and digest(read(file)) != sha256:
+            warnings.warn(f"{file} is another {name} than the one {arguments.from_} was drawn with", stacklevel=2)
+    names = arguments.parts.names()
+    for name in PARTS:
+        if values.get(name) != names.get(name):
+            here = names.get(name, "the model's own")
+            warnings.warn(
+                f"{arguments.from_} was drawn with the {name.replace('_', ' ')} "
+                f"{values.get(name, 'of the model itself')}, not with {here}",
+                stacklevel=2,
+            )
+    if arguments.settings.reference:
+        warnings.warn(
+            "in the reference mode a picture depends on its batch; alone it may come out otherwise", stacklevel=2
+        )
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse before the long work, not after it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error

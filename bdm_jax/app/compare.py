@@ -1,0 +1,172 @@
+"""One prompt over the values of one or two settings, as a table of pictures (the X/Y plot of web UIs).
+
+  python -m bdm_jax.app.compare "红灯笼" --x sampler=ddim,euler-a,dpmpp-2m --y guidance=2,5,8 --out table.png
+
+An axis is any setting of sample.py, or prompt, negative, english, english-negative, seed, image or mask. Its values are
+separated by commas, or by | where one of them holds a comma.
+"""
+
+import dataclasses
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import track
+
+from bdm_jax.app.arguments import Parts, command_line
+from bdm_jax.app.metadata import describe, text_chunks
+from bdm_jax.errors import UserError, unknown
+from bdm_jax.sampling.settings import Request, Sampling, check
+
+_MAX_CELLS = 400
+_REQUEST = tuple(field.name for field in dataclasses.fields(Request))
+_SETTINGS = tuple(field.name for field in dataclasses.fields(Sampling))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Draw a prompt over the values of one or two settings, as a table of pictures."""
+
+    prompt: Annotated[str, tyro.conf.Positional] = ""
+    """What to draw, in the branch's language."""
+    x: Annotated[str, tyro.conf.arg(metavar="NAME=A,B,C")] = ""
+    """The columns: a setting and its values."""
+    y: Annotated[str, tyro.conf.arg(metavar="NAME=A,B,C")] = ""
+    """The rows, likewise."""
+    negative: str = ""
+    """What to keep away from, in the branch's language."""
+    english: str = ""
+    """Told to the backbone as well, in English."""
+    english_negative: str = ""
+    """What the backbone keeps away from, in English."""
+    seed: int = 0
+    """Seed of every picture."""
+    image: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """A picture to begin from."""
+    mask: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """White where the image is drawn anew; of the image's size."""
+    out: Path = Path("out/compare.png")
+    """The table's file."""
+    palette: bool = False
+    """Keep 256 colours only: a small file, for a page of text."""
+    batch_size: int = 8
+    """Pictures drawn at a time."""
+    settings: Sampling = Sampling()
+    parts: Parts = Parts()
+
+    @property
+    def request(self) -> Request:
+        return Request(**{name: getattr(self, name) for name in _REQUEST})
+
+
+def compare(asked: Comparison) -> None:
+    """Draw the table. Raises UserError or FileError, before anything is drawn, for what cannot be."""
+    columns, rows = _axis(asked.x), _axis(asked.y)
+    if columns is None:
+        raise UserError("--x is missing: name a setting and its values, as in --x guidance=2,5,8")
+    if (count := len(_values(columns)) * len(_values(rows))) > _MAX_CELLS:
+        raise UserError(f"{count} pictures are more than fit in a table; take {_MAX_CELLS} at most")
+    cells = [[_with(_with(asked, rows, row), columns, column) for column in _values(columns)] for row in _values(rows)]
+    flat = [cell for row in cells for cell in row]
+    for cell in flat:
+        if not (cell.prompt or cell.english):
+            raise UserError('no prompt, as in: python -m bdm_jax.app.compare "红灯笼" --x guidance=2,5,8')
+        check(cell.settings)
+    asked.parts.check()
+
+    from bdm_jax.diffusion.samplers import SAMPLERS
+    from bdm_jax.images.pictures import table, write_png
+    from bdm_jax.runtime import compile_cache
+    from bdm_jax.sampling.generate import generate
+
+    for cell in flat:
+        if cell.settings.sampler not in SAMPLERS:
+            raise unknown("sampler", cell.settings.sampler, SAMPLERS)
+    compile_cache.enable()
+    pipeline, controls = asked.parts.load(), asked.parts.load_controls()
+    groups: dict[Sampling, list[int]] = {}
+    for index, cell in enumerate(flat):
+        groups.setdefault(cell.settings, []).append(index)
+    how = {"batch_size": asked.batch_size, "controls": controls}
+    drawings = [
+        (indices, generate(pipeline, [flat[i].request for i in indices], settings, **how))
+        for settings, indices in groups.items()
+    ]
+    pictures: dict[int, np.ndarray] = {}
+    drawn = (pair for indices, drawing in drawings for pair in zip(indices, drawing, strict=True))
+    for index, picture in track(drawn, "drawing", total=len(flat), console=Console(stderr=True)):
+        pictures[index] = picture
+    grid = [[pictures[row * len(cells[0]) + column] for column in range(len(cells[0]))] for row in range(len(cells))]
+    axes = {"x": asked.x, "y": asked.y}
+    settings = {"compare": axes, "settings": describe(asked.request, asked.settings, asked.parts.names())}
+    labels = [[_label(axis, value) for value in _values(axis)] for axis in (columns, rows)]
+    write_png(asked.out, table(grid, *labels), text_chunks(settings), palette=asked.palette)
+
+
+_Axis = tuple[str, list[str]]  # a field's name, its values as they were written
+
+
+def _axis(text: str) -> _Axis | None:
+    if not text:
+        return None
+    name, equals, values = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if name not in (*_REQUEST, *_SETTINGS):
+        raise unknown("setting", name, (*_REQUEST, *_SETTINGS))
+    written = [value.strip() for value in values.split("|" if "|" in values else ",")]
+    if not equals or not all(written):
+        raise UserError(f"{text}: write an axis as NAME=A,B,C, for example guidance=2,5,8")
+    return name, written
+
+
+def _values(axis: _Axis | None) -> list[str]:
+    return [""] if axis is None else axis[1]
+
+
+def _with(asked: Comparison, axis: _Axis | None, value: str) -> Comparison:
+    """The comparison with one value of an axis in the place of its own."""
+    if axis is None:
+        return asked
+    name = axis[0]
+    if name == "prompt":
+        return replace(asked, prompt=value)
+    flag = f"--{name.replace('_', '-')}"
+    default: Any = getattr(Sampling, name, None)
+    if isinstance(default, bool):
+        if value.lower() not in ("true", "false"):
+            raise UserError(f"{flag} {value}: it is true or false")
+        return replace(asked, settings=replace(asked.settings, **{name: value.lower() == "true"}))
+    given = [flag, *value.split()] if isinstance(default, tuple) else [f"{flag}={value}"]
+    return command_line(Comparison, given, default=asked)
+
+
+def _label(axis: _Axis | None, value: str) -> str:
+    if axis is None or axis[0] == "prompt":
+        return value
+    return f"{axis[0].replace('_', ' ')} {value}"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 2 after bad input (one line on stderr), 130 after Ctrl-C."""
+    try:
+        given = sys.argv[1:] if args is None else args
+        asked = command_line(Comparison, given, prog="python -m bdm_jax.app.compare")
+        compare(asked)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(asked.out)
+    return 0
+
+
+if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Which networks and plug-ins draw: the flags that name them, reading them, and what a picture says of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from bdm_jax.app.metadata import PARTS, digest
+from bdm_jax.app.spec import parse_blend, parse_control, parse_embedding, parse_image_prompt, parse_spec
+from bdm_jax.errors import UserError, unknown
+from bdm_jax.images.decode import read_picture
+from bdm_jax.paths import DEMO
+
+if TYPE_CHECKING:
+    from bdm_jax.plugins.controls import Control
+    from bdm_jax.plugins.image_prompts import ImagePrompt
+    from bdm_jax.systems.pipeline import BridgePipeline
+
+# Flags whose value names a picture, the last of its paths.
+_PICTURED = {"control": parse_control, "adapter": parse_control, "image_prompt": parse_image_prompt}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which networks draw."""
+
+    model: Path = DEMO
+    """Model: a pipeline folder, or a single file of UNet, VAE and text tower."""
+    backbone: Path | None = None
+    """Another English model in place of the model's own: a pipeline folder or a single file."""
+    vae: Path | None = None
+    """Another autoencoder: a component folder or a file."""
+    branch: Path | None = None
+    """Another branch: a component folder or a file."""
+    text_encoder: Path | None = None
+    """Another English text tower: a component folder or a file."""
+    branch_text_encoder: Path | None = None
+    """Another text tower for the branch: a component folder or a file."""
+    variant: str | None = None
+    """Which of a folder's weight files to read, as in fp16."""
+    blend: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A backbone to blend in: MODEL:WEIGHT, or MODEL,BASE:WEIGHT for what it has over its base. May be given again."""
+    lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A LoRA for the backbone: FILE[:STRENGTH[:TEXT_STRENGTH]]. May be given again, as all of these."""
+    branch_lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A LoRA that changes the branch and its text tower."""
+    embedding: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A word of textual inversion for the English prompt: FILE, or FILE=TOKEN to give it another name."""
+    branch_embedding: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A word of textual inversion for the branch's prompt."""
+    control: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A ControlNet: NETWORK,MAP[,strength=1][,start=0][,end=1]; with from=canny (line, tile, blur, luminance) the map
+    is made of a picture."""
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A T2I-Adapter, with its map: as a ControlNet."""
+    image_prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A picture to draw after, by an IP-Adapter: ADAPTER,VISION,PICTURE[,strength=1], VISION a CLIP vision tower."""
+
+    text_weights: Literal["int8"] | None = None
+    """Keep the text towers' matrices in eight bits: a quarter of fp32's memory, nearly the same pictures."""
+
+    def check(self) -> None:
+        """Raises UserError for what is no such flag's value or no file."""
+        paths = [parse_spec(text).path for text in (*self.lora, *self.branch_lora)]
+        paths += [parse_embedding(text)[0] for text in (*self.embedding, *self.branch_embedding)]
+        paths += [
+            path for name, parse in _PICTURED.items() for text in getattr(self, name) for path in parse(text)[:-1]
+        ]
+        paths += [path for text in self.blend for path in parse_blend(text)[:2] if path is not None]
+        if not self.model.exists():
+            raise UserError(f"{self.model}: no such model folder")
+        for path in paths:
+            if not path.exists():
+                raise UserError(f"{path}: no such file or folder")
+
+    def names(self) -> dict[str, str]:
+        """What a picture says about them: names without their folders."""
+        given = {name: getattr(self, name) for name in PARTS if getattr(self, name) not in (None, ())}
+        return {name: _name(name, part) for name, part in given.items()}
+
+    def load(self) -> "BridgePipeline":
+        """Read them. Raises UserError or FileError that names what is missing or does not fit."""
+        from bdm_jax.plugins.install import with_blend, with_embeddings, with_loras
+        from bdm_jax.plugins.inversion import load_embeddings
+        from bdm_jax.systems.pipeline import BridgePipeline
+
+        networks = {name: getattr(self, name) for name in PARTS[1:7]}
+        pipeline = BridgePipeline.from_pretrained(self.model, **networks)
+        for other, base, weight in map(parse_blend, self.blend):
+            pipeline = with_blend(pipeline, other, weight, base)
+        for target, specs in (("unet", self.lora), ("branch", self.branch_lora)):
+            if specs:
+                pipeline = with_loras(pipeline, [*map(parse_spec, specs)], target if target == "branch" else None)
+        for tower, texts in (("text_encoder", self.embedding), ("branch_text_encoder", self.branch_embedding)):
+            if texts:
+                found = [one for text in texts for one in load_embeddings(*parse_embedding(text))]
+                pipeline = with_embeddings(pipeline, found, tower)
+        return pipeline.with_int8_text() if self.text_weights else pipeline
+
+    def load_controls(self) -> list["Control | ImagePrompt"]:
+        """Read the ControlNets, T2I-Adapters and IP-Adapters with their pictures. Raises UserError or FileError."""
+        found = [*map(load_control, self.control)]
+        found += [load_control(text, kind="t2i_adapter") for text in self.adapter]
+        return [*found, *map(load_image_prompt, self.image_prompt)]
+
+
+def load_control(text: str, dtype: str | None = None, kind: str = "controlnet") -> "Control":
+    """A control as it is written on the command line (see `spec.parse_control`); with `from`, its map is made of a
+    picture. `kind`: controlnet or t2i_adapter.
+    """
+    from bdm_jax.plugins.controls import Control
+    from bdm_jax.systems.components import load_component
+
+    network, picture, values = parse_control(text)
+    hint = read_picture(picture)
+    if (maker := values.pop("from", None)) is not None:
+        from bdm_jax.plugins.hints import HINTS  # OpenCV, where it is asked for
+
+        if maker not in HINTS:
+            raise unknown("map", maker, HINTS)
+        hint = HINTS[maker](hint)
+    return Control(load_component(network, dtype, kind), hint, **values, name=network.name)
+
+
+def load_image_prompt(text: str, dtype: str | None = None) -> "ImagePrompt":
+    """An image prompt as it is written on the command line (see `spec.parse_image_prompt`)."""
+    from bdm_jax.plugins.image_prompts import ImagePrompt, read_adapter
+    from bdm_jax.systems.components import load_component
+
+    path, vision, picture, values = parse_image_prompt(text)
+    tower = load_component(vision, dtype, "image_encoder")
+    return ImagePrompt(read_adapter(path), tower, read_picture(picture), **values, name=path.name)
+
+
+def _name(kind: str, part: Path | str | tuple[str, ...]) -> str:
+    """What a picture says about a part: its name without folders; of a plug-in's map or picture also a digest."""
+    if isinstance(part, Path):
+        return part.resolve().name
+    if isinstance(part, str):
+        return part
+    names = []
+    for text in part:
+        parse = _PICTURED.get(kind)
+        pieces = [piece if "=" in piece and parse else Path(piece).name for piece in text.split(",")]
+        seen = [f"map={digest(read_picture(parse(text)[-2]))[:16]}"] if parse else []
+        names.append(",".join([*pieces, *seen]))
+    return " + ".join(names)

@@ -1,0 +1,293 @@
+"""Drawing into a folder: names, what is there already, shares of several processes, a log, contact sheets.
+
+A run is a list of pictures, each of which knows its file's name and everything that it depends on. A picture that
+is there, whole and with the same settings inside, is not drawn again; so a run that was cut off goes on where it was.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bdm_jax.app import preview
+from bdm_jax.app.metadata import complete_settings, describe, digest, filled, text_chunks
+from bdm_jax.errors import FileError, UserError
+from bdm_jax.images.decode import read_mask, read_picture
+from bdm_jax.images.pictures import contact_sheet, file_name, next_index, write_png
+from bdm_jax.paths import atomic_file
+from bdm_jax.plugins.controls import Control
+from bdm_jax.runtime.processes import all_agree, broadcast_from_first, is_first
+from bdm_jax.sampling.batching import default_size
+from bdm_jax.sampling.generate import Progress, generate
+from bdm_jax.sampling.settings import ImageSource as Source
+from bdm_jax.sampling.settings import Request, Sampling
+from bdm_jax.systems.pipeline import BridgePipeline
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where one process draws
+    fcntl = None
+
+LOG = "pictures.jsonl"
+PREVIEW = "preview.png"
+_SHEET = 100  # pictures on one contact sheet
+
+
+@dataclass(frozen=True)
+class PlannedImage:
+    """One picture of a run: its file's name, what to draw, and all that it depends on as it lies in the file."""
+
+    name: str
+    request: Request
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Pictures to be drawn with the same settings into one folder; `sheet` is what its contact sheet is called."""
+
+    out: Path
+    settings: Sampling
+    controls: Sequence[Control]
+    pictures: list[PlannedImage]
+    sheet: str
+
+
+def plan(
+    pipeline: BridgePipeline,
+    requests: Sequence[Request],
+    settings: Sampling,
+    out: Path,
+    *,
+    controls: Sequence[Control] = (),
+    parts: Mapping[str, str],
+    rows: Sequence[int] | None = None,
+) -> Run:
+    """The pictures of a run, named.
+
+    Args:
+      parts: the names of the model and of what was put in place of its own, for the settings inside the pictures.
+      rows: for prompts from a file, the number of each request's row: names come from row and seed, so that the same
+        file finds its pictures again. Without, they are numbered on after those that the folder holds.
+
+    Every process of a job is to call this: the first one names and tidies for all. Raises UserError for images that
+    cannot be read.
+    """
+    guidance = pipeline.guidance if settings.guidance is None else settings.guidance
+    known: dict[tuple[str, Path], tuple[str, tuple[int, ...]]] = {}
+    described = []
+    for request in requests:
+        seen = {name: _seen(getattr(request, name), name, known) for name in ("image", "mask")}
+        size = settings.size or default_size(pipeline, controls)
+        if seen["image"] and settings.size is None:
+            size = tuple(side // pipeline.vae.config.factor * pipeline.vae.config.factor for side in seen["image"][1])
+        digests = {name: found[0] for name, found in seen.items() if found}
+        described.append(describe(request, replace(settings, guidance=guidance, size=size), parts, digests))
+    first = broadcast_from_first(next_index(out))
+    numbers = rows or range(first, first + len(requests))
+    pictures = [
+        PlannedImage(file_name(number, request.prompt or request.english, request.seed), request, values)
+        for number, request, values in zip(numbers, requests, described, strict=True)
+    ]
+    if is_first():
+        _tidy(out, pictures)
+    all_agree(True)  # the others begin when it is tidy
+    return Run(out, settings, controls, pictures, "contact-sheet" if rows else f"{first:04d}-contact-sheet")
+
+
+def draw(
+    pipeline: BridgePipeline,
+    run: Run,
+    *,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+    preview_every: int = 0,
+) -> tuple[int, Iterator[Path]]:
+    """Draw what is not there yet of this process's share (every n-th picture of n processes).
+
+    Returns how many of the share are there already, and an iterator that draws and yields files as they are done.
+    Each picture gets a line in OUT/pictures.jsonl: file, SHA-256, settings. Whoever finds all of the run's pictures
+    done at the end makes the contact sheets.
+
+    Args:
+      preview_every: after so many steps, the first process shows how far it is in OUT/preview.png; 0 for never.
+
+    Raises UserError, before anything is drawn, for a file of a picture's name that has other settings inside; and as
+    `generate` does.
+    """
+    share = run.pictures[jax.process_index() :: jax.process_count()]
+    there = {picture.name: sha256 for picture in share if (sha256 := _done(run.out, picture))}
+    left = [picture for picture in share if picture.name not in there]
+    drawing: Iterator[np.ndarray] = iter(())
+    if left:
+        watching = {}
+        if preview_every and is_first():
+            watching = {"watch": preview.writer(pipeline.vae, run.out / PREVIEW), "watch_every": preview_every}
+        requests = [picture.request for picture in left]
+        how = {"controls": run.controls, "batch_size": batch_size, "progress": progress}
+        drawing = generate(pipeline, requests, run.settings, **how, **watching)
+    return len(there), _draw(run, share, there, left, drawing)
+
+
+def _draw(
+    run: Run, share: list[PlannedImage], there: dict[str, str], left: list[PlannedImage], drawing: Iterator[np.ndarray]
+) -> Iterator[Path]:
+    try:
+        _mend_log(run.out / LOG, share, there)
+        for picture, pixels in zip(left, drawing, strict=True):
+            sha256 = write_png(run.out / picture.name, pixels, text_chunks(picture.settings))
+            with _locked(run.out / LOG) as log:
+                _append(log, run.out / LOG, _line(picture, sha256))
+            yield run.out / picture.name
+    finally:
+        if is_first():
+            (run.out / PREVIEW).unlink(missing_ok=True)
+    yield from _sheets(run)
+
+
+def _seen(
+    source: Source | None, name: str, known: dict[tuple[str, Path], tuple[str, tuple[int, ...]]]
+) -> tuple[str, tuple[int, ...]] | None:
+    """Digest and (height, width) of an image or a mask; files that many pictures begin from are read once."""
+    if source is None or isinstance(source, np.ndarray):
+        return None if source is None else (digest(source), source.shape[:2])
+    if (name, source) not in known:
+        pixels = read_mask(source) if name == "mask" else read_picture(source)
+        known[name, source] = digest(pixels), pixels.shape[:2]
+    return known[name, source]
+
+
+def _done(out: Path, picture: PlannedImage) -> str | None:
+    """The file's SHA-256 where the picture is there and whole. Raises UserError where it is another's."""
+    path = out / picture.name
+    if not path.exists() or (found := complete_settings(path)) is None:
+        return None
+    found, wanted = filled(found), json.loads(json.dumps(picture.settings))
+    for name in (*wanted, *found):
+        if found.get(name) != wanted.get(name):
+            theirs, ours = (json.dumps(values.get(name), ensure_ascii=False) for values in (found, wanted))
+            raise UserError(
+                f"{path} is there already, drawn with {name.replace('_', ' ')} {theirs}, not {ours}: "
+                "choose another folder with --out"
+            )
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _line(picture: PlannedImage, sha256: str) -> bytes:
+    values = {"file": picture.name, "sha256": sha256, **picture.settings}
+    return (json.dumps(values, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def _mend_log(path: Path, share: Sequence[PlannedImage], there: Mapping[str, str]) -> None:
+    """Exactly one line for every picture of the share that is there, none for the others, and no torn one.
+
+    Lines of pictures outside the share are left alone.
+    """
+    if not there and not path.exists():
+        return
+    names = {picture.name for picture in share}
+    with _locked(path) as log:
+        old = path.read_bytes()
+        kept, logged = [], set()
+        for line in old.splitlines(keepends=True):
+            name, sha256 = _logged(line)
+            if name is None or (name in names and (name in logged or there.get(name) != sha256)):
+                continue
+            kept.append(line)
+            logged.add(name)
+        unlogged = there.keys() - logged
+        missing = [_line(picture, there[picture.name]) for picture in share if picture.name in unlogged]
+        new = b"".join([*kept, *missing])
+        if new == old:
+            return
+        if new.startswith(old):
+            _append(log, path, new[len(old) :])
+            return
+        with atomic_file(path) as file:
+            file.write(new)
+
+
+def _logged(line: bytes) -> tuple[str | None, str | None]:
+    """File and SHA-256 of a line of the log; None for one that is torn."""
+    try:
+        values = json.loads(line) if line.endswith(b"\n") else None
+        return values["file"], values["sha256"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None, None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """The log, opened for appending, while no other process writes to it."""
+    while True:
+        try:
+            log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise FileError(f"{path}: cannot be written ({error.strerror or error})") from error
+        try:
+            if fcntl:
+                fcntl.flock(log, fcntl.LOCK_EX)
+            if _is(path, log):
+                yield log
+                return
+        finally:
+            os.close(log)
+
+
+def _append(log: int, path: Path, data: bytes) -> None:
+    """In one piece, so that a reader sees whole lines; what a full disk leaves of it is mended by the next run."""
+    try:
+        written = os.write(log, data)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written ({error.strerror or error})") from error
+    if written < len(data):
+        raise FileError(f"{path}: cannot be written (is the disk full?)")
+
+
+def _is(path: Path, handle: int) -> bool:
+    """Whether the path still leads to the open file: a process that mended the log has put another in its place."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _sheets(run: Run) -> Iterator[Path]:
+    """Contact sheets of a run that is complete, a hundred pictures on each, read from their files one by one."""
+    pictures = run.pictures
+    if len(pictures) < 2 or not all((run.out / picture.name).exists() for picture in pictures):
+        return
+    seeds = len({picture.request.seed for picture in pictures})
+    groups = len(pictures) // seeds
+    columns = seeds if 1 < seeds <= 10 and groups > 1 and groups * seeds == len(pictures) else None
+    pages = [pictures[begin : begin + _SHEET] for begin in range(0, len(pictures), _SHEET)]
+    shared = {name: value for name, value in pictures[0].settings.items() if _same(pictures, name, value)}
+    for number, page in enumerate(pages, 1):
+        path = run.out / (f"{run.sheet}-{number}.png" if len(pages) > 1 else f"{run.sheet}.png")
+        captions = [p.request.prompt or p.request.english for p in page]
+        if seeds > 1 and columns:
+            captions = [f"{caption} {p.request.seed}" for caption, p in zip(captions, page, strict=True)]
+        sheet = contact_sheet((read_picture(run.out / picture.name) for picture in page), captions, columns)
+        write_png(path, sheet, text_chunks({"sheet": [picture.name for picture in page], "settings": shared}))
+        yield path
+
+
+def _same(pictures: Sequence[PlannedImage], name: str, value: Any) -> bool:
+    return all(picture.settings.get(name) == value for picture in pictures)
+
+
+def _tidy(out: Path, pictures: Sequence[PlannedImage]) -> None:
+    """Remove what a killed run of these pictures has left half-written."""
+    names = {picture.name for picture in pictures} | {LOG, PREVIEW}
+    names = {name[:40] for name in names}  # as much of a name as `atomic_file` keeps
+    for path in out.glob(".*.tmp"):
+        if path.name[1:].rsplit(".", 2)[0] in names:
+            path.unlink(missing_ok=True)
+    (out / PREVIEW).unlink(missing_ok=True)

@@ -1,0 +1,125 @@
+"""What do approximations cost and gain? `python -m bdm_jax.evaluate.approximations --count 96`
+
+Draws Chinese prompts of the bundled set as `bdm_jax.evaluate` does, exactly and with each of the settings, and
+prints for each: how many pictures are right, how far they are from the exact ones (mean absolute difference of values
+of 0 to 255), seconds per picture (the fastest batch's).
+"""
+
+import itertools
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from bdm_jax.app.arguments import command_line
+from bdm_jax.errors import UserError
+from bdm_jax.evaluate.__main__ import EvaluateArgs as Evaluation
+from bdm_jax.evaluate.__main__ import Features, choose, open_gallery, request
+from bdm_jax.formats.files import write_json
+from bdm_jax.paths import DEMO
+from bdm_jax.runtime import compile_cache
+from bdm_jax.sampling.generate import generate
+from bdm_jax.sampling.settings import Request, Sampling, check
+from bdm_jax.systems.pipeline import BridgePipeline
+
+_INT8 = "text-weights=int8"  # changes the model, not how it draws
+_COMPARED = (
+    *(f"branch-every={every}" for every in (2, 3, 5)),
+    *(f"cache-every={every}" for every in (2, 3, 5)),
+    *(f"merge-tokens={ratio}" for ratio in (0.25, 0.5)),
+    *("guidance-end=0.5", "guidance-start=0.2,guidance-end=0.8"),
+    *("steps=13", "steps=8", "sampler=lcm,steps=8", "sampler=lcm,steps=4"),
+    _INT8,
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Measure settings against the exact picture."""
+
+    compared: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME=VALUE[,...]")] = _COMPARED
+    """Settings of sample.py, each a row of the table."""
+    model: Path = DEMO
+    """Pipeline folder with training.json beside its components."""
+    count: int = 96
+    """Random concepts of those trained on."""
+    seed: int = 0
+    """Of the choice of concepts and of the noise."""
+    batch_size: int = 8
+    """Pictures drawn at a time."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the figures here."""
+    settings: Sampling = field(default_factory=Sampling)
+    """What the exact picture is drawn with."""
+
+
+def compare(asked: Comparison, features: Features | None = None) -> list[dict[str, Any]]:
+    """A row for the exact pictures and one for each of `asked.compared`; printed as they come.
+
+    Raises UserError or FileError, before anything is drawn, for what cannot be.
+    """
+    if asked.count < 1:
+        raise UserError(f"count {asked.count} is less than 1")
+    variants = {"exact": asked.settings} | {text: _settings(text, asked.settings) for text in asked.compared}
+    int8 = {name for name in variants if _INT8 in name.split(",")}
+    evaluation = Evaluation(model=asked.model, count=asked.count, seed=asked.seed)
+    pipeline = BridgePipeline.from_pretrained(asked.model)
+    gallery, known, _, phrased = open_gallery(evaluation, features)
+    wanted = choose(evaluation, known)
+    requests = [request(gallery.rows[i], "zh", phrased, asked.seed + i) for i in wanted]
+    models = {name: pipeline.with_int8_text() if name in int8 else pipeline for name in variants}
+    draw = partial(generate, requests=requests, batch_size=asked.batch_size)
+    drawings = {name: draw(models[name], settings=settings) for name, settings in variants.items()}
+    rows, exact = [], None
+    for name, drawing in drawings.items():
+        pictures, seconds = _timed(drawing, requests, asked.batch_size)
+        exact = pictures if exact is None else exact
+        difference = np.mean([np.abs(a.astype(int) - b).mean() for a, b in zip(pictures, exact, strict=True)])
+        right = gallery.search(wanted, pictures).right
+        rows.append({"settings": name, "right": float(right.mean()), "difference": float(difference)})
+        rows[-1] |= {"seconds": seconds, "count": len(right)}
+        print(f"{name:36} {right.mean():6.1%} right   {difference:5.2f} of 255 away   {seconds:6.3f} s", flush=True)
+    return rows
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 2 after bad input (one line on stderr)."""
+    try:
+        asked = command_line(
+            Comparison, sys.argv[1:] if args is None else args, prog="python -m bdm_jax.evaluate.approximations"
+        )
+        compile_cache.enable()
+        rows = compare(asked)
+        if asked.json:
+            write_json(asked.json, {"rows": rows})
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _settings(text: str, exact: Sampling) -> Sampling:
+    found = command_line(Sampling, [f"--{one.strip()}" for one in text.split(",") if one != _INT8], default=exact)
+    check(found)
+    return found
+
+
+def _timed(drawing, requests: list[Request], batch_size: int) -> tuple[list[np.ndarray], float]:
+    """Pictures, and the seconds that each took."""
+    pictures, marks = [], [time.perf_counter()]
+    for picture in drawing:
+        if len(pictures) % batch_size == 0:
+            marks.append(time.perf_counter())
+        pictures.append(picture)
+    fastest = min(after - before for before, after in itertools.pairwise(marks))
+    return pictures, fastest / min(batch_size, len(requests))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

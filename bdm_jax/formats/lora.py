@@ -1,0 +1,265 @@
+"""LoRA files by name: which network, which module, which part of its change; whose layout the file has does not matter.
+
+Layouts: kohya and LyCORIS (`lora_unet_down_blocks_0_..`, modules also in CompVis' names), diffusers before and since
+peft, peft's folders, and cloneofsimo's, whose modules have numbers in place of names. Underscores are never parsed: a
+module is looked up among all the spellings of those that a network has.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bdm_jax.errors import FileError
+from bdm_jax.formats.files import Tensors, read_json, shown
+from bdm_jax.formats.pickles import is_checkpoint, read_checkpoint
+from bdm_jax.formats.tables import ldm_unet
+from bdm_jax.formats.weights import read_weights
+
+# What a folder's file is called: by peft, by diffusers.
+_FILES = ("adapter_model", "pytorch_lora_weights")
+_PEFT_CONFIG = "adapter_config.json"
+
+# What keys begin with -> the network; None: the file does not say. The longer ones first.
+_NETWORKS = (
+    ("lora_branch_te_", "branch_text_encoder"),
+    ("lora_branch_", "branch"),
+    ("lora_unet_", "unet"),
+    ("lora_te1_", "text_encoder"),
+    ("lora_te_", "text_encoder"),
+    ("lycoris_", None),
+    ("branch_text_encoder.", "branch_text_encoder"),
+    ("branch.", "branch"),
+    ("unet.", "unet"),
+    ("text_encoder.", "text_encoder"),
+)
+
+# What keys end with -> the part of a change. peft puts the adapter's name into some of them.
+_HALVES = {"down": r"(lora_down|lora_A(\.default)?|(lora\.|lora_linear_layer\.)?down)\.weight"}
+_HALVES["up"] = r"(lora_up|lora_B(\.default)?|(lora\.|lora_linear_layer\.)?up)\.weight"
+_NAMED = r"hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|lokr_t2|alpha|dora_scale|diff|diff_b|[wb]_norm|scalar|ia3_l"
+_PARTS = tuple(
+    (re.compile(rf"(?P<module>.+?)\.{pattern}"), part)
+    for pattern, part in (
+        (_HALVES["down"], "down"),
+        (_HALVES["up"], "up"),
+        (r"lora_mid\.weight", "mid"),
+        (r"(lora_up|lora_B(\.default)?)\.bias", "up_bias"),
+        (r"lora_magnitude_vector((\.default)?\.weight)?", "magnitude"),
+        (rf"(?P<part>{_NAMED}|on_input)(\.default)?", None),
+        (r"weight", "ia3"),
+    )
+)
+# The attention of diffusers before 0.18: a LoRA beside it, not in it.
+_BESIDE = re.compile(r"(?P<at>.+?)\.(processor\.)?to_(?P<which>q|k|v|out)_lora")
+_UNET_PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+
+# Names that only other families' networks have.
+_FOREIGN = (
+    ("Flux", r".*(double_blocks|single_blocks|single_transformer_blocks)[._].*"),
+    ("Stable Diffusion 3 or Flux", r"(.*[._])?joint_blocks[._].*|lora_te3_.*|(lora_)?transformer[._].*"),
+    ("SDXL", r"lora_te2_.*|text_encoder_2\..*|(.*[._])?(label_emb|add_embedding)[._].*"),
+    (
+        "SDXL",
+        r".*(input_blocks|output_blocks|down_blocks|up_blocks|mid_block|middle_block).*transformer_blocks[._][1-9].*",
+    ),
+)
+_CONTEXT_WIDTHS = {1024: "SD2.x", 2048: "SDXL", 1280: "SDXL refiner"}
+
+
+@dataclass(frozen=True)
+class LoraKey:
+    """Where one tensor of a file belongs: network (None: not said), module in the file's spelling, part."""
+
+    network: str | None
+    module: str
+    part: str
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """What is in a file.
+
+    Attributes:
+      path: the file.
+      tensors: where each belongs -> its array, memory-mapped, in PyTorch's layout.
+      numbered: network -> number -> part -> array, of a file whose modules have no names.
+      tokens: embeddings of words that were trained along, by word.
+      unknown: keys that are none of these.
+      settings: the peft config of each network (None: of the file).
+    """
+
+    path: Path
+    tensors: dict[LoraKey, np.ndarray]
+    numbered: dict[str, dict[int, dict[str, np.ndarray]]] = field(default_factory=dict)
+    tokens: Tensors = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+    settings: dict[str | None, dict[str, Any]] = field(default_factory=dict)
+
+
+def read_lora(path: str | Path) -> LoraFile:
+    """Read the names of a LoRA file or folder; no tensor is copied.
+
+    Raises FileError for a file that cannot be read, says something twice, or needs more than its tensors to apply.
+    """
+    path = Path(path)
+    settings: dict[str | None, dict[str, Any]] = {}
+    config = (path if path.is_dir() else path.parent) / _PEFT_CONFIG
+    if config.is_file() and (path.is_dir() or path.stem == _FILES[0]):
+        settings[None] = _checked(config, read_json(config))
+    if path.is_dir():
+        names = [f"{stem}.{kind}" for stem in _FILES for kind in ("safetensors", "bin")]
+        if not (found := [path / name for name in names if (path / name).is_file()]):
+            raise FileError(f"{path}: no LoRA in this folder; expected one of {', '.join(names)}")
+        path = found[0]
+    if is_checkpoint(path) and isinstance(pairs := read_checkpoint(path), list):
+        return LoraFile(path, {}, {_network_of(path): _paired(path, pairs)})
+    weights = read_weights(path)
+    settings |= _diffusers_settings(path, weights.metadata)
+    return _sorted(path, weights.tensors, weights.metadata, settings)
+
+
+def module_names(network: str, modules: Iterable[str]) -> dict[str, str]:
+    """Every spelling that files use for the modules of a network (its names here) -> the module."""
+    modules = sorted(modules)
+    table = ldm_unet(*_levels(modules)) if network in ("unet", "branch") else None
+    names: dict[str, str] = {}
+    for module in modules:
+        spellings = [module]
+        if table is not None:
+            spellings.append(table.there(module))
+        elif network == "text_encoder":
+            spellings += [module.removeprefix("text_model.")]
+        else:
+            spellings += [f"text_model.{module}", f"bert.{module}"]
+        for spelling in spellings:
+            names[spelling] = names[spelling.replace(".", "_")] = module
+    return names
+
+
+def numbered_modules(network: str, modules: Iterable[str]) -> list[str]:
+    """The modules of a network in the order in which cloneofsimo's trainer met, and so numbered, them.
+
+    A UNet's: blocks down, up, middle; within one the self-attention, the first linear layer (GEGLU), the
+    cross-attention. A text tower's: k, v, q, out, the order in which transformers declares them; the files themselves
+    agree: 0 and 2 of each layer, like 1 and 3, have nearly equal norms, and 3 alone reads another input.
+    """
+    order = {name: i for i, name in enumerate(("attn1", "ff", "attn2"))}
+    inner = {name: i for i, name in enumerate(("to_q", "to_k", "to_v", "to_out", "k_proj", "v_proj", "q_proj"))}
+    sides = {"down_blocks": 0, "up_blocks": 1, "mid_block": 2}
+
+    def rank(module: str) -> list[int]:
+        return [
+            int(word) if word.isdecimal() else sides.get(word, order.get(word, inner.get(word, 9)))
+            for word in module.split(".")
+        ]
+
+    targets = r".*\.transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.0\.proj)"
+    if network.endswith("text_encoder"):
+        targets = r".*\.self_attn\.(q|k|v|out)_proj"
+    return sorted((module for module in modules if re.fullmatch(targets, module)), key=rank)
+
+
+def family(modules: Iterable[str], inputs: Mapping[str, int]) -> str | None:
+    """The other family that a file's modules belong to, by their names or by how many `inputs` a module has."""
+    for name, pattern in _FOREIGN:
+        if any(re.fullmatch(pattern, module) for module in modules):
+            return name
+    widths = (width for module, width in inputs.items() if re.search(r"attn2[._]to_[kv]$", module))
+    return next((_CONTEXT_WIDTHS[width] for width in widths if width in _CONTEXT_WIDTHS), None)
+
+
+def _sorted(path: Path, tensors: Tensors, metadata: Mapping[str, str], settings) -> LoraFile:
+    parts: dict[LoraKey, np.ndarray] = {}
+    numbered: dict[str, dict[int, dict[str, np.ndarray]]] = {}
+    tokens: Tensors = {}
+    unknown = []
+    for key, array in tensors.items():
+        number = re.fullmatch(r"(unet|text_encoder|branch|branch_text_encoder):(\d{1,5}):(up|down)", key)
+        bundled = re.fullmatch(r"bundle_emb\.(.+)\.(string_to_param\.\*|emb_params)", key)
+        if number:
+            numbered.setdefault(number[1], {}).setdefault(int(number[2]), {})[number[3]] = array
+        elif metadata.get(key) == "<embed>" or bundled:
+            tokens[bundled[1] if bundled else key] = array
+        elif (part := _part(key)) is None:
+            unknown.append(key)
+        elif part in parts:
+            raise FileError(f"{path}: holds {part.part} of {shown(part.module)} under two names")
+        else:
+            parts[part] = array
+    for network in numbered:
+        if "ResnetBlock2D" in metadata.get(network, ""):
+            raise FileError(f"{path}: modules of ResnetBlock2D by number: whose they are cannot be told")
+    return LoraFile(path, parts, numbered, tokens, tuple(unknown), settings)
+
+
+def _part(key: str) -> LoraKey | None:
+    key = _without_peft(key)
+    prefix, network = next((item for item in _NETWORKS if key.startswith(item[0])), ("", None))
+    rest = _without_peft(key.removeprefix(prefix))
+    for pattern, part in _PARTS:
+        if found := pattern.fullmatch(rest):
+            module, part = found["module"], part or found["part"]
+            beside = _BESIDE.fullmatch(module)
+            if beside and ".self_attn" in module:
+                module = f"{beside['at']}.{beside['which']}_proj"
+            elif beside:
+                module = f"{beside['at']}.{_UNET_PROJECTIONS[beside['which']]}"
+            return LoraKey(network, module, part)
+    return None
+
+
+def _without_peft(key: str) -> str:
+    return key.removeprefix("base_model.model.")
+
+
+def _levels(modules: Iterable[str]) -> tuple[list[bool], int]:
+    """Attention per level and layers per level of a UNet's encoder."""
+    names = set(modules)
+    levels = len({name.split(".")[1] for name in names if name.startswith("down_blocks.")})
+    layers = len({name.split(".")[3] for name in names if name.startswith("down_blocks.0.resnets.")})
+    return [f"down_blocks.{i}.attentions.0.norm" in names for i in range(levels)], layers
+
+
+def _network_of(path: Path) -> str:
+    """cloneofsimo's trainer writes `NAME.pt` for the UNet and `NAME.text_encoder.pt` for the text tower."""
+    return "text_encoder" if "text_encoder" in path.name else "unet"
+
+
+def _paired(path: Path, pairs: list[Any]) -> dict[int, dict[str, np.ndarray]]:
+    if not pairs or len(pairs) % 2 or not all(isinstance(array, np.ndarray) for array in pairs):
+        raise FileError(f"{path}: a list, but not of pairs of tensors (up, down) as cloneofsimo's LoRA has")
+    return {i: {"up": pairs[2 * i], "down": pairs[2 * i + 1]} for i in range(len(pairs) // 2)}
+
+
+def _diffusers_settings(path: Path, metadata: Mapping[str, str]) -> dict[str | None, dict[str, Any]]:
+    """diffusers keeps the peft config of every network in the header: {"unet.r": 4, "unet.lora_alpha": 8, ...}."""
+    if "lora_adapter_metadata" not in metadata:
+        return {}
+    try:
+        values = json.loads(metadata["lora_adapter_metadata"])
+        assert isinstance(values, dict)
+    except (ValueError, AssertionError, RecursionError) as error:
+        raise FileError(f"{path}: lora_adapter_metadata in its header is not a JSON object") from error
+    settings: dict[str | None, dict[str, Any]] = {}
+    for key, value in values.items():
+        network, _, name = key.partition(".")
+        settings.setdefault(network, {})[name] = value
+    return {network: _checked(path, values) for network, values in settings.items()}
+
+
+def _checked(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Refuses what changes the base weights or the forward pass in a way that the tensors do not tell."""
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
+        raise FileError(f"{path}: init_lora_weights={shown(start)} changed the base weights too; convert it with peft")
+    for name in ("use_qalora", "use_bdlora", "alora_invocation_tokens", "fan_in_fan_out", "layer_replication"):
+        if settings.get(name):
+            raise FileError(f"{path}: {name} in its config is not supported")
+    if (kind := settings.get("peft_type", "LORA")) not in ("LORA", "LOHA", "LOKR", "IA3"):
+        raise FileError(f"{path}: peft_type {shown(kind)}; supported are LORA, LOHA, LOKR and IA3")
+    return settings

@@ -1,0 +1,114 @@
+"""Requests as they go into batches: texts as tokens, sizes, images."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bdm_jax.errors import UserError
+from bdm_jax.images.decode import read_mask, read_picture
+from bdm_jax.plugins.controls import Control
+from bdm_jax.plugins.image_prompts import ImagePrompt
+from bdm_jax.sampling.settings import Request, Sampling
+from bdm_jax.systems.pipeline import BridgePipeline
+from bdm_jax.text.encode import Tokens, read
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request with its ids and their weights, each (2, windows, length): negative prompt, then positive."""
+
+    request: Request
+    english: Tokens
+    chinese: Tokens | None
+    size: tuple[int, int]
+
+    @property
+    def kind(self) -> tuple:
+        """What jobs of one batch have in common."""
+        windows = len(self.english.ids[0]), 0 if self.chinese is None else len(self.chinese.ids[0])
+        return windows, self.size, self.request.image is None, self.request.mask is None
+
+    @property
+    def one_english(self) -> bool:
+        return np.array_equal(*self.english.ids) and np.array_equal(*self.english.weights)
+
+
+def read_jobs(
+    pipeline: BridgePipeline, settings: Sampling, controls: Sequence[Control], requests: Sequence[Request]
+) -> list[PreparedRequest]:
+    """Jobs whose prompts of one language all take as many windows as the longest.
+
+    Raises UserError for images that cannot be read, and masks of another size.
+    """
+    reference = settings.reference
+    english = [text for request in requests for text in (request.english_negative, request.english)]
+    english = _pairs(read(pipeline.tokenizer, english, reference=reference))
+    chinese = [None] * len(requests)
+    if pipeline.branch is not None:
+        masked = pipeline.masked if settings.masked is None else settings.masked
+        texts = [text for request in requests for text in (request.negative, request.prompt)]
+        chinese = _pairs(read(pipeline.branch_tokenizer, texts, reference=reference, masked=masked))
+    sizes = [_size(pipeline, settings, controls, request) for request in requests]
+    return [PreparedRequest(*parts) for parts in zip(requests, english, chinese, sizes, strict=True)]
+
+
+def batches(jobs: list[PreparedRequest], batch_size: int) -> list[list[PreparedRequest]]:
+    """Neighbours of one kind go together: the windows of one prompt never change another's picture."""
+    groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job.kind)]
+    return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
+
+
+def stack(pairs: list[Tokens], which: slice = slice(0, 2)) -> Tokens:
+    """Tokens (2,n,L) of B samples -> (B*U,n,L) of all, sample by sample."""
+    together = lambda parts: None if parts[0] is None else np.concatenate([part[which] for part in parts])  # noqa: E731
+    return Tokens(*map(together, zip(*pairs, strict=True)))
+
+
+def load(request: Request) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Image (H,W,3) and mask (H,W) of a request, uint8. Raises UserError for files that cannot be read."""
+    image, mask = request.image, request.mask
+    image = image if image is None or isinstance(image, np.ndarray) else read_picture(image)
+    return image, mask if mask is None or isinstance(mask, np.ndarray) else read_mask(mask)
+
+
+def as_english(request: Request) -> Request:
+    """A request as a bare backbone reads it: its English prompts or, where they are empty, the others."""
+    english, negative = request.english or request.prompt, request.english_negative or request.negative
+    return replace(request, prompt="", negative="", english=english, english_negative=negative)
+
+
+def default_size(pipeline: BridgePipeline, controls: Sequence[Control | ImagePrompt] = ()) -> tuple[int, int]:
+    """(height, width) in pixels of the pictures that the UNet was trained on, or of the first control's map."""
+    factor = pipeline.vae.config.factor
+    if maps := [control.hint for control in controls if isinstance(control, Control)]:
+        return _floored(maps[0], factor)
+    return (pipeline.unet.config.sample_size * factor,) * 2
+
+
+def _size(
+    pipeline: BridgePipeline, settings: Sampling, controls: Sequence[Control], request: Request
+) -> tuple[int, int]:
+    """(height, width) that a request is drawn at first; its image and mask are looked at on the way."""
+    image, mask = load(request)
+    if mask is not None and mask.shape != image.shape[:2]:
+        sizes = (f"{array.shape[1]}x{array.shape[0]}" for array in (mask, image))
+        raise UserError("the mask has {} pixels, the image {}: they must be of one size".format(*sizes))
+    if settings.size is not None or image is None:
+        return settings.size or default_size(pipeline, controls)
+    return _floored(image, pipeline.vae.config.factor)
+
+
+def _floored(image: np.ndarray, factor: int) -> tuple[int, int]:
+    """(height, width) of an image, in whole latents."""
+    height, width = (side // factor * factor for side in image.shape[:2])
+    if not height or not width:
+        raise UserError(f"an image of {image.shape[1]}x{image.shape[0]} pixels is too small; give a size")
+    return height, width
+
+
+def _pairs(tokens: Tokens) -> list[Tokens]:
+    """Tokens of 2B prompts -> B times the tokens of two."""
+    halves = lambda x: [None] * (len(tokens.ids) // 2) if x is None else x.reshape(-1, 2, *x.shape[1:])  # noqa: E731
+    return [Tokens(*parts) for parts in zip(*map(halves, tokens), strict=True)]

@@ -1,0 +1,240 @@
+"""Files and folders from one library's names and layouts to another's: `python -m convert to-jax`, `to-torch`.
+
+What is written is of the kind that was read (file, component folder, pipeline folder), whole or not at all. A file in
+this library's layout says so in its header, with the names that its tensors came under, so that the way back is exact.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from bdm_jax.diffusion import schedule as schedules
+from bdm_jax.errors import FileError, UserError, unknown
+from bdm_jax.formats.detect import NetworkInFile, detect
+from bdm_jax.formats.files import (
+    DIFFUSERS_WEIGHTS,
+    JAX_WEIGHTS,
+    TRANSFORMERS_WEIGHTS,
+    Tensors,
+    write_json,
+    write_safetensors,
+)
+from bdm_jax.formats.layouts import to_jax as leaf_to_jax
+from bdm_jax.formats.layouts import tree_from_torch, tree_to_torch
+from bdm_jax.formats.tables import CLIP_TEXT, KeyTable, ldm_controlnet, ldm_unet, ldm_vae
+from bdm_jax.formats.weights import SOURCE_KEYS, Weights, read_weights
+from bdm_jax.models.config import (
+    CLIPTextConfig,
+    Config,
+    ControlNetConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from bdm_jax.models.functional import abstract
+from bdm_jax.paths import new_folder
+from bdm_jax.systems.components import DTYPES, Found, as_dtype, find, save_component, size_metadata
+from bdm_jax.systems.pipeline import bundled_tokenizer, load_schedule, model_index
+
+LAYOUTS = ("same", "diffusers", "ldm")
+
+
+def to_jax(src: str | Path, dst: str | Path) -> list[Path]:
+    """Write `src` in this library's names and layouts; every tensor keeps its dtype and bits. Returns what was written.
+
+    Raises UserError or FileError; then nothing is there under `dst`.
+    """
+    src, dst = _checked(src, dst)
+    if src.is_file():
+        return _jax_file(read_weights(src), dst)
+    with new_folder(dst) as folder:
+        for child, target in _components(src, folder):
+            weights = read_weights(child)
+            _jax_file(weights, target / JAX_WEIGHTS)
+            _copy_rest(child, target)
+    return [dst]
+
+
+def to_torch(src: str | Path, dst: str | Path, layout: str = "same", dtype: str = "same") -> list[Path]:
+    """Write `src`, of any layout, as PyTorch libraries read it. Returns what was written.
+
+    Args:
+      layout: "same" keeps the names (those that a file had before `to_jax`); "diffusers" writes a component folder, or
+        a pipeline folder where there are several networks; "ldm" one safetensors file in CompVis' names.
+      dtype: of the weights; "same" keeps each tensor's.
+
+    Raises UserError or FileError; then nothing is there under `dst`.
+    """
+    src, dst = _checked(src, dst)
+    if layout not in LAYOUTS:
+        raise unknown("layout", layout, LAYOUTS)
+    if dtype not in ("same", *DTYPES):
+        raise unknown("dtype", dtype, ("same", *DTYPES))
+    if layout == "same" and src.is_file():
+        return _same_file(read_weights(src), dst, dtype)
+    if layout == "same":
+        with new_folder(dst) as folder:
+            for child, target in _components(src, folder):
+                weights = read_weights(child)
+                transformers = (child / "config.json").is_file() and not _is_diffusers(child)
+                _same_file(weights, target / (TRANSFORMERS_WEIGHTS if transformers else DIFFUSERS_WEIGHTS), dtype)
+                _copy_rest(child, target)
+        return [dst]
+    networks = _networks(src)
+    if layout == "ldm":
+        return _ldm_file(networks, dst, dtype, _prediction(src, networks))
+    with new_folder(dst) as folder:
+        if len(networks) == 1:
+            _component_folder(folder, next(iter(networks.values())), dtype)
+        else:
+            _pipeline_folder(folder, src, networks, dtype)
+    return [dst]
+
+
+def _checked(src: str | Path, dst: str | Path) -> tuple[Path, Path]:
+    src, dst = Path(src), Path(dst)
+    if not src.exists():
+        raise UserError(f"{src}: no such file or folder")
+    if dst.exists():
+        raise UserError(f"{dst}: is there already; choose another name")
+    return src, dst
+
+
+# ------------------------------------------------------------------------------------------------ the same, other names
+
+
+def _jax_file(weights: Weights, path: Path) -> list[Path]:
+    contents = detect({key: array.shape for key, array in weights.tensors.items()}, weights.metadata)
+    if not contents.parts:
+        raise UserError(f"{weights.path}: {contents.name}; no network that this library reads")
+    tensors: Tensors = {}
+    names: dict[str, str] = {}
+    for key, array in weights.tensors.items():
+        ours, array = _ours(key, array, contents.parts)
+        if ours in tensors:
+            raise FileError(f"{weights.path}: holds {ours} under two names, {names[ours]} and {key}")
+        tensors[ours], names[ours] = array, key
+    told = {key: value for key, value in weights.metadata.items() if key != "format"}
+    write_safetensors(path, tensors, {**told, "format": "jax", SOURCE_KEYS: json.dumps(names)})
+    return [path]
+
+
+def _ours(key: str, array: np.ndarray, parts: tuple[NetworkInFile, ...]) -> tuple[str, np.ndarray]:
+    """Our name and layout of one tensor, below its network's kind where the file holds several; else as it is."""
+    for part in parts:
+        if key.startswith(part.prefix) and (here := part.table.here(key.removeprefix(part.prefix))) is not None:
+            here, array = leaf_to_jax(here, array)
+            return (f"{part.kind}.{here}" if len(parts) > 1 else here), array
+    return (f"{key}:as-it-was" if key.rpartition(".")[2] in ("kernel", "scale", "embedding") else key), array
+
+
+def _same_file(weights: Weights, path: Path, dtype: str) -> list[Path]:
+    told = {key: value for key, value in weights.metadata.items() if key != SOURCE_KEYS}
+    tensors = {weights.names.get(key, key): array for key, array in weights.tensors.items()}
+    write_safetensors(path, as_dtype(tensors, dtype, str(weights.path)), {**told, "format": "pt"})
+    return [path]
+
+
+def _components(src: Path, target: Path) -> list[tuple[Path, Path]]:
+    """The component folders of a pipeline folder, or the folder itself, each with where it goes; copies the rest."""
+    if (src / "config.json").is_file():
+        return [(src, target)]
+    children = [child for child in sorted(src.iterdir()) if (child / "config.json").is_file()]
+    if not children:
+        raise UserError(f"{src}: neither a component folder (config.json) nor a pipeline folder")
+    for child in sorted(set(src.iterdir()) - set(children)):
+        if child.is_dir():
+            shutil.copytree(child, target / child.name)
+        elif child.suffix == ".json":
+            shutil.copy(child, target / child.name)
+    for child in children:
+        (target / child.name).mkdir()
+    return [(child, target / child.name) for child in children]
+
+
+def _copy_rest(src: Path, dst: Path) -> None:
+    """Everything of a component folder that is small text: configs, vocabularies."""
+    for path in sorted(src.iterdir()):
+        if path.is_file() and path.suffix in (".json", ".txt") and ".index" not in path.name:
+            shutil.copy(path, dst / path.name)
+
+
+def _is_diffusers(folder: Path) -> bool:
+    return '"_class_name"' in (folder / "config.json").read_text("utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------ other layouts
+
+
+def _networks(src: Path) -> dict[str, tuple[Found, Config, Tensors]]:
+    """Every network in a file or folder, by kind: where it was, its sizes, its tree as NumPy views."""
+    if src.is_file() or (src / "config.json").is_file():
+        found = find(src)
+    else:
+        found = {}
+        for child in sorted(child for child in src.iterdir() if (child / "config.json").is_file()):
+            found |= {child.name if part.kind == "controlnet" else part.kind: part for part in find(child).values()}
+    networks = {}
+    for kind, part in found.items():
+        config = part.config()
+        tree = tree_from_torch(part.tensors, abstract(config), str(part.path), part.table)
+        networks[kind] = part, config, tree
+    if not networks:
+        raise UserError(f"{src}: neither a component folder (config.json) nor a pipeline folder")
+    return networks
+
+
+def _component_folder(folder: Path, network: tuple[Found, Config, Tensors], dtype: str) -> None:
+    part, config, tree = network
+    save_component(folder, config, tree, dtype, {"source": part.path.name})
+
+
+def _pipeline_folder(folder: Path, src: Path, networks: dict[str, tuple[Found, Config, Tensors]], dtype: str) -> None:
+    for kind, network in networks.items():
+        _component_folder(folder / kind, network, dtype)
+    if src.is_dir():
+        for name in ("tokenizer", "branch_tokenizer", "scheduler"):
+            if (src / name).is_dir():
+                shutil.copytree(src / name, folder / name)
+        if (src / "model_index.json").is_file():
+            shutil.copy(src / "model_index.json", folder)
+        return
+    if "text_encoder" in networks and (tokenizer := bundled_tokenizer(networks["text_encoder"][1].vocab_size)):
+        tokenizer.save_pretrained(folder / "tokenizer")
+    schedule = schedules.Schedule(prediction_type=_prediction(src, networks))
+    write_json(folder / "scheduler" / "scheduler_config.json", schedules.to_json(schedule))
+    if "vae" in networks:
+        write_json(folder / "model_index.json", model_index(networks["vae"][1]))
+
+
+def _ldm_file(networks: dict[str, tuple[Found, Config, Tensors]], dst: Path, dtype: str, prediction: str) -> list[Path]:
+    tensors: Tensors = {}
+    told = {"format": "pt", "modelspec.prediction_type": {"v_prediction": "v"}.get(prediction, prediction)}
+    for part, config, tree in networks.values():
+        prefix, table = _ldm_names(part, config)
+        named = {prefix + key: array for key, array in tree_to_torch(tree, table).items()}
+        tensors |= as_dtype(named, dtype, str(part.path))
+        told |= size_metadata(config) | {f"source.{part.kind}": part.path.name}
+    write_safetensors(dst, tensors, told)
+    return [dst]
+
+
+def _prediction(src: Path, networks: dict[str, tuple[Found, Config, Tensors]]) -> str:
+    """What the UNet predicts, as its folder or file says; epsilon, as SD1.x does, where it says nothing."""
+    if (src / "scheduler").is_dir():
+        return load_schedule(src / "scheduler").prediction_type
+    return (networks["unet"][0].prediction if "unet" in networks else None) or "epsilon"
+
+
+def _ldm_names(part: Found, config: Config) -> tuple[str, KeyTable]:
+    if isinstance(config, UNetConfig):
+        return "model.diffusion_model.", ldm_unet(config.attention_levels, config.layers_per_block)
+    if isinstance(config, VAEConfig):
+        return "first_stage_model.", ldm_vae(len(config.block_out_channels), config.layers_per_block)
+    if isinstance(config, CLIPTextConfig):
+        return "cond_stage_model.transformer.", CLIP_TEXT
+    if isinstance(config, ControlNetConfig):
+        hints = 2 * (len(config.conditioning_embedding_out_channels) - 1)
+        return "control_model.", ldm_controlnet(config.attention_levels, config.layers_per_block, hints)
+    raise UserError(f"{part.path}: a {part.kind} has no LDM layout; write --layout diffusers")

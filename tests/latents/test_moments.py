@@ -1,0 +1,51 @@
+"""Pictures through a tiny autoencoder: whatever the batches, each as if it were alone."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bdm_jax.data.records import open_source
+from bdm_jax.errors import UserError
+from bdm_jax.images.decode import decode_image
+from bdm_jax.latents.moments import record_key, record_moments, round_trip
+from bdm_jax.models.functional import bind
+from bdm_jax.paths import EMOJI
+from bdm_jax.systems.components import load_component
+
+
+def test_there_and_back_in_batches_is_one_by_one(backbone_folder, rng):
+    vae = load_component(backbone_folder / "vae")
+    pictures = list(rng.integers(0, 256, (17, 32, 32, 3), np.uint8))
+    network = bind(*vae)
+    for picture, back in zip(pictures, round_trip(vae, pictures), strict=True):
+        decoded = np.asarray(network.decode(network.encode(picture[None] / np.float32(127.5) - 1)[0]))[0]
+        expected = np.clip(decoded, -1, 1) * 127.5 + 127.5
+        assert back.dtype == np.uint8 and np.abs(back - expected).max() <= 0.51
+
+
+def test_moments_are_kept_and_made_again_for_other_weights(backbone_folder, tmp_path):
+    vae, every = load_component(backbone_folder / "vae"), open_source(EMOJI)
+    source = [every[i] for i in range(3)]
+    first = record_moments(vae, source, tmp_path / "latents.npz")
+    image = decode_image(source[2]["image"])[None] / np.float32(127.5) - 1
+    mean, logvar = bind(*vae).encode(image)
+    expected = np.concatenate([mean, logvar], axis=-1)[0]
+    np.testing.assert_allclose(first[2], expected, rtol=1e-4, atol=1e-4)
+    stored = (tmp_path / "latents.npz").read_bytes()
+    again = record_moments(vae, source, tmp_path / "latents.npz")
+    assert (tmp_path / "latents.npz").read_bytes() == stored
+    assert np.array_equal(first, again)
+    other = vae._replace(params={**vae.params, "quant_conv.bias": vae.params["quant_conv.bias"] + 1})
+    changed = record_moments(other, source, tmp_path / "latents.npz")
+    assert not np.array_equal(first[2], changed[2])
+
+
+def test_pictures_of_several_sizes_are_refused_by_name(backbone_folder):
+    vae, source = load_component(backbone_folder / "vae"), open_source(EMOJI)
+    small = io.BytesIO()
+    Image.new("RGB", (64, 96)).save(small, "PNG")
+    records = [source[0], {**source[1], "image": small.getvalue()}]
+    with pytest.raises(UserError, match=rf"{record_key(source[1])}: 64 x 96 pixels, those before it 128 x 128"):
+        record_moments(vae, records)

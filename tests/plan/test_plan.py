@@ -1,0 +1,279 @@
+"""The planner: topologies, the roofline's arithmetic, what is read from programs; at full size by shapes alone.
+
+Compiling for a TPU needs libtpu (the extra `tpu`): these tests are skipped, by name, where it is not installed.
+"""
+
+import importlib.util
+import json
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+
+import configs
+from bdm_jax.errors import UserError
+from bdm_jax.formats.files import write_json
+from bdm_jax.models.config import (
+    BDM_BRANCH,
+    CHINESE_CLIP_H_TEXT,
+    SD15_UNET,
+    RobertaConfig,
+    UNetConfig,
+    VAEConfig,
+    to_json,
+)
+from bdm_jax.models.functional import abstract, bind
+from bdm_jax.models.unet.conditioning import Conditioning
+from bdm_jax.plan import __main__ as plan
+from bdm_jax.plan import shapes
+from bdm_jax.runtime.costs import CHIPS, Collective, collectives, flops, roofline
+from bdm_jax.runtime.sharding import AXES
+from bdm_jax.training.config import MeshConfig, TrainConfig
+from bdm_jax.training.objectives.branch import BranchTask, TextTask
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason='compiling for a TPU needs libtpu: pip install -e ".[tpu]"'
+)
+
+PROGRAM = """
+HloModule jit_step, num_partitions=16
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%all-reduce-scatter.1 (p: f32[64,32]) -> f32[8,32] {
+  %all-reduce.9 = f32[64,32]{1,0} all-reduce(%p), channel_id=9, replica_groups=[2,8]<=[16], to_apply=%add
+  ROOT %slice = f32[8,32]{1,0} dynamic-slice(%all-reduce.9, %a, %b), dynamic_slice_sizes={8,32}
+}
+
+%body (state: (s32[], f32[256])) -> (s32[], f32[256]) {
+  %all-reduce.2 = f32[256]{0} all-reduce(%x), channel_id=2, replica_groups={{0,8},{1,9}}, to_apply=%add
+}
+
+%condition (state: (s32[], f32[256])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: bf16[4,8]) -> bf16[32,8] {
+  %all-gather-start.1 = (bf16[4,8]{1,0:T(8,128)(2,1)}, bf16[32,8]{1,0}) all-gather-start(%a), replica_groups=[2,8]<=[16]
+  %all-gather-done.1 = bf16[32,8]{1,0} all-gather-done(%all-gather-start.1)
+  %all-gather.2 = (f32[16]{0}, f32[32]{0}) all-gather(%b, %c), channel_id=3, replica_groups=[2,8]<=[16], dimensions={0}
+  %reduce-scatter.1 = f32[8]{0} reduce-scatter(%d), channel_id=4, replica_groups=[2,8]<=[16], to_apply=%add
+  %fused = f32[8,32]{1,0} fusion(%e), kind=kCustom, calls=%all-reduce-scatter.1
+  %loop = (s32[], f32[256]) while(%t), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %named = f32[64]{0} all-reduce(%g), channel_id=6, replica_groups=mesh['a'=4,'b'=1,'c'=4], device_ids=([4,4]) {'a','b'}
+  %again = f32[64]{0} all-reduce(%g), channel_id=6, replica_groups=mesh['a'=4,'b'=1,'c'=4], device_ids=([4,4]) {'a','b'}
+  %shift = f32[10]{0} collective-permute(%f), channel_id=5, source_target_pairs={{0,1},{1,0}}
+}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A branch's run on networks of a few thousand parameters; their folders hold config.json, no weights."""
+    text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts = {
+        "unet": UNetConfig(
+            block_out_channels=(64, 128),
+            attention_levels=(False, True),
+            layers_per_block=1,
+            num_heads=2,
+            cross_attention_dim=64,
+            norm_num_groups=4,
+            sample_size=8,
+        ),
+        "vae": VAEConfig(block_out_channels=(4, 4, 4, 8), layers_per_block=1, norm_num_groups=2, sample_size=64),
+        "tower": RobertaConfig(max_position_embeddings=64, **text),
+    }
+    for name, config in parts.items():
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "config.json", to_json(config))
+    task = BranchTask(backbone=tmp_path, text_encoder=tmp_path / "tower", tokenizer=tmp_path / "none")
+    mesh = MeshConfig(fsdp=4, strategy="zero1")
+    return TrainConfig(task=task, run=tmp_path / "run", steps=10, batch_size=16, mesh=mesh)
+
+
+def test_topologies():
+    found = plan.parse_topology("V5P:4x4x8")
+    assert (found.name, found.sizes, found.chips, found.chip.name) == ("v5p:4x4x8", (4, 4, 8), 128, "TPU v5p")
+    assert plan.parse_topology("v5e:16x16").chips == plan.parse_topology("v6e:16x16").chips == 256
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v5:4x4", "unknown chip 'v5': did you mean 'v5"),
+        ("v5e", "v5e slices have 2 axes, as in v5e:4x4"),
+        ("v5e:4x4x4", "2 axes"),
+        ("v5p:4x4", "3 axes"),
+        ("v6e:0x4", "2 axes"),
+        ("v6e:4xfour", "2 axes"),
+    ],
+)
+def test_what_is_no_topology(text, message):
+    with pytest.raises(UserError, match=message):
+        plan.parse_topology(text)
+
+
+def test_roofline_by_hand():
+    """Of performance.md, 2.2 and 6.2: a picture takes v5e 25 ms at 45%, AdamW's 10.9 GB 13.6 ms (it has 13.3 of them at
+    819 GB/s), 2.91 GB between chips 29 ms at 100 GB/s.
+    """
+    time = roofline(CHIPS["v5e"], 2.222e12, 10.9e9, 2.91e9)
+    assert time.compute == pytest.approx(11.28e-3, rel=1e-3)
+    assert time.memory == pytest.approx(13.31e-3, rel=1e-3)
+    assert time.traffic == pytest.approx(29.1e-3, rel=1e-3)
+    assert (time.floor, time.bound) == (time.traffic, "traffic")
+    assert time.planned == pytest.approx(25.06e-3 + 29.1e-3, rel=1e-3)
+    assert roofline(CHIPS["v5e"], 1e9, 10.9e9, 0).planned == pytest.approx(13.31e-3, rel=1e-3)
+
+
+def test_collectives_of_a_program():
+    found = {(one.kind, one.group): one for one in collectives(PROGRAM)}
+    gathered = 32 * 8 * 2 + (16 + 32) * 4
+    scattered = 8 * 8 * 4 + 64 * 32 * 4
+    assert found == {
+        ("all-gather", 8): Collective("all-gather", 8, 2, gathered, 448 + 168),
+        ("reduce-scatter", 8): Collective("reduce-scatter", 8, 2, scattered, 224 + 7168),
+        ("all-reduce", 2): Collective("all-reduce", 2, 3, 3 * 1024, 3 * 1024),  # three times round the loop
+        ("all-reduce", 4): Collective("all-reduce", 4, 1, 256, 384),  # one channel: the same, written twice
+        ("collective-permute", 2): Collective("collective-permute", 2, 1, 40, 40),
+    }
+
+
+def test_flops_of_loops_and_kernels():
+    kernel, picture = jnp.zeros((3, 3, 4, 8)), jnp.zeros((2, 16, 16, 4))
+
+    def convolve(x):
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert flops(convolve, picture) == 2 * 2 * 8 * 8 * 8 * 36
+    looped = lambda x: jax.lax.scan(lambda c, _: (c @ jnp.ones((5, 5)), None), x, None, length=7)[0]  # noqa: E731
+    assert flops(looped, jnp.ones((3, 5))) == 7 * 2 * 3 * 5 * 5
+
+
+def test_at_full_size_the_count_is_the_analytic_one():
+    """Once forward everything, the decoder's input gradient, both gradients of the branch (performance.md, 2.2): 1.071
+    + 0.616 + 0.535 = 2.222 TFLOP for a picture of 512 x 512, and the Chinese tower once.
+    """
+    x, t, states = jnp.zeros((1, 64, 64, 4)), jnp.zeros(1, jnp.int32), lambda *sizes: Conditioning(jnp.zeros(sizes))
+    unet = flops(lambda p: bind(SD15_UNET, p)(x, t, states(1, 77, 768)), abstract(SD15_UNET))
+    branch = flops(lambda p: bind(BDM_BRANCH, p)(x, t, states(1, 52, 1024)), abstract(BDM_BRANCH))
+    ids = jnp.zeros((1, 52), jnp.int32)
+    tower = flops(lambda p: bind(CHINESE_CLIP_H_TEXT, p)(ids), abstract(CHINESE_CLIP_H_TEXT))
+    step = shapes.analytic_flops(configs.load("bdm-sd15").task)
+    print(
+        f"TFLOP: UNet {unet / 1e12:.4f}, branch {branch / 1e12:.4f}, tower {tower / 1e12:.4f}, step {step / 1e12:.4f}"
+    )
+    assert unet == pytest.approx(0.803e12, rel=0.01)
+    assert branch == pytest.approx(0.268e12, rel=0.01)
+    assert step - tower == pytest.approx(2.222e12, rel=0.05)
+    again = shapes.analytic_flops(replace(configs.load("bdm-sd15").task, remat="blocks"))
+    assert again == step  # what is computed twice is needed once
+
+
+def test_state_at_full_size():
+    """AdamW's state and the average: 16 bytes for each of the branch's 363,141,760 parameters; split, an eighth."""
+    config = configs.load("bdm-sd15")
+    whole = shapes.state_bytes(config, AbstractMesh((8, 1, 1), AXES))
+    split = shapes.state_bytes(config, AbstractMesh((1, 8, 1), AXES))
+    assert whole == 16 * 363_141_760 + 12  # three counters
+    assert split == pytest.approx(whole / 8, rel=0.01)
+
+
+def test_a_task_without_a_known_step():
+    with pytest.raises(UserError, match="TextTask: plan knows the steps of"):
+        shapes.analytic_flops(TextTask())
+
+
+@pytest.mark.slow
+def test_nothing_of_the_backbone_is_gathered(tiny, tmp_path):
+    """The step on 2 x 4 virtual CPU devices: what is gathered is the branch, at most once."""
+    code = """
+import json, pickle, sys
+from bdm_jax import costs
+from bdm_jax.runtime.sharding import make_mesh
+from bdm_jax.training import shapes
+config = pickle.loads(bytes.fromhex(sys.argv[1]))
+text = shapes.lower(config, make_mesh(-1, 4), 64).compile().as_text()
+print(json.dumps([[one.kind, one.group, one.bytes] for one in costs.collectives(text)]))
+"""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code, pickle.dumps(tiny).hex()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    job, trained, frozen, _ = shapes.abstract_job(tiny.task, jnp.dtype("bfloat16"), 64)
+    branch = sum(leaf.size for leaf in trained["branch"].values())
+    gathered = sum(size for kind, _, size in found if kind == "all-gather")
+    print(f"{found}; branch: {branch:,} parameters, backbone {sum(x.size for x in frozen['unet'].values()):,}")
+    assert 0 < gathered <= 4 * branch
+    assert any(kind in ("all-reduce", "reduce-scatter") for kind, _, _ in found)
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x4", "v6e:4x4"])
+def test_a_small_step_compiles_for_a_tpu(tiny, tmp_path, monkeypatch, topology):
+    monkeypatch.setenv("BDM_JAX_CACHE", str(tmp_path / "cache"))
+    where = plan.parse_topology(topology)
+    made = plan.make_plan(tiny, where, 64)
+    assert made.fits and made.mesh == {"data": 4, "fsdp": 4, "tensor": 1}
+    assert made.program.memory["arguments"] > made.state > 0
+    assert made.program.flops == pytest.approx(made.counted, rel=0.5)  # one picture; at this size the rest counts too
+    branch = sum(x.size for x in shapes.abstract_job(tiny.task, jnp.dtype("bfloat16"), 64)[1]["branch"].values())
+    gathered = sum(one.bytes for one in made.program.collectives if one.kind == "all-gather")
+    assert 0 < gathered <= 2 * branch  # once, in bf16; nothing of the backbone
+    monkeypatch.setattr(plan, "_compile", None)  # the second time it is looked up
+    assert plan.make_plan(tiny, where, 64) == made
+
+
+def test_reckoning_from_a_compiled_plan(tiny):
+    """Twice the pictures: twice the activations, work and HBM traffic; four chips more along data: a longer ring."""
+    memory = {"arguments": 9_000_000, "temporaries": 50_000_000, "outputs": 0, "instructions": 1}
+    where = plan.parse_topology("v5e:4x4")
+    state = shapes.state_bytes(tiny, AbstractMesh((4, 4, 1), AXES), 64)
+    program = plan.Program(1e9, 2e9, memory, (Collective("all-reduce", 4, 1, 4, 6),))
+    made = plan.Plan(where, {"data": 4, "fsdp": 4, "tensor": 1}, 16, 1, 10**9, state, program)
+    assert plan.from_json(json.loads(json.dumps(made.to_json(1e9)))) == made
+    same = plan.estimate(tiny, made, where, 4, 1, 64)
+    assert same.program.memory == pytest.approx(memory, abs=1) and same.time.compute == made.time.compute
+    twice = plan.estimate(tiny, made, plan.parse_topology("v5e:8x8"), 4, 2, 64)
+    assert (twice.mesh["data"], twice.batch_size) == (16, 128)
+    assert twice.time.compute == 2 * made.time.compute and twice.time.memory == 2 * made.time.memory
+    assert twice.time.traffic > same.time.traffic > 0
+    parameters = sum(x.size for x in shapes.abstract_job(tiny.task, jnp.dtype("bfloat16"), 64)[1]["branch"].values())
+    copies = 2 * parameters + 4 * parameters // 4
+    assert twice.program.memory["temporaries"] == pytest.approx(2 * 50_000_000 - copies, abs=2)
+    assert len(list(plan.sweep(tiny, made, 64))) == 5 * 7
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_the_command(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BDM_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(configs, "load", lambda name: tiny)
+    out = tmp_path / "plan.json"
+    asked = ["tiny", "--topology", "v5e:4x4", "--size", "64", "--sweep", "--price", "1.5", "--json", str(out)]
+    assert plan.main(asked) == 0
+    printed = capsys.readouterr().out
+    for word in ("fits", "train state", "TFLOP per picture", "collective", "roofline", "chip-hours", "reckoned from"):
+        assert word in printed
+    values = json.loads(out.read_text())
+    assert values["fits"] and values["chips"] == 16 and len(values["sweep"]) == 5 * 7
+    assert values["chip_hours"] == pytest.approx(1e9 / values["images_per_second"] / 3600 * 16)
+
+
+def test_bad_input_is_one_line(monkeypatch, capsys):
+    assert plan.main(["bdm-sd51"]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown config 'bdm-sd51': did you mean 'bdm-sd15")
+    assert plan.main(["bdm-sd15", "--topology", "v5e:3"]) == 2
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert plan.main(["bdm-sd15"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: compiling for a TPU needs libtpu: pip install")

@@ -1,0 +1,77 @@
+"""Text towers in eight bits: how large, how near, and where they do not go."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bdm_jax.errors import UserError
+from bdm_jax.models import functional
+from bdm_jax.models.config import CLIPTextConfig, RobertaConfig
+from bdm_jax.paths import DEMO
+from bdm_jax.systems.components import Component
+from bdm_jax.systems.int8 import to_int8
+from bdm_jax.systems.pipeline import BridgePipeline
+from bdm_jax.text.encode import encode_ids
+
+SIZES = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)
+TOWERS = {"clip": CLIPTextConfig(**SIZES), "roberta": RobertaConfig(**SIZES)}
+
+
+def numbers(path, value, exact):
+    """What a parameter kept in eight bits stands for, in numpy: its integers times its scales."""
+    kind = path.rpartition(".")[2]
+    if kind not in ("kernel", "embedding"):
+        assert value is exact
+        return value
+    assert value.qvalue.dtype == np.int8
+    exact = np.asarray(exact)
+    # 255 steps and the half of one at each end, as many scales as outputs, or words
+    step = np.abs(exact).max(axis=0 if kind == "kernel" else 1, keepdims=True) / np.float32(127.5)
+    found = np.asarray(value.qvalue) * step
+    assert (np.abs(found - exact) <= 0.5001 * step).all()
+    return jnp.asarray(found)
+
+
+@pytest.mark.parametrize("config", TOWERS.values(), ids=TOWERS)
+def test_states_are_those_of_the_rounded_weights(config, seed, rng, assert_parity):
+    params = functional.init(config, seed)
+    kept = to_int8(Component(config, params))
+    ids = jnp.asarray(rng.integers(0, config.vocab_size, (2, 1, 20), np.int32))
+    rounded = {path: numbers(path, kept.params[path], value) for path, value in params.items()}
+    ours, exact = (encode_ids(config, given, ids).tokens for given in (kept.params, params))
+    assert_parity(ours, encode_ids(config, rounded, ids).tokens)
+    away = float(jnp.linalg.norm(ours - exact) / jnp.linalg.norm(exact))
+    assert 1e-4 < away < 0.03  # rounded indeed, and by little
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_and_type(dtype, seed):
+    config = TOWERS["clip"]
+    params = functional.cast(functional.init(config, seed), jnp.dtype(dtype))
+    kept = to_int8(Component(config, params)).params
+    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+    assert size(kept) < {"float32": 0.3, "bfloat16": 0.57}[dtype] * size(params)
+    ids = jnp.zeros((1, 1, 8), jnp.int32)
+    assert encode_ids(config, kept, ids).tokens.dtype == dtype
+    assert all(kept[path] is value for path, value in params.items() if value.ndim == 1)
+
+
+def test_both_towers_and_once_only(tmp_path):
+    pipeline = BridgePipeline.from_pretrained(DEMO).with_int8_text()
+    for name in ("text_encoder", "branch_text_encoder"):
+        assert any(map(functional.is_int8, getattr(pipeline, name).params.values()))
+    assert not any(map(functional.is_int8, pipeline.unet.params.values()))
+    again = pipeline.with_int8_text()
+    assert all(again.text_encoder.params[path] is value for path, value in pipeline.text_encoder.params.items())
+    with pytest.raises(UserError, match="a text_encoder in eight bits cannot be saved"):
+        pipeline.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_without_qwix(monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    with pytest.raises(UserError, match=r'weights in eight bits need qwix: pip install -e "\.\[int8\]"'):
+        to_int8(Component(TOWERS["clip"], functional.init(TOWERS["clip"], 0)))
