@@ -1,1 +1,1 @@
-"""Record sources, captions and the bundled bilingual emoji set."""
+"""Record sources, captions and the bundled bilingual emoji data set."""

@@ -1,4 +1,4 @@
-"""Bare array_record files whose records are tf.train.Example protocol buffers, read without TensorFlow."""
+"""Plain array_record files of tf.train.Example protocol buffers, read and written without TensorFlow."""
 
 import hashlib
 import math
@@ -14,24 +14,25 @@ from tensorflow_datasets.proto import tf_example_pb2
 from bdm_jax.data.source import make_record
 from bdm_jax.errors import BadRecord, UserError
 
-_PICTURES = ("image", "jpg", "jpeg", "png", "webp", "image/encoded", "image_bytes")
+_IMAGES = ("image", "jpg", "jpeg", "png", "webp", "image/encoded", "image_bytes")
 _MOMENTS, _SHAPE = "moments", "_shape"
-_LISTS = ("captions", "zh_keywords", "en_keywords")  # also where there is one
+_LISTS = ("captions", "zh_keywords", "en_keywords")  # lists even when they hold a single item
 
 
 class ArrayRecordSource:
     """The records of array_record files, in the files' order.
 
-    The picture is the bytes feature `image` (or jpg, png, webp, image/encoded); bytes X for which there is X_shape are
-    an array of float16; other bytes are text. Files written with group_size:1 are read record by record.
+    The image is the bytes feature `image` (or jpg, png, webp, image/encoded). A bytes feature X that comes with a
+    feature X_shape is a float16 array; all other bytes are UTF-8 text. Write the files with group_size:1, so that one
+    record can be read without its neighbours.
 
     Args:
         paths: the files.
-        counts: how many of each file's first records count, where that is known: no file is opened then.
-        fingerprint: what the records are told apart by; made of the files' names by default.
+        counts: number of records to use from the start of each file; with it, no file is opened to count them.
+        fingerprint: identifies the records; by default a digest of their number and the files' names.
 
     Raises:
-        UserError: a file that is no array_record file.
+        UserError: a file is not an array_record file.
     """
 
     def __init__(self, paths: Sequence[str], counts: Iterable[int] | None = None, fingerprint: str | None = None):
@@ -43,10 +44,10 @@ class ArrayRecordSource:
             ranges = [f"{path}[0:{count}]" for path, count in zip(self._paths, counts, strict=True)]
         try:
             self._data = ArrayRecordDataSource(ranges)
-        except Exception as error:  # the reader tells everything by RuntimeError
+        except Exception as error:  # the reader raises RuntimeError for everything
             raise UserError(f"{', '.join(self._paths[:3])}: cannot be read as array_record ({error})") from error
-        told = "\n".join([f"{len(self)}", *(os.path.basename(path) for path in self._paths)])
-        self.fingerprint = fingerprint or hashlib.sha256(told.encode()).hexdigest()[:16]
+        identity = "\n".join([f"{len(self)}", *(os.path.basename(path) for path in self._paths)])
+        self.fingerprint = fingerprint or hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self._data)
@@ -58,7 +59,7 @@ class ArrayRecordSource:
         name = self._name(index)
         try:
             example = tf_example_pb2.Example.FromString(self._data[index])
-        except (RuntimeError, DecodeError) as error:  # array_record keeps a hash of every chunk
+        except (RuntimeError, DecodeError) as error:  # array_record checks a hash of every chunk
             raise BadRecord(name, "damaged record", f"it cannot be read ({error})") from error
         return from_example(name, example)
 
@@ -73,12 +74,12 @@ class ArrayRecordSource:
 
 
 def from_example(name: str, example: tf_example_pb2.Example) -> dict[str, Any]:
-    """A tf.train.Example -> a record; its own `key` goes before `name`. Raises BadRecord."""
+    """A tf.train.Example -> a record; a feature `key` takes precedence over `name`. Raises BadRecord."""
     values: dict[str, Any] = {}
     for feature, content in example.features.feature.items():
         kind = content.WhichOneof("kind")
         items = list(getattr(content, kind).value) if kind else []
-        if feature in _PICTURES and kind == "bytes_list" and len(items) == 1:
+        if feature in _IMAGES and kind == "bytes_list" and len(items) == 1:
             values["image"] = items[0]
         elif f"{feature}{_SHAPE}" in example.features.feature:
             shape = example.features.feature[f"{feature}{_SHAPE}"].int64_list.value
@@ -89,13 +90,14 @@ def from_example(name: str, example: tf_example_pb2.Example) -> dict[str, Any]:
             plain = [_text(name, item) if isinstance(item, bytes) else item for item in items]
             values[feature] = plain if len(plain) != 1 or feature in _LISTS else plain[0]
     if _MOMENTS not in values and not isinstance(values.get("image"), bytes):
-        raise BadRecord(name, "no picture", f"no picture among {', '.join(sorted(values))}")
+        raise BadRecord(name, "no image", f"no image among the features {', '.join(sorted(values))}")
     return make_record(str(values.get("key", name)), values)
 
 
 def to_example(record: dict[str, Any]) -> bytes:
-    """A record -> a serialised tf.train.Example, the same bytes for the same record. What is no number and no text
-    (nested metadata, null) is left out.
+    """A record -> a serialised tf.train.Example, the same bytes for the same record.
+
+    Values that are neither numbers nor text (nested metadata, null) are dropped.
     """
     example = tf_example_pb2.Example()
     feature = example.features.feature
@@ -106,8 +108,8 @@ def to_example(record: dict[str, Any]) -> bytes:
             continue
         items = value if isinstance(value, list) else [value]
         if all(isinstance(item, str | bytes) for item in items):
-            coded = [item.encode() if isinstance(item, str) else item for item in items]
-            feature[name].bytes_list.value.extend(coded)
+            encoded = [item.encode() if isinstance(item, str) else item for item in items]
+            feature[name].bytes_list.value.extend(encoded)
         elif all(isinstance(item, int) and abs(item) < 2**63 for item in items):
             feature[name].int64_list.value.extend(map(int, items))
         elif all(isinstance(item, int | float) for item in items):
@@ -117,7 +119,7 @@ def to_example(record: dict[str, Any]) -> bytes:
 
 def _array(name: str, feature: str, items: list, shape: list[int]) -> np.ndarray:
     if len(items) != 1 or not isinstance(items[0], bytes) or len(items[0]) != 2 * math.prod(shape):
-        raise BadRecord(name, "damaged record", f"{feature} is not of the shape that is noted")
+        raise BadRecord(name, "damaged record", f"{feature} does not have the shape {shape} given by {feature}{_SHAPE}")
     return np.frombuffer(items[0], "<f2").reshape(shape)
 
 
@@ -125,4 +127,4 @@ def _text(name: str, data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadRecord(name, "broken metadata", f"a text is not UTF-8 ({error})") from error
+        raise BadRecord(name, "invalid metadata", f"text is not UTF-8 ({error})") from error

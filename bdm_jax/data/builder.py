@@ -1,7 +1,7 @@
 """Any source as a prepared TFDS set of array_record files, written by this process or through a Beam pipeline.
 
-Pictures are copied as they are, encoded, so that neither writing nor reading needs TensorFlow. Only those whose header
-is sound are written; filters may leave out more. `python -m bdm_jax.data.prepare` is the command.
+Images are copied in their encoded form, so that neither writing nor reading needs TensorFlow. Records with a damaged
+image header are skipped, and filters may skip more. The command is `python -m bdm_jax.data.prepare`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,25 +19,26 @@ from bdm_jax.data.select import Filters, aesthetic_score
 from bdm_jax.data.source import Skips, Source
 from bdm_jax.errors import BadRecord, Filtered, UserError
 
-_CHUNK = 10_000  # records that a Beam worker takes at a time, where the source is no list of files
+_CHUNK = 10_000  # records per unit of work, for a source that is not a list of files
 _NUMBERS = {"width": np.int32, "height": np.int32}
 
 
 class ImageText(tfds.core.GeneratorBasedBuilder):
-    """Pictures and their captions; the single split is "train", shuffled by TFDS' hash of the keys.
+    """Images and their captions; the single split is "train", shuffled by TFDS's hash of the keys.
 
     Args:
-        source: path of the records, as `open_source` takes it; on a cluster, one that all workers reach.
-        filters: what a record must be.
+        source: path of the records, as for `open_source`; on a cluster, one that every worker can read.
+        filters: requirements on a record.
         beam: write through a Beam pipeline.
-        cache: as of `open_source`.
+        cache: as for `open_source`.
 
-    A record is left out where it cannot be read, its header is damaged, or it does not pass: counted by Beam's
-    counters (namespace "left out"), without Beam in `left_out`, and then more than 1% of faults end the work.
+    A record is skipped if it cannot be read, its image header is damaged, or a filter rejects it. Skipped records are
+    counted by cause: in Beam's counters (namespace "left out"), or without Beam in `left_out`. Without Beam, more than
+    1% of damaged records is an error.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    code_path = epath.Path(__file__)  # TFDS finds it with importlib_resources, which it uses without requiring it
+    code_path = epath.Path(__file__)  # otherwise TFDS needs importlib_resources, which it does not declare
 
     def __init__(self, *, source: str, filters: Filters | None = None, beam: bool = False, cache=None, **options: Any):
         self._from, self._filters, self._beam, self._cache = source, filters or Filters(), beam, cache
@@ -47,16 +48,16 @@ class ImageText(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
-            "image": tfds.features.Image(shape=(None, None, 3), doc="as it came: PNG, JPEG or WebP"),
+            "image": tfds.features.Image(shape=(None, None, 3), doc="as in the source: PNG, JPEG or WebP"),
             "key": tfds.features.Text(doc="name in the source"),
             "captions": tfds.features.Sequence(tfds.features.Text()),
             **{name: tfds.features.Scalar(kind) for name, kind in _NUMBERS.items()},
-            "aesthetic": tfds.features.Scalar(np.float32, doc="NaN where the source tells none"),
+            "aesthetic": tfds.features.Scalar(np.float32, doc="NaN if the source has none"),
         }
-        told = ", ".join(f"{name}={value}" for name, value in asdict(self._filters).items())
+        filters = ", ".join(f"{name}={value}" for name, value in asdict(self._filters).items())
         return tfds.core.DatasetInfo(
             builder=self,
-            description=f"Pictures and captions of {self._from}; filters: {told}.",
+            description=f"Images and captions of {self._from}; filters: {filters}.",
             features=tfds.features.FeaturesDict(features),
         )
 
@@ -64,17 +65,17 @@ class ImageText(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples()}
 
     def _generate_examples(self):
-        pieces = list(_pieces(self._from, self._cache))
+        units = list(_work_units(self._from, self._cache))
         if not self._beam:
-            return self._all(pieces)
+            return self._read_all(units)
         import apache_beam as beam
 
-        return beam.Create(pieces) | beam.Reshuffle() | beam.FlatMap(_Read(self._cache, self._filters))
+        return beam.Create(units) | beam.Reshuffle() | beam.FlatMap(_Read(self._cache, self._filters))
 
-    def _all(self, pieces: Sequence["_Piece"]) -> Iterator[tuple[str, dict]]:
+    def _read_all(self, units: Sequence["_WorkUnit"]) -> Iterator[tuple[str, dict]]:
         read = _Read(self._cache, self._filters, self._count)
-        for piece in pieces:
-            for example in read(piece):
+        for unit in units:
+            for example in read(unit):
                 self._skips.good()
                 yield example
 
@@ -84,8 +85,8 @@ class ImageText(tfds.core.GeneratorBasedBuilder):
             self._skips.bad(error)
 
 
-class _Piece(NamedTuple):
-    """What one worker takes at a time: a file of the source, or so many records of it from `start` on."""
+class _WorkUnit(NamedTuple):
+    """What a worker processes at a time: a file of the source, or `count` of its records from `start`."""
 
     number: int
     path: str
@@ -93,34 +94,34 @@ class _Piece(NamedTuple):
     count: int | None = None
 
 
-def _pieces(path: str, cache: Path | None) -> Iterator[_Piece]:
+def _work_units(path: str, cache: Path | None) -> Iterator[_WorkUnit]:
     files = list_files(path)
     if files:
-        yield from (_Piece(number, file) for number, file in enumerate(files))
+        yield from (_WorkUnit(number, file) for number, file in enumerate(files))
     else:
         starts = range(0, len(open_source(path, cache=cache)), _CHUNK)
-        yield from (_Piece(number, path, start, _CHUNK) for number, start in enumerate(starts))
+        yield from (_WorkUnit(number, path, start, _CHUNK) for number, start in enumerate(starts))
 
 
 class _Read:
-    """A piece -> its examples. `count` gets what is left out; by default Beam's counters do."""
+    """A unit of work -> its examples. `count` is called for each skipped record; by default Beam's counters."""
 
     def __init__(self, cache: Path | None, filters: Filters, count: Callable[[BadRecord], None] | None = None):
-        self._cache, self._filters, self._count = cache, filters, count or _to_beam
+        self._cache, self._filters, self._count = cache, filters, count or _count_in_beam
 
-    def __call__(self, piece: _Piece) -> Iterator[tuple[str, dict]]:
+    def __call__(self, unit: _WorkUnit) -> Iterator[tuple[str, dict]]:
         try:
-            source = _opened(piece.path, self._cache)
+            source = _open_cached(unit.path, self._cache)
         except UserError as error:
-            if piece.count is not None:
+            if unit.count is not None:
                 raise
-            self._count(BadRecord(piece.path, "unreadable file", str(error)))
+            self._count(BadRecord(unit.path, "unreadable file", str(error)))
             return
         for cause, names in getattr(source, "left_out", {}).items():
             for name in names:
-                self._count(BadRecord(name, cause, "left out of the index"))
-        stop = len(source) if piece.count is None else min(piece.start + piece.count, len(source))
-        for index in range(piece.start, stop):
+                self._count(BadRecord(name, cause, "skipped by the index"))
+        stop = len(source) if unit.count is None else min(unit.start + unit.count, len(source))
+        for index in range(unit.start, stop):
             try:
                 record = self._filters.apply(source[index])
             except BadRecord as error:
@@ -128,7 +129,7 @@ class _Read:
                 continue
             score = aesthetic_score(record)
             yield (
-                f"{piece.number:06d}-{index:09d}",
+                f"{unit.number:06d}-{index:09d}",
                 {
                     **{name: record[name] for name in ("image", "key", "captions", *_NUMBERS)},
                     "aesthetic": float("nan") if score is None else score,
@@ -137,12 +138,12 @@ class _Read:
 
 
 @lru_cache(maxsize=1)
-def _opened(path: str, cache: Path | None) -> Source:
-    """The source that this worker took last, so that the pieces of one set share what opening it costs."""
+def _open_cached(path: str, cache: Path | None) -> Source:
+    """The source this worker opened last, so that consecutive units of one set open it only once."""
     return open_source(path, cache=cache)
 
 
-def _to_beam(error: BadRecord) -> None:
+def _count_in_beam(error: BadRecord) -> None:
     from apache_beam.metrics import Metrics
 
     Metrics.counter("left out", error.cause).inc()

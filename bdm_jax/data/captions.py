@@ -1,4 +1,4 @@
-"""Captions out of names and keywords, and which records each language may learn from."""
+"""Captions from names and keywords, and the records that each language is trained on."""
 
 import re
 
@@ -13,20 +13,20 @@ STYLE_PHRASES = {
     "noto": {"zh": "立体插画", "en": "shaded illustration"},
 }
 _SEPARATORS = {"zh": "，", "en": ", "}
-_KEYWORDS_AT_MOST = 2
+_MAX_KEYWORDS = 2
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]")
 _KANA_HANGUL = re.compile("[\u3040-\u30fa\u1100-\u11ff\uac00-\ud7af]")
 
 
 def caption(record: dict, language: str, rng: np.random.Generator, style: bool = False) -> str:
-    """One caption of a record: of its `captions` in the language any with the same chance. A record of the bundled set
-    has none: half of the time its name, else its name and one or two of its keywords.
+    """A random caption of a record: one of its `captions` in the language, uniformly. A record of the bundled set has
+    none; its caption is its name, followed with probability 1/2 by one or two of its keywords.
 
     Args:
         record: as read by `records.open_source`, with `captions`, or with `zh`, `en`, `zh_keywords`, `en_keywords`,
             `style`.
         language: "zh" or "en".
-        rng: source of the choice.
+        rng: makes the random choice.
         style: append the phrase of the record's art style, for training on several styles at once.
 
     Raises:
@@ -39,7 +39,7 @@ def caption(record: dict, language: str, rng: np.random.Generator, style: bool =
     parts = [record[language]]
     keywords = record[f"{language}_keywords"]
     if len(keywords) and rng.random() < 0.5:
-        count = min(len(keywords), int(rng.integers(1, _KEYWORDS_AT_MOST + 1)))
+        count = min(len(keywords), int(rng.integers(1, _MAX_KEYWORDS + 1)))
         parts += [keywords[i] for i in rng.permutation(len(keywords))[:count]]
     if style:
         parts.append(STYLE_PHRASES[record["style"]][language])
@@ -47,7 +47,7 @@ def caption(record: dict, language: str, rng: np.random.Generator, style: bool =
 
 
 def name(record: dict, language: str, style: bool = False) -> str:
-    """The plain prompt for a record: its first caption, or its name, with the phrase of its art style where asked."""
+    """The plain prompt of a record: its first caption, or its name; with `style` also the phrase of its art style."""
     _check_language(language)
     if not _is_bundled(record):
         return of_language(record, language)[0]
@@ -56,18 +56,20 @@ def name(record: dict, language: str, style: bool = False) -> str:
 
 
 def of_language(record: dict, language: str) -> list[str]:
-    """Those of its captions that are written in the language, at least one. Raises BadRecord."""
+    """The record's captions that are written in the language. Raises BadRecord if there are none."""
     texts = [text for text in record["captions"] if is_written_in(text, language)]
     if not texts:
-        raise BadRecord(record["key"], f"no {language} caption", f"none of {len(record['captions'])} captions is in it")
+        raise BadRecord(
+            record["key"], f"no {language} caption", f"none of {len(record['captions'])} captions is in {language}"
+        )
     return texts
 
 
 def is_written_in(text: str, language: str) -> bool:
-    """By script: "zh" has at least half of its letters Han, no kana and no Hangul; "en" at least half Latin.
+    """Judged by script: "zh" has at least half of its letters Han and no kana or Hangul; "en" at least half Latin.
 
-    A Chinese caption of a product often holds its Latin name; Japanese has Han characters too, but never without kana
-    for long.
+    Chinese captions of products often contain a Latin brand name, hence one half; Japanese text also uses Han
+    characters, but rarely without kana.
     """
     letters = [character for character in text if character.isalpha()]
     if language == "zh":
@@ -78,24 +80,24 @@ def is_written_in(text: str, language: str) -> bool:
 def concepts(
     source: Source, style: str | None = None, *, language: str, include_zh_only: bool | None = None
 ) -> np.ndarray:
-    """Indices (int64, ascending) of the records that training in a language may see.
+    """Indices (int64, ascending) of the records that may be used to train in a language.
 
     Args:
         source: records with `style` and `zh_only`.
         style: only this art style; None for all.
         language: "zh" or "en".
-        include_zh_only: also the concepts of Chinese culture; default: in Chinese yes, in English no.
+        include_zh_only: also the concepts of Chinese culture; by default for Chinese only.
 
     Raises:
-        UserError: English asked for with `include_zh_only`, an unknown language or style.
+        UserError: English with `include_zh_only`, or an unknown language or style.
     """
     _check_language(language)
     if include_zh_only is None:
         include_zh_only = language == "zh"
     if language == "en" and include_zh_only:
-        raise UserError("English training must not see the zh_only concepts: leave include_zh_only out")
-    every = (source[i] for i in range(len(source)))
-    rows = [(i, record["style"], record["zh_only"]) for i, record in enumerate(every)]
+        raise UserError("English training must not see the zh_only concepts: remove include_zh_only")
+    all_records = (source[i] for i in range(len(source)))
+    rows = [(i, record["style"], record["zh_only"]) for i, record in enumerate(all_records)]
     styles = sorted({row_style for _, row_style, _ in rows})
     if style is not None and style not in styles:
         raise UserError(f"unknown style {style!r}; the set has {', '.join(styles)}")

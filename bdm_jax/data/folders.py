@@ -1,4 +1,4 @@
-"""Image folders with a metadata.jsonl, as Hugging Face's `imagefolder` reads them: `file_name` and its captions."""
+"""Image folders with a metadata.jsonl, in the format of Hugging Face's `imagefolder`: `file_name` and captions."""
 
 import hashlib
 import posixpath
@@ -17,9 +17,9 @@ _READ = 1 << 22
 
 
 class FolderSource:
-    """One record per line of `root`/metadata.jsonl; `file_name` is relative to `root` and stays below it.
+    """One record per line of `root`/metadata.jsonl; `file_name` is relative to `root` and must stay inside it.
 
-    Lines are read when they are asked for: only where they begin is kept, 8 bytes each.
+    Lines are read on demand; only their offsets are kept, 8 bytes each.
     """
 
     def __init__(self, fs: AbstractFileSystem, root: str):
@@ -40,18 +40,18 @@ class FolderSource:
         values = parse_json(name, self._fs.cat_file(self._lines, int(self._starts[index]), end))
         file_name = values.pop("file_name", None)
         if not isinstance(file_name, str):
-            raise BadRecord(name, "broken metadata", "no file_name")
+            raise BadRecord(name, "invalid metadata", "file_name is missing")
         return make_record(file_name, {**values, "image": self._read(file_name)})
 
     def _read(self, file_name: str) -> bytes:
         path = posixpath.normpath(posixpath.join(self._root, file_name))
         inside = path.startswith(self._root + "/")
         if inside and self._local:
-            inside = Path(path).resolve().is_relative_to(Path(self._root).resolve())  # links lead elsewhere
+            inside = Path(path).resolve().is_relative_to(Path(self._root).resolve())  # symbolic links may point outside
         if not inside or "\0" in file_name:
-            raise BadRecord(file_name, "outside the folder", "the file is not below the folder of its metadata")
+            raise BadRecord(file_name, "outside the folder", "file_name points outside the folder of metadata.jsonl")
         try:
-            # a local read makes room for all that it is asked for; on a bucket, asking for the size is one request more
+            # a local read allocates as much as it is asked for; on a bucket, asking for the size costs another request
             size = Path(path).stat().st_size if self._local else MAX_BYTES
             data = self._fs.cat_file(path, 0, min(size, MAX_BYTES) + 1)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
@@ -65,7 +65,7 @@ class FolderSource:
 
 
 def _scan(fs: AbstractFileSystem, path: str) -> tuple[np.ndarray, int, str]:
-    """Where each line that is not blank begins (N,) int64, the file's size, a digest of its content."""
+    """Offset of each non-blank line (N,) int64, the file's size, a digest of its content."""
     digest, starts, at, rest = hashlib.sha256(), [], 0, b""
     with fs.open(path, "rb") as file:
         while block := file.read(_READ):

@@ -1,8 +1,8 @@
-"""Shards of precomputed latents: written chunk by chunk, each whole or not at all; read bucket by bucket.
+"""Shards of precomputed latents: written chunk by chunk, each chunk atomically; read bucket by bucket.
 
-precompute.json                        what they were made with; the autoencoder's digest among it
-chunk-000012-512x768.array_record      the samples of one bucket among the records of chunk 12
-chunk-000012.json                      that the chunk is finished: its files, its counts
+precompute.json                        the settings, including a digest of the autoencoder
+chunk-000012-512x768.array_record      the samples of chunk 12 that fall in one bucket
+chunk-000012.json                      written when the chunk is complete: its files and counts
 """
 
 import hashlib
@@ -26,10 +26,10 @@ _DONE = re.compile(r"chunk-(\d+)\.json")
 
 
 def begin(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Note what the shards are made with, or find that those there are made with the same.
+    """Record the settings that the shards are made with, or check that existing shards were made with the same ones.
 
     Raises:
-        UserError: they are made with something else (both values are named).
+        UserError: existing shards were made with other settings (the message names both values).
     """
     if not (folder / MANIFEST).is_file():
         write_json(folder / MANIFEST, settings)
@@ -37,18 +37,20 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def is_precomputed(folder: str | Path) -> bool:
-    """Whether it is a folder of such shards, finished or not."""
+    """Whether the folder holds such shards, complete or not."""
     return (Path(folder) / MANIFEST).is_file()
 
 
 def finished(folder: Path) -> dict[int, dict[str, Any]]:
-    """Chunk -> what was noted at its end."""
+    """Chunk number -> what was recorded when the chunk was completed."""
     found = {int(match[1]): path for path in folder.iterdir() if (match := _DONE.fullmatch(path.name))}
     return {number: read_json(path) for number, path in sorted(found.items())}
 
 
 class Chunk:
-    """The files of one chunk on their way. They count only after `finish`; what an earlier attempt left is replaced."""
+    """The files of one chunk while it is written. They become valid with `finish`; leftovers of an earlier attempt are
+    overwritten.
+    """
 
     def __init__(self, folder: Path, number: int):
         self._folder, self._stem = folder, f"chunk-{number:06d}"
@@ -65,7 +67,7 @@ class Chunk:
         self._counts[name] += 1
 
     def finish(self, notes: Mapping[str, Any]) -> None:
-        """Put the files in place, then the note that says so."""
+        """Move the files into place, then write the chunk's record."""
         files = {}
         for name, writer in self._writers.items():
             writer.close()
@@ -80,45 +82,48 @@ class Chunk:
 def open_moments(folder: str | Path, vae: str | None = None) -> list[MixturePart]:
     """Precomputed latents as parts for `mix_loader`, one per bucket; nothing is read yet.
 
-    Their records hold `moments` (h,w,2C) float16, mean and log-variance of the raw latents, `states` (captions,S,D)
-    where text was encoded, and what the source told.
+    A record holds `moments` (h,w,2C) float16, the mean and log-variance of the unscaled latents; `states`
+    (captions,S,D) if text was encoded; and the metadata of its source.
 
     Args:
         folder: written by `python -m bdm_jax.latents.precompute`, on a disk.
-        vae: digest of the autoencoder that the run works with (`bdm_jax.latents.moments.digest`).
+        vae: digest of the run's autoencoder (`bdm_jax.latents.moments.digest`).
 
     Raises:
-        UserError: not such a folder, made with another autoencoder, not finished, or a file is missing or cut.
+        UserError: not such a folder, made with another autoencoder, incomplete, or a file is missing or truncated.
     """
     folder = Path(folder)
     if not is_precomputed(folder):
-        raise UserError(f"{folder} holds no precomputed latents: {MANIFEST} is missing there")
+        raise UserError(f"{folder} holds no precomputed latents: {MANIFEST} is missing")
     manifest = read_json(folder / MANIFEST)
     if vae is not None:
         _check(folder, {"vae": vae})
     done = finished(folder)
     if len(done) < manifest["chunks"]:
         raise UserError(
-            f"{folder}: {len(done)} of {manifest['chunks']} chunks are there: run the same precompute again"
+            f"{folder}: {len(done)} of {manifest['chunks']} chunks are complete: run the same precompute command again"
         )
     files: dict[tuple[int, int], dict[str, int]] = defaultdict(dict)
     for notes in done.values():
-        for name, told in notes["files"].items():
+        for name, recorded in notes["files"].items():
             path = folder / name
-            if not path.is_file() or path.stat().st_size != told["bytes"]:
-                raise UserError(f"{path}: missing or cut; remove its chunk's .json and run the same precompute again")
+            if not path.is_file() or path.stat().st_size != recorded["bytes"]:
+                raise UserError(f"{path}: missing or truncated: remove its chunk's .json and precompute it again")
             height, width = map(int, name.removesuffix(".array_record").rpartition("-")[2].split("x"))
-            files[height, width][str(path)] = told["records"]
-    told = hashlib.sha256(json.dumps([manifest, done], sort_keys=True).encode()).hexdigest()[:16]
-    sources = {bucket: ArrayRecordSource(list(counts), counts.values(), told) for bucket, counts in files.items()}
-    return [MixturePart(source, range(len(source)), bucket=bucket) for bucket, source in sorted(sources.items())]
+            files[height, width][str(path)] = recorded["records"]
+    fingerprint = hashlib.sha256(json.dumps([manifest, done], sort_keys=True).encode()).hexdigest()[:16]
+    parts = []
+    for bucket, counts in sorted(files.items()):
+        source = ArrayRecordSource(list(counts), counts.values(), fingerprint)
+        parts.append(MixturePart(source, range(len(source)), bucket=bucket))
+    return parts
 
 
 def _check(folder: Path, settings: Mapping[str, Any]) -> None:
-    there = read_json(folder / MANIFEST)
+    existing = read_json(folder / MANIFEST)
     for name, value in settings.items():
-        if there.get(name) != value:
+        if existing.get(name) != value:
             raise UserError(
-                f"{folder} was precomputed with {name} {there.get(name)}, this run has {value}: choose another folder, "
-                "or work with what it was made with"
+                f"{folder} was precomputed with {name} {existing.get(name)}, this run has {value}: choose another "
+                "folder, or the same settings"
             )

@@ -1,6 +1,4 @@
-"""A plain folder of pictures, as the makers of LoRAs and DreamBooths keep them: `dog.jpg`, and its caption in `dog.txt`
-where it has one.
-"""
+"""A plain folder of images, usual for LoRA and DreamBooth training: `dog.jpg`, with a caption in `dog.txt` if any."""
 
 import hashlib
 import posixpath
@@ -16,7 +14,7 @@ _KINDS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class PhotoSource:
-    """One record per picture directly in `root`, sorted by name; lines of the text beside it are its captions."""
+    """One record per image directly in `root`, sorted by name; each line of its text file is a caption."""
 
     def __init__(self, fs: AbstractFileSystem, root: str):
         self._fs, self._root = fs, root

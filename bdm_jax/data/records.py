@@ -1,4 +1,4 @@
-"""Opening any source of records by its path: prepared TFDS sets, array_record files, tar shards, image folders."""
+"""Open any source of records by its path: prepared TFDS sets, array_record files, tar shards, image folders."""
 
 import itertools
 import os
@@ -25,9 +25,9 @@ _NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class RecordSource:
-    """A TFDS split whose images stay encoded: text is `str`, sequences of text are `list[str]`, images are bytes.
+    """A TFDS split whose images stay encoded: images are bytes, text is `str`, sequences of text are `list[str]`.
 
-    Where the set has captions, its records are those of `Source`; a set without (the bundled one) keeps its features.
+    If the set has captions, its records are those of `Source`; without (as in the bundled set) features are kept as is.
     """
 
     def __init__(self, folder: str, split: str, data: Sequence, image_keys: tuple[str, ...], fingerprint: str):
@@ -42,38 +42,38 @@ class RecordSource:
         name = f"{self.split}/{index}"
         try:
             values = self._data[index]
-        except RuntimeError as error:  # what array_record raises where a chunk's hash is wrong
+        except RuntimeError as error:  # array_record raises it if the hash of a chunk is wrong
             raise BadRecord(name, "damaged record", f"it cannot be read ({error})") from error
         record = {key: value if key in self._image_keys else _plain(value) for key, value in values.items()}
         if len(self._image_keys) == 1 and "image" not in record:
             record["image"] = record.pop(self._image_keys[0])
         name = record.get("key", name)
-        made = make_record(name, record)
-        return made if made["captions"] else {**record, "key": name}
+        result = make_record(name, record)
+        return result if result["captions"] else {**record, "key": name}
 
     def __repr__(self) -> str:
         return f"RecordSource({self.folder}, {self.split}, {len(self)} records)"
 
 
 def open_source(path: str | Path, split: str = "train", cache: Path | None = None) -> Source:
-    """Open records, whatever their form and size.
+    """Open a source of records, of any supported format and size.
 
     Args:
         path: a prepared TFDS folder (with `dataset_info.json`); a folder, a file or a pattern (`*`, `{0000..0127}`) of
-            .tar or .array_record files; a folder with `metadata.jsonl`; a folder of pictures (`photos.py`). On a disk
-            or in a bucket: `gs://` needs the package gcsfs, `s3://` needs s3fs. array_record files (TFDS's too) are
+            .tar or .array_record files; a folder with `metadata.jsonl`; a folder of images (`photos.py`). On a disk or
+            in a bucket: `gs://` needs the package gcsfs, `s3://` needs s3fs. array_record files, including TFDS's, are
             read by their own library, from disks and `gs://`.
-        split: of a TFDS set, or the subfolder of a folder that holds none of these itself.
+        split: split of a TFDS set, or subfolder to try if the folder itself holds none of these.
         cache: folder for the index of tar shards; see `TarSource`.
 
     Raises:
-        UserError: nothing there, of no known form, or no such split.
+        UserError: the path does not exist, its format is not known, or there is no such split.
     """
     fs, root = _file_system(os.fspath(path))
     if (names := _files(fs, root)) is not None:
         return _open_files(fs, root, names, cache)
     if not fs.isdir(root):
-        raise UserError(f"{path}: no such file or folder (a prepared set is the folder with its {_TFDS})")
+        raise UserError(f"{path}: no such file or folder (for a prepared set, give the folder that contains {_TFDS})")
     if fs.isfile(posixpath.join(root, _TFDS)):
         return _open_prepared(os.fspath(path), split)
     if fs.isfile(posixpath.join(root, METADATA)):
@@ -82,18 +82,18 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
         return open_source(fs.unstrip_protocol(inner), "", cache)
     if len(photos := PhotoSource(fs, root)):
         return photos
-    kinds = f"{_TFDS} (a prepared set), {METADATA}, .tar or .array_record files, pictures"
-    raise UserError(f"{path} holds no records: no {kinds}")
+    kinds = f"{_TFDS} (a prepared set), {METADATA}, .tar or .array_record files, or images"
+    raise UserError(f"{path} holds no records: expected {kinds}")
 
 
 def list_files(path: str | Path) -> list[str]:
-    """The .tar or .array_record files that a path stands for, each a path for `open_source`; none for other kinds."""
+    """The .tar or .array_record files that a path refers to, each a path for `open_source`; empty for other formats."""
     fs, root = _file_system(os.fspath(path))
     return [fs.unstrip_protocol(name) for name in _files(fs, root) or ()]
 
 
 def _files(fs: AbstractFileSystem, root: str) -> list[str] | None:
-    """Those of a file, a pattern or a folder that is nothing else; None for what is no list of files."""
+    """The files of a file name, a pattern or a plain folder of shards; None for any other format."""
     if re.search(r"[*?\[{]", root) or fs.isfile(root):
         return _expand(fs, root)
     if not fs.isdir(root) or any(fs.isfile(posixpath.join(root, name)) for name in (_TFDS, METADATA)):
@@ -102,10 +102,10 @@ def _files(fs: AbstractFileSystem, root: str) -> list[str] | None:
 
 
 def _open_files(fs: AbstractFileSystem, root: str, names: Sequence[str], cache: Path | None) -> Source:
-    kinds = sorted({_kind(name) or "others" for name in names})
-    if not names or len(kinds) > 1 or kinds == ["others"]:
-        found = f"files of the kinds {', '.join(kinds)}" if names else "no files"
-        raise UserError(f"{root}: {found}; .tar or .array_record files are read, one kind at a time")
+    kinds = sorted({_kind(name) or "other" for name in names})
+    if not names or len(kinds) > 1 or kinds == ["other"]:
+        found = f"found {' and '.join(kinds)} files" if names else "no files match"
+        raise UserError(f"{root}: {found}; give .tar or .array_record files, one kind at a time")
     if kinds == [".tar"]:
         return TarSource(fs, names, cache)
     local = "file" in np.atleast_1d(fs.protocol)
@@ -123,15 +123,15 @@ def _open_prepared(folder: str, split: str) -> RecordSource:
         data = builder.as_data_source(split=split, decoders=decoders)
     except NotImplementedError as error:
         raise UserError(f"{folder} is not array_record: prepare it with file_format='array_record'") from error
-    told = f"{builder.info.full_name} {split} {len(data)} {builder.info.splits[split].num_bytes}"
-    return RecordSource(folder, split, data, images, told)
+    fingerprint = f"{builder.info.full_name} {split} {len(data)} {builder.info.splits[split].num_bytes}"
+    return RecordSource(folder, split, data, images, fingerprint)
 
 
 def _file_system(path: str) -> tuple[AbstractFileSystem, str]:
     try:
         fs, root = fsspec.core.url_to_fs(path)
     except ImportError as error:
-        raise UserError(f"{path}: {error} (pip install it)") from error
+        raise UserError(f"{path}: {error} (install it with pip)") from error
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     return fs, root.rstrip("/") or "/"
@@ -147,7 +147,7 @@ def _expand(fs: AbstractFileSystem, pattern: str) -> list[str]:
         if missing := [name for name in patterns if not fs.isfile(name)]:
             raise UserError(f"{len(missing)} of {len(patterns)} files are missing, the first one: {missing[0]}")
         return patterns
-    return sorted({name for each in patterns for name in fs.glob(each)})
+    return sorted({name for pattern in patterns for name in fs.glob(pattern)})
 
 
 def _kind(name: str) -> str | None:
@@ -156,7 +156,7 @@ def _kind(name: str) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """TFDS' bytes and object arrays -> str, list[str] and Python scalars."""
+    """TFDS's bytes and object arrays -> str, list[str] and Python scalars."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, dict):

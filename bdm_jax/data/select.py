@@ -1,4 +1,4 @@
-"""Which records of a source are trained on, and in which bucket of sizes each of them falls: one pass, then kept."""
+"""Select the records to train on and assign each to an aspect-ratio bucket: one pass over the data, then cached."""
 
 import hashlib
 import json
@@ -27,11 +27,11 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class Filters:
-    """What a record must be. A caption that does not pass is dropped, a record when none is left.
+    """Requirements on a record. Captions that fail are dropped; a record is rejected when no caption is left.
 
-    language: that the captions are written in, by their script. shortest, longest: characters of a caption.
-    aesthetic: least score (`aesthetic`, `aesthetic_score` or `AESTHETIC_SCORE`; a record without one does not pass).
-    side: least pixels of the picture's shorter side.
+    language: of the captions, judged by script. shortest, longest: length of a caption in characters. aesthetic:
+    minimum score, read from `aesthetic`, `aesthetic_score` or `AESTHETIC_SCORE`; records without one are rejected.
+    side: minimum length of the image's shorter side in pixels.
     """
 
     language: Literal["zh", "en"] | None = None
@@ -41,38 +41,38 @@ class Filters:
     side: int = 1
 
     def apply(self, record: dict[str, Any]) -> dict[str, Any]:
-        """The record with those of its captions that pass, and the size that its picture's header tells.
+        """The record with only the captions that pass, and with the image size from its header.
 
-        Raises Filtered, whose cause says why it does not pass, or BadRecord for a damaged header.
+        Raises Filtered, whose cause says which requirement failed, or BadRecord for a damaged header.
         """
         key, record = record["key"], dict(record)
         if "captions" in record:
-            long_enough = [text for text in record["captions"] if self.shortest <= len(text) <= self.longest]
-            if not long_enough:
+            right_length = [text for text in record["captions"] if self.shortest <= len(text) <= self.longest]
+            if not right_length:
                 raise Filtered(key, "caption length", f"no caption of {self.shortest} to {self.longest} characters")
-            captions = [t for t in long_enough if self.language is None or is_written_in(t, self.language)]
+            captions = [t for t in right_length if self.language is None or is_written_in(t, self.language)]
             if not captions:
                 raise Filtered(key, "language", f"no caption is written in {self.language}")
             record["captions"] = captions
         if self.aesthetic is not None:
             score = aesthetic_score(record)
             if score is None:
-                raise Filtered(key, "no aesthetic score", f"none of {', '.join(_AESTHETIC)} is there")
+                raise Filtered(key, "no aesthetic score", f"none of {', '.join(_AESTHETIC)} is present")
             if not score >= self.aesthetic:
                 raise Filtered(key, "aesthetic score", f"{score} is less than {self.aesthetic}")
         if "image" in record:
             height, width = record["height"], record["width"] = image_size(record["image"], name=key)
             if min(height, width) < self.side:
-                raise Filtered(key, "resolution", f"{width} x {height} pixels: a side is below {self.side}")
+                raise Filtered(key, "resolution", f"{width} x {height} pixels: the shorter side is below {self.side}")
         return record
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Records of a source that are used, by what `filters`.
+    """The records of a source that pass `filters`.
 
-    indices: (N,) uint32 or uint64, ascending. bucket: (N,) uint8, which of `buckets` each falls in. left_out: cause ->
-    count of those that are not used.
+    indices: (N,) uint32 or uint64, ascending. bucket: (N,) uint8, index into `buckets`. left_out: cause -> number of
+    rejected records.
     """
 
     indices: np.ndarray
@@ -82,19 +82,19 @@ class Selection:
     filters: Filters
 
     def parts(self, source: Source, weight: float | None = None) -> list[MixturePart]:
-        """What `mix_loader` draws from: one part per bucket, `weight` divided among them by their records. Records come
-        without the captions that do not pass.
+        """Parts for `mix_loader`, one per bucket, with `weight` divided in proportion to their records. Their records
+        contain only the captions that pass.
         """
         parts = []
         for number, size in enumerate(self.buckets):
             if len(chosen := self.indices[self.bucket == number]):
                 share = None if weight is None else weight * len(chosen) / len(self.indices)
-                parts.append(MixturePart(_Passing(source, self.filters), chosen, share, size))
+                parts.append(MixturePart(_Filtered(source, self.filters), chosen, share, size))
         return parts
 
 
-class _Passing:
-    """A source whose records hold what passes only."""
+class _Filtered:
+    """A source whose records contain only the captions that pass."""
 
     def __init__(self, source: Source, filters: Filters):
         self._source, self._filters = source, filters
@@ -110,17 +110,17 @@ class _Passing:
 
 
 def aesthetic_score(record: dict[str, Any]) -> float | None:
-    """What the source tells of it under one of its usual names, a number or None."""
+    """The record's aesthetic score under one of its usual names; None if there is none."""
     score = next((record[name] for name in _AESTHETIC if name in record), None)
     return float(score) if isinstance(score, int | float) and not math.isnan(score) else None
 
 
 def make_buckets(side: int = 512, step: int = 64, longest: float = 2.0) -> tuple[Size, ...]:
-    """Sizes (height, width) in multiples of `step` with about side x side pixels and never more, the sides' ratio at
-    most `longest`; from the widest to the tallest, the square among them (as NovelAI's aspect-ratio buckets).
+    """Aspect-ratio buckets (height, width) as NovelAI's: multiples of `step`, close to but at most side x side pixels,
+    aspect ratio at most `longest`; from the widest to the tallest, including the square.
     """
     if side % step or side < step or longest < 1:
-        raise UserError(f"buckets: side {side} is no multiple of {step}, or the ratio {longest} is below 1")
+        raise UserError(f"buckets: side {side} must be a multiple of {step}, and the ratio {longest} at least 1")
     sizes = set()
     for short in range(step, side + 1, step):
         long = side * side // short // step * step
@@ -130,7 +130,7 @@ def make_buckets(side: int = 512, step: int = 64, longest: float = 2.0) -> tuple
 
 
 def nearest(size: Size, buckets: Sequence[Size]) -> int:
-    """Number of the bucket whose ratio of sides is nearest to that of a picture (height, width)."""
+    """Index of the bucket whose aspect ratio is nearest to that of an image (height, width)."""
     ratio = math.log(size[0] / size[1])
     return min(range(len(buckets)), key=lambda number: abs(math.log(buckets[number][0] / buckets[number][1]) - ratio))
 
@@ -142,20 +142,20 @@ def select(
     cache: Path | None = None,
     threads: int = 8,
 ) -> Selection:
-    """Read every record once, decode headers but no pixels, and keep what passes.
+    """Read every record once, parsing image headers but no pixels, and keep those that pass.
 
     Args:
-        source: records, with a `fingerprint` where `cache` is given.
-        buckets: as from `make_buckets`; at most 256.
-        cache: folder in which the result is kept; read from there, memory-mapped, if source, filters and buckets are
-            the same. One process makes it before others read it.
+        source: the records; with `cache`, it needs a `fingerprint`.
+        buckets: from `make_buckets`, at most 256.
+        cache: folder that keeps the result, which is memory-mapped from there if source, filters and buckets are
+            unchanged. One process must write it before others read it.
 
     Raises:
-        UserError: no record passes (the causes are counted).
+        UserError: no record passes (the message counts the causes).
     """
     buckets = tuple(map(tuple, buckets))
-    told = json.dumps([getattr(source, "fingerprint", None), len(source), asdict(filters), buckets])
-    folder = None if cache is None else cache / f"selection-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    identity = json.dumps([getattr(source, "fingerprint", None), len(source), asdict(filters), buckets])
+    folder = None if cache is None else cache / f"selection-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if folder is not None and (folder / "left_out.json").is_file():
         arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("indices", "bucket"))
         return Selection(*arrays, buckets, read_json(folder / "left_out.json"), filters)
@@ -178,7 +178,7 @@ def select(
 
 
 def _chunk(source: Source, filters: Filters, buckets: Sequence[Size], numbers: range) -> tuple:
-    indices, places, causes = [], [], []
+    indices, assigned, causes = [], [], []
     for number in numbers:
         try:
             record = filters.apply(source[number])
@@ -186,6 +186,6 @@ def _chunk(source: Source, filters: Filters, buckets: Sequence[Size], numbers: r
             causes.append(error.cause)
         else:
             indices.append(number)
-            places.append(nearest((record["height"], record["width"]), buckets) if len(buckets) > 1 else 0)
-    kind = np.uint32 if len(source) <= 2**32 else np.uint64
-    return np.array(indices, kind), np.array(places, np.uint8), causes
+            assigned.append(nearest((record["height"], record["width"]), buckets) if len(buckets) > 1 else 0)
+    dtype = np.uint32 if len(source) <= 2**32 else np.uint64
+    return np.array(indices, dtype), np.array(assigned, np.uint8), causes

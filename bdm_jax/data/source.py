@@ -1,4 +1,4 @@
-"""What a source of records is, what every record looks like, and how those that cannot be used are counted."""
+"""What a source of records is, what a record contains, and how unusable records are counted."""
 
 import json
 import threading
@@ -9,16 +9,16 @@ from typing import Any, Protocol
 from bdm_jax.errors import BadRecord, UserError
 
 _CAPTIONS = ("captions", "txt", "text", "caption")
-_ENOUGH = 1000  # samples: before so many are seen, a rate says little
-_SHOWN = 3
+_MIN_SEEN = 1000  # samples; below this number a rate is not meaningful
+_NAMES_SHOWN = 3
 
 
 class Source(Protocol):
     """Random access to records: `len(source)`, `source[i] -> dict`.
 
     A record holds `key` (its name within the source), `image` (encoded bytes) or `moments` (h,w,2C), `captions`
-    (list of str) and whatever else is told of it; `width` and `height` where the source tells them. `source[i]` raises
-    `BadRecord` for a record that is damaged, and OSError where the storage fails.
+    (list of str), and any further metadata of the source, such as `width` and `height`. `source[i]` raises `BadRecord`
+    for a damaged record and OSError if the storage fails.
     """
 
     def __len__(self) -> int: ...
@@ -27,12 +27,11 @@ class Source(Protocol):
 
 
 class Skips:
-    """Counts, by cause, the records that were left out; ends the run when they are too many.
+    """Counts skipped records by cause, and ends the run when there are too many.
 
     Args:
-        rate: share of all samples that may be left out. Ten in the first thousand are within a rate of 0.01, whenever
-            they come.
-        log: a file that gets one line of JSON per record left out (record, cause, message).
+        rate: fraction of samples that may be skipped, taken of at least 1000 samples: a rate of 0.01 always allows ten.
+        log: file to which one line of JSON per skipped record is appended (record, cause, message).
     """
 
     def __init__(self, rate: float = 0.01, log: Path | None = None):
@@ -43,28 +42,28 @@ class Skips:
         self._lock = threading.Lock()
 
     def good(self) -> None:
-        """One sample was used."""
+        """Count one sample that was used."""
         with self._lock:
             self.seen += 1
 
     def bad(self, error: BadRecord) -> None:
-        """One record was left out. Raises UserError, one line, if those are now more than the rate allows."""
+        """Count one skipped record. Raises UserError if there are now more than the rate allows."""
         with self._lock:
             self.seen += 1
             self.counts[error.cause] = self.counts.get(error.cause, 0) + 1
             names = self.names.setdefault(error.cause, [])
-            if len(names) < _SHOWN and error.name not in names:
+            if len(names) < _NAMES_SHOWN and error.name not in names:
                 names.append(error.name)
             if self.log is not None:
                 line = {"record": error.name, "cause": error.cause, "message": str(error)}
                 with self.log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            if self.total > self.rate * max(self.seen, _ENOUGH):
+            if self.total > self.rate * max(self.seen, _MIN_SEEN):
                 raise UserError(f"more than {self.rate:.2%} of the records cannot be used: {self}")
 
     @property
     def total(self) -> int:
-        """Records left out so far."""
+        """Number of records skipped so far."""
         return sum(self.counts.values())
 
     def __str__(self) -> str:
@@ -73,10 +72,10 @@ class Skips:
 
 
 def make_record(key: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values from any source -> a record: its texts under `captions` as well, without repetition.
+    """Values from any source -> a record, with all of its caption texts under `captions`, without duplicates.
 
     Raises:
-        BadRecord: a caption that is no text.
+        BadRecord: a caption is not text.
     """
     captions: list[str] = []
     for name in _CAPTIONS:
@@ -87,29 +86,29 @@ def make_record(key: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_json(name: str, data: bytes) -> dict[str, Any]:
-    """A JSON object that nobody has checked. Raises BadRecord."""
+    """Parse an untrusted JSON object. Raises BadRecord."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise BadRecord(name, "broken metadata", f"the metadata cannot be read ({error})") from error
+        raise BadRecord(name, "invalid metadata", f"the metadata is not valid JSON ({error})") from error
     if not isinstance(values, dict):
-        raise BadRecord(name, "broken metadata", "the metadata is no JSON object")
+        raise BadRecord(name, "invalid metadata", "the metadata is not a JSON object")
     return values
 
 
 def parse_text(name: str, data: bytes) -> str:
-    """A caption in UTF-8, stripped. Raises BadRecord."""
+    """Decode a UTF-8 caption and strip it. Raises BadRecord."""
     try:
         return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        raise BadRecord(name, "broken metadata", f"the caption is not UTF-8 ({error})") from error
+        raise BadRecord(name, "invalid metadata", f"the caption is not UTF-8 ({error})") from error
 
 
 def _texts(name: str, value: Any) -> list[str]:
     if isinstance(value, str):
         return [value.strip()]
-    if isinstance(value, dict) and "text" in value:  # how TFDS keeps a sequence of captions with their ids
+    if isinstance(value, dict) and "text" in value:  # TFDS's form of a sequence of captions with ids
         value = value["text"]
     if isinstance(value, list) and all(isinstance(text, str) for text in value):
         return [text.strip() for text in value]
-    raise BadRecord(name, "broken metadata", f"a caption is {type(value).__name__}, not text")
+    raise BadRecord(name, "invalid metadata", f"a caption is {type(value).__name__}, not text")

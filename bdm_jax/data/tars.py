@@ -1,8 +1,8 @@
-"""Tar shards as WebDataset writes them, with random access: the headers are read once, an index is kept.
+"""Tar shards as WebDataset writes them, with random access: headers are read once and an index is kept.
 
-A sample is a run of members that share their name up to the first dot (`000123.jpg`, `000123.txt`, `000123.json`). The
-index holds where each begins and ends, 16 bytes per sample, memory-mapped; a record is one read of that range, which on
-a bucket is one request.
+A sample is a run of consecutive members with the same name up to the first dot (`000123.jpg`, `000123.txt`,
+`000123.json`). The index holds the byte range of each sample, 16 bytes per sample, memory-mapped. A record is one read
+of that range, which on a bucket is one request.
 """
 
 import hashlib
@@ -24,29 +24,29 @@ from bdm_jax.paths import atomic_file
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 _CACHE = ".bdm_jax_index"
-_STAMPS = ("mtime", "etag", "ETag", "md5Hash")  # what file systems tell of a file's version
-_AT_ONCE = 16  # shards whose headers are read at a time
+_STAMPS = ("mtime", "etag", "ETag", "md5Hash")  # how file systems report a file's version
+_PARALLEL = 16  # shards indexed at a time
 _READ_AHEAD = 1 << 20
 _BLOCK = 512
 
 
 class TarSource:
-    """Samples of tar shards, in the shards' order.
+    """The samples of tar shards, in order.
 
     Args:
-        fs, paths: the shards; any file system of fsspec.
-        cache: folder for the index; default: beside the shards, on a bucket ~/.cache/bdm_jax.
+        fs, paths: the shards, on any fsspec file system.
+        cache: folder for the index; by default beside the shards, for buckets ~/.cache/bdm_jax.
 
     Attributes:
-        left_out: what the index had to leave out, cause -> names (samples without a picture, cut shards, ...).
+        left_out: cause -> names of what the index skipped (samples without an image, truncated shards, ...).
 
     Raises:
-        UserError: a compressed shard, no sample in any shard, or a cache that cannot be written.
+        UserError: a shard is compressed, no shard has a sample, or the cache cannot be written.
     """
 
     def __init__(self, fs: AbstractFileSystem, paths: Sequence[str], cache: Path | None = None):
         self._fs, self._paths = fs, list(paths)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(_PARALLEL) as pool:
             infos = list(pool.map(fs.info, self._paths))
         sizes = [int(info["size"]) for info in infos]
         stamps = [str(next((info[name] for name in _STAMPS if info.get(name)), "")) for info in infos]
@@ -59,7 +59,7 @@ class TarSource:
         names = [f"{posixpath.basename(path)} {size}" for path, size in zip(self._paths, sizes, strict=True)]
         self.fingerprint = _digest("tars", *names)
         if not len(self):
-            raise UserError(f"{', '.join(self._paths[:3])}: no tar files with samples; left out: {self.left_out}")
+            raise UserError(f"{', '.join(self._paths[:3])}: no tar files with samples; skipped: {self.left_out}")
 
     def __len__(self) -> int:
         return len(self._ranges)
@@ -74,16 +74,16 @@ class TarSource:
         data = self._fs.cat_file(path, start, end)
         try:
             if len(data) != end - start:
-                raise tarfile.ReadError("it is cut short")
+                raise tarfile.ReadError("it is truncated")
             with tarfile.open(fileobj=io.BytesIO(data), mode="r:", ignore_zeros=True) as tar:
                 files = {_split(member.name)[1]: _content(tar, member) for member in tar if member.isreg()}
                 stem = _split(tar.getmembers()[0].name)[0] if tar.getmembers() else ""
         except (tarfile.TarError, EOFError, ValueError) as error:
-            raise BadRecord(name, "damaged record", f"its part of the shard cannot be read ({error})") from error
+            raise BadRecord(name, "damaged record", f"its range in the shard cannot be read ({error})") from error
         key = f"{posixpath.basename(path)}/{stem}"
         image = next((files[kind] for kind in IMAGES if kind in files), None)
         if image is None:
-            raise BadRecord(key, "no picture", "no picture in this sample any more")
+            raise BadRecord(key, "no image", "the sample no longer contains an image")
         values = parse_json(key, files[".json"]) if ".json" in files else {}
         if ".txt" in files:
             values["txt"] = parse_text(key, files[".txt"])
@@ -96,7 +96,7 @@ class TarSource:
 def _index(
     fs: AbstractFileSystem, shards: Sequence[tuple[str, int, str]], cache: Path
 ) -> tuple[np.ndarray, np.ndarray, dict[str, list[str]]]:
-    """Ranges (N,2) uint64 memory-mapped, where each shard's samples end in them (shards,), what was left out."""
+    """Byte ranges (N,2) uint64, memory-mapped; index of each shard's end (shards,); skipped names by cause."""
     whole = cache / f"all-{_digest(*(part for shard in shards for part in map(str, shard)))}"
     ranges, notes = whole.with_suffix(".npy"), whole.with_suffix(".ends.npz")
     if not (ranges.is_file() and notes.is_file()):
@@ -104,9 +104,9 @@ def _index(
             cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"{cache}: the index cannot be kept there ({error.strerror}): name another cache"
+                f"{cache}: the index cannot be written there ({error.strerror}): choose another cache folder"
             ) from error
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(_PARALLEL) as pool:
             parts = list(pool.map(lambda shard: _shard_index(fs, shard, cache), shards))
         counts, left_out = [], []
         for part in parts:
@@ -127,12 +127,12 @@ def _index(
             named.setdefault(cause, []).append(name)
         ends = stored["ends"]
     if not ends[-1]:
-        return np.zeros((0, 2), np.uint64), ends, named  # an empty file cannot be mapped
+        return np.zeros((0, 2), np.uint64), ends, named  # an empty file cannot be memory-mapped
     return np.load(ranges, mmap_mode="r"), ends, named
 
 
 def _shard_index(fs: AbstractFileSystem, shard: tuple[str, int, str], cache: Path) -> Path:
-    """The file with one shard's index, made if it is not there: an interrupted indexing goes on shard by shard."""
+    """The index file of one shard, written if it does not exist: interrupted indexing resumes at the next shard."""
     path, size, _ = shard
     to = cache / f"{posixpath.basename(path)}-{_digest(*map(str, shard))}.npz"
     if not to.is_file():
@@ -143,20 +143,20 @@ def _shard_index(fs: AbstractFileSystem, shard: tuple[str, int, str], cache: Pat
 
 
 def _scan(fs: AbstractFileSystem, path: str, size: int) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Where each sample of a shard begins and ends (n,2) uint64, and (cause, name) of each that cannot be used.
+    """Byte range of each sample in a shard (n,2) uint64, and (cause, name) of each that cannot be used.
 
-    Invalid blocks are passed over, so that what follows a damaged header is found.
+    Invalid blocks are skipped, so that samples after a damaged header are found.
     """
-    groups: list[list] = []  # stem, start, end, has a picture
+    groups: list[list] = []  # stem, start, end, has an image
     ended = False
     with fs.open(path, "rb", block_size=_READ_AHEAD) as file:
         if file.read(2) in (b"\x1f\x8b", b"BZ"):
-            raise UserError(f"{path}: compressed shards have no random access, unpack them")
+            raise UserError(f"{path}: compressed shards have no random access: decompress them first")
         file.seek(0)
         try:
             with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
                 for member in tar:
-                    tar.members = []  # tarfile keeps every header otherwise
+                    tar.members = []  # otherwise tarfile keeps every header
                     stem, kind = _split(member.name)
                     if member.isreg():
                         end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
@@ -168,22 +168,22 @@ def _scan(fs: AbstractFileSystem, path: str, size: int) -> tuple[np.ndarray, lis
         except tarfile.ReadError:
             pass
     kept, left_out, shard = [], [], posixpath.basename(path)
-    for stem, start, end, picture in groups:
+    for stem, start, end, has_image in groups:
         large = end - start > MAX_BYTES
-        if end <= size and picture and not large:
+        if end <= size and has_image and not large:
             kept.append((start, end))
         else:
-            cause = "cut shard" if end > size else "too large" if large else "no picture"
+            cause = "truncated shard" if end > size else "too large" if large else "no image"
             left_out.append((cause, f"{shard}/{stem}"))
     if not groups:
-        left_out.append(("no tar file", shard))
+        left_out.append(("not a tar file", shard))
     elif not ended:
-        left_out.append(("no end mark", shard))
+        left_out.append(("no end-of-archive marker", shard))
     return np.array(kept, np.uint64).reshape(-1, 2), left_out
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Member name -> stem and extension, from the first dot of the file's name on, as WebDataset does."""
+    """Member name -> stem and extension, split at the first dot of the file name, as WebDataset does."""
     folder, _, file = name.rpartition("/")
     stem, dot, kind = file.partition(".")
     return posixpath.join(folder, stem), (dot + kind).lower()
@@ -192,7 +192,7 @@ def _split(name: str) -> tuple[str, str]:
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     data = tar.extractfile(member).read()
     if len(data) != member.size:
-        raise tarfile.ReadError(f"{member.name} is cut short")
+        raise tarfile.ReadError(f"{member.name} is truncated")
     return data
 
 

@@ -1,4 +1,4 @@
-"""A map over threads that keeps the order and never runs far ahead."""
+"""An ordered map over threads with bounded look-ahead."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -9,16 +9,16 @@ _Item, _Result = TypeVar("_Item"), TypeVar("_Result")
 
 
 def map_ahead(function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int) -> Iterator[_Result]:
-    """`function` of every item, in their order; at most two results per thread are waiting or on their way."""
-    waiting: deque[Future] = deque()
+    """Yields `function(item)` for every item, in order; at most two results per thread are pending."""
+    pending: deque[Future] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:  # also where the reader stops early
-            for future in waiting:
+                pending.append(pool.submit(function, item))
+                if len(pending) >= 2 * threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:  # also if the consumer stops early
+            for future in pending:
                 future.cancel()

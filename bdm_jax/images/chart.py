@@ -1,4 +1,4 @@
-"""Charts of measurements, drawn with the letters that contact sheets have."""
+"""Bar charts of measurements, in the font of the contact sheets."""
 
 from collections.abc import Mapping
 
@@ -12,9 +12,9 @@ _BAR, _GAP, _LENGTH, _SIZE = 16, 12, 520, 14
 
 
 def bars(groups: Mapping[str, Mapping[str, float]], unit: str) -> np.ndarray:
-    """Group -> series -> value, as horizontal bars from zero with their values -> (H,W,3) uint8.
+    """Group -> series -> value, as horizontal bars with their values -> (H,W,3) uint8.
 
-    Series have one colour each, in the order in which they first come.
+    Each series has one colour, in order of first appearance.
     """
     letters = font(_SIZE)
     series = list(dict.fromkeys(name for values in groups.values() for name in values))
@@ -30,9 +30,10 @@ def bars(groups: Mapping[str, Mapping[str, float]], unit: str) -> np.ndarray:
         x += _SIZE + 30 + round(letters.getlength(name))
     for (name, values), height in zip(groups.items(), heights, strict=True):
         pen.text((left - _GAP, y + (height - _GAP) // 2), name, "black", letters, anchor="rm")
-        for number, (which, value) in enumerate(values.items()):
-            begin, end = y + number * _BAR, left + round(value / largest * _LENGTH)
-            pen.rectangle((left, begin + 1, end, begin + _BAR - 2), _COLOURS[series.index(which) % len(_COLOURS)])
-            pen.text((end + 6, begin + _BAR // 2), f"{value:.3g} {unit}", "black", letters, anchor="lm")
+        for number, (series_name, value) in enumerate(values.items()):
+            bar_top, bar_end = y + number * _BAR, left + round(value / largest * _LENGTH)
+            colour = _COLOURS[series.index(series_name) % len(_COLOURS)]
+            pen.rectangle((left, bar_top + 1, bar_end, bar_top + _BAR - 2), colour)
+            pen.text((bar_end + 6, bar_top + _BAR // 2), f"{value:.3g} {unit}", "black", letters, anchor="lm")
         y += height
     return np.asarray(sheet)

@@ -1,4 +1,4 @@
-"""Pictures as files: PNG with its settings inside, safe names, contact sheets with captions."""
+"""Image files: PNG with text chunks, safe file names, contact sheets and tables with captions."""
 
 import hashlib
 import io
@@ -17,16 +17,16 @@ from bdm_jax.paths import ASSETS, atomic_file
 _FONT = ASSETS / "fonts" / "NotoSansSC-subset.ttf"
 _MAX_CELL = 256
 _CAPTION_LINES = 2
-_NO_GLYPH = "\U0010ffff"  # a code point that no font draws: it shows what a missing glyph looks like
+_NO_GLYPH = "\U0010ffff"  # a code point that no font has: renders as the missing-glyph box
 
 
 def write_png(
     path: str | Path, pixels: np.ndarray, text: Mapping[str, str] | None = None, palette: bool = False
 ) -> str:
-    """Write (H,W,3) uint8 as PNG, whole or not at all; returns the file's SHA-256.
+    """Write (H,W,3) uint8 as PNG, atomically; returns the file's SHA-256.
 
-    `text` are the file's text chunks by keyword. `palette` keeps 256 colours only, for smaller files. Raises FileError
-    when the file cannot be written.
+    `text`: text chunks by keyword. `palette`: reduce to 256 colours, for smaller files. Raises FileError if the file
+    cannot be written.
     """
     info = PngInfo()
     for keyword, value in (text or {}).items():
@@ -41,7 +41,7 @@ def write_png(
 
 
 def file_name(index: int, prompt: str, seed: int) -> str:
-    """A name that every file system takes: number, the prompt's beginning without anything but letters, seed."""
+    """A file name that is valid on every file system: number, start of the prompt (word characters only), seed."""
     words = "-".join(re.findall(r"\w+", prompt)).strip("_")
     while len(words.encode("utf-8")) > 90:
         words = words[:-1]
@@ -49,15 +49,15 @@ def file_name(index: int, prompt: str, seed: int) -> str:
 
 
 def next_index(folder: Path) -> int:
-    """The first number after those of the pictures that the folder holds: no run overwrites an earlier one's."""
+    """The next free number in a folder of numbered images, so that no run overwrites an earlier one."""
     numbers = [int(found[1]) for path in folder.glob("*.png") if (found := re.match(r"(\d{4,9})-", path.name))]
     return max(numbers, default=0) + 1
 
 
 def contact_sheet(pictures: Iterable[np.ndarray], captions: Sequence[str], columns: int | None = None) -> np.ndarray:
-    """Pictures (H,W,3) uint8 in a grid, each over its caption -> (H',W',3) uint8.
+    """Images (H,W,3) uint8 in a grid, each with its caption below -> (H',W',3) uint8.
 
-    Captions may be Chinese; a character that the bundled font lacks is written as its code point, `[1F600]`.
+    Captions may be Chinese; a character missing from the bundled font is shown as its code point, `[1F600]`.
     """
     columns = min(columns or math.ceil(math.sqrt(len(captions))), len(captions))
     small = [thumbnail(picture) for picture in pictures]
@@ -77,7 +77,7 @@ def contact_sheet(pictures: Iterable[np.ndarray], captions: Sequence[str], colum
 
 
 def table(pictures: Sequence[Sequence[np.ndarray]], columns: Sequence[str], rows: Sequence[str]) -> np.ndarray:
-    """Rows of pictures (H,W,3) uint8 with a heading over each column and before each row -> (H',W',3) uint8."""
+    """Rows of images (H,W,3) uint8 with a heading above each column and beside each row -> (H',W',3) uint8."""
     small = [[thumbnail(picture) for picture in row] for row in pictures]
     height, width = _largest([picture for row in small for picture in row])
     size = _text_size(width)
@@ -104,19 +104,19 @@ def table(pictures: Sequence[Sequence[np.ndarray]], columns: Sequence[str], rows
 
 
 def thumbnail(picture: np.ndarray) -> np.ndarray:
-    """(H,W,3) uint8 as large as a contact sheet shows it: the longer side 256 pixels at most."""
+    """(H,W,3) uint8 at contact-sheet size: the longer side is at most 256 pixels."""
     image = Image.fromarray(picture)
     image.thumbnail((_MAX_CELL, _MAX_CELL), Image.Resampling.LANCZOS)
     return np.asarray(image)
 
 
 def drawable(text: str) -> str:
-    """The text with white space as blanks, and characters that the bundled font lacks as code points."""
+    """The text with white space as single spaces and characters missing from the bundled font as code points."""
     return "".join(c if _has_glyph(c) else f"[{ord(c):X}]" for c in " ".join(text.split()))
 
 
 def _lines(text: str, size: int, width: int) -> list[str]:
-    """The text broken (between words where it has any) into lines of `width` pixels; what is over ends in …"""
+    """The text wrapped to lines of `width` pixels, at spaces if possible; text that does not fit is cut with …"""
     letters, rest, lines = font(size), drawable(text), []
     while rest and len(lines) < _CAPTION_LINES:
         fit = len(rest)
@@ -136,18 +136,18 @@ def _lines(text: str, size: int, width: int) -> list[str]:
 
 
 def _largest(pictures: Sequence[np.ndarray]) -> tuple[int, int]:
-    """(height, width) of a cell that each of them fits into."""
+    """(height, width) of a cell that fits every image."""
     return max(picture.shape[0] for picture in pictures), max(picture.shape[1] for picture in pictures)
 
 
 def _text_size(width: int) -> int:
-    """Pixels of the letters beside pictures of this width."""
+    """Font size in pixels for images of this width."""
     return max(12, min(16, width // 8))
 
 
 @lru_cache(maxsize=8)
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """The bundled letters, Latin and Chinese, of a size in pixels."""
+    """The bundled font, Latin and Chinese, at a size in pixels."""
     return ImageFont.truetype(str(_FONT), size)
 
 

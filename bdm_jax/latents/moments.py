@@ -13,7 +13,7 @@ import numpy as np
 
 from bdm_jax.data.source import Source
 from bdm_jax.errors import UserError
-from bdm_jax.images.decode import covering, decode_image
+from bdm_jax.images.decode import decode_image, resize_to_cover
 from bdm_jax.latents import autoencoder
 from bdm_jax.models.config import TinyVAEConfig, VAEConfig, to_json
 from bdm_jax.models.functional import Params, bind
@@ -82,7 +82,7 @@ def _pictures(records: Sequence[dict], size: tuple[int, int] | None) -> Iterator
     shape = None
     for record in records:
         picture = decode_image(record["image"], name=record_key(record))
-        picture = picture if size is None else covering(picture, size)
+        picture = picture if size is None else resize_to_cover(picture, size)
         shape = picture.shape if shape is None else shape
         if picture.shape != shape:
             (height, width), others = picture.shape[:2], f"{shape[1]} x {shape[0]}"

@@ -26,7 +26,7 @@ from bdm_jax.data.select import Filters, Size, make_buckets, nearest
 from bdm_jax.data.source import Skips, Source
 from bdm_jax.data.threads import map_ahead
 from bdm_jax.errors import BadRecord, Filtered, UserError
-from bdm_jax.images.decode import covering, decode_image
+from bdm_jax.images.decode import decode_image, resize_to_cover
 from bdm_jax.latents.moments import digest, encode
 from bdm_jax.models.config import RobertaConfig, VAEConfig
 from bdm_jax.models.functional import bind, cast
@@ -189,7 +189,7 @@ def _read(source, buckets, filters, index) -> tuple[Size, dict, np.ndarray] | Ba
         picture = decode_image(record.pop("image"), name=record["key"], strict=True)
     except BadRecord as error:
         return error
-    return bucket, record, covering(picture, bucket)
+    return bucket, record, resize_to_cover(picture, bucket)
 
 
 def _counts(out: Path) -> dict[str, Any]:

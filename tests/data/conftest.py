@@ -1,4 +1,4 @@
-"""Small sources of every kind, and pictures of every fault."""
+"""Small sources of every format, and images with every fault."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from bdm_jax.data.arrays import to_example
 
 
 def _picture(number, size=(48, 64), kind="PNG", mode="RGB"):
-    """Encoded picture, (height, width) large, whose pixels tell its number."""
+    """Encoded picture, (height, width) large, whose pixels encode its number."""
     pixels = np.zeros((*size, 3), np.uint8)
     pixels[:] = number % 256, number // 256 % 256, 7
     out = io.BytesIO()
@@ -51,15 +51,15 @@ def _encoded(image, kind):
 
 @pytest.fixture(scope="session")
 def faults():
-    """Cause -> pictures that are left out for it."""
+    """Cause -> images that are skipped for it."""
     png = _encoded(Image.effect_noise((64, 64), 50).convert("RGB"), "PNG")
     return {
         "empty file": [b""],
-        "another format": [b"no picture", _encoded(Image.new("RGB", (8, 8)), "BMP"), _animation("GIF")],
-        "broken picture": [png[:20], png[: len(png) // 2], _noise_jpeg()[:700], png[:100] + bytes(200) + png[300:]],
+        "unsupported format": [b"no picture", _encoded(Image.new("RGB", (8, 8)), "BMP"), _animation("GIF")],
+        "corrupt image": [png[:20], png[: len(png) // 2], _noise_jpeg()[:700], png[:100] + bytes(200) + png[300:]],
         "too large": [_png_claiming(60000, 60000), _png_claiming(2**31 - 1, 2**31 - 1)],
         "CMYK": [_picture(1, kind="JPEG", mode="CMYK")],
-        "16 bits": [_encoded(Image.new("I;16", (9, 9)), "PNG"), _png_claiming(9, 9, depth=16)],
+        "16-bit": [_encoded(Image.new("I;16", (9, 9)), "PNG"), _png_claiming(9, 9, depth=16)],
         "animated": [_animation("PNG"), _animation("WEBP")],
     }
 

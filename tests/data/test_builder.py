@@ -34,10 +34,8 @@ def test_without_beam(shards, tmp_path, capsys):
     out = tmp_path / "out"
     assert prepare.main([str(shards), str(out), "--language", "zh"]) == 0
     check(out)
-    assert (
-        "56 records" in (told := capsys.readouterr().out)
-        and "left out: 1 empty file, 3 language, 1 unreadable file" in told
-    )
+    out = capsys.readouterr().out
+    assert "56 records" in out and "left out: 1 empty file, 3 language, 1 unreadable file" in out
     assert prepare.main([str(tmp_path / "nothing"), str(tmp_path / "other")]) == 2
     if importlib.util.find_spec("apache_beam") is None:
         assert prepare.main([str(shards), str(tmp_path / "other"), "--beam"]) == 2

@@ -171,7 +171,7 @@ def test_storage_that_fails_is_no_fault_of_a_record():
 def test_500_hostile_records_are_counted_and_no_good_one_is_lost(tmp_path, faults, picture, write_tar, write_folder):
     """Pictures of every fault and broken texts, in tar shards and in a folder, among as many good ones."""
     kinds = [(cause, data) for cause, examples in faults.items() for data in examples]
-    texts = [("broken metadata", {"txt": b"\xff\xfe\xff"}), ("broken metadata", {"json": b"[1, 2"})]
+    texts = [("invalid metadata", {"txt": b"\xff\xfe\xff"}), ("invalid metadata", {"json": b"[1, 2"})]
     texts += [("no zh caption", {"txt": b"only English"}), ("no zh caption", {})]
     expected, tar_samples, rows = Counter(), [], []
     for i in range(BAD // 2):

@@ -28,11 +28,11 @@ def rows(picture):
 def samples(rows):
     kinds = ["png", "jpg", "webp"]
     for number, row in enumerate(rows):
-        told = {"caption": row["captions"][1], "aesthetic": row["aesthetic"]}
+        metadata = {"caption": row["captions"][1], "aesthetic": row["aesthetic"]}
         yield {
             kinds[number % 3]: row["image"],
             "txt": row["captions"][0].encode() + b"\n",
-            "json": json.dumps(told).encode(),
+            "json": json.dumps(metadata).encode(),
         }
 
 
@@ -84,17 +84,17 @@ def test_patterns_and_what_cannot_be_opened(tmp_path, rows, write_tar):
     (tmp_path / "b.array_record").write_bytes(b"no array_record" * 9999)
     with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
         tar.add(tmp_path / "text.txt")
-    for name, told in {
+    for name, message in {
         "a-{001..003}.tar": "1 of 3 files are missing, the first one: .*a-003.tar",
-        "none-*.tar": "no files",
+        "none-*.tar": "no files match",
         "nowhere": "no such file",
         "empty": "holds no records",
         "text.txt": "one kind at a time",
-        "short.tar": "no tar files with samples.*no tar file.*short.tar",
+        "short.tar": "no tar files with samples.*not a tar file.*short.tar",
         "packed.tar": "compressed shards",
         "b.array_record": "cannot be read as array_record",
     }.items():
-        with pytest.raises(UserError, match=told) as error:
+        with pytest.raises(UserError, match=message) as error:
             records.open_source(tmp_path / name)
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="gcsfs"):
@@ -124,7 +124,11 @@ def test_a_damaged_tar_loses_only_what_is_damaged(tmp_path, rows, write_tar):
     source = records.open_source(path)
     captions = [source[i]["captions"][0] for i in range(len(source))]
     assert captions == [f"红灯笼{i}" for i in (0, 1, 3, 4, 6, 7, 8)]
-    left_out = {"no picture": ["a.tar/000002", "a.tar/000005"], "cut shard": ["a.tar/000009"], "no end mark": ["a.tar"]}
+    left_out = {
+        "no image": ["a.tar/000002", "a.tar/000005"],
+        "truncated shard": ["a.tar/000009"],
+        "no end-of-archive marker": ["a.tar"],
+    }
     assert source.left_out == left_out
 
 
@@ -140,7 +144,7 @@ def test_a_damaged_array_record_loses_only_what_is_damaged(tmp_path, rows, write
             assert source[i]["captions"][0] == f"红灯笼{i}"
         except BadRecord as error:
             bad[i] = error.cause
-    assert bad == {5: "damaged record", 10: "damaged record", 11: "no picture"}
+    assert bad == {5: "damaged record", 10: "damaged record", 11: "no image"}
 
 
 def test_a_folder_keeps_to_itself(tmp_path, rows, write_folder):
@@ -156,14 +160,14 @@ def test_a_folder_keeps_to_itself(tmp_path, rows, write_folder):
         {"text": "no name"},
         {"file_name": "00000.png", "text": 7},
     ]
-    told = "\n".join([*map(json.dumps, lines), "{broken", "[1]", "\xff"])
-    (folder / "metadata.jsonl").write_text(told, encoding="latin-1")
+    text = "\n".join([*map(json.dumps, lines), "{broken", "[1]", "\xff"])
+    (folder / "metadata.jsonl").write_text(text, encoding="latin-1")
     source, causes = records.open_source(folder), []
     for i in range(len(source)):
         with pytest.raises(BadRecord) as error:
             source[i]
         causes.append(error.value.cause)
-    assert causes == ["outside the folder"] * 3 + ["missing file"] + ["broken metadata"] * 5
+    assert causes == ["outside the folder"] * 3 + ["missing file"] + ["invalid metadata"] * 5
 
 
 def test_memory_does_not_grow_with_the_shards(tmp_path, write_tar):
@@ -178,7 +182,7 @@ def test_memory_does_not_grow_with_the_shards(tmp_path, write_tar):
     assert peak < 4e6 < path.stat().st_size
 
 
-@pytest.mark.parametrize("cause", ["empty file", "another format", "broken picture", "too large", "CMYK", "16 bits"])
+@pytest.mark.parametrize("cause", ["empty file", "unsupported format", "corrupt image", "too large", "CMYK", "16-bit"])
 def test_strict_decoding_names_the_cause(faults, cause):
     for data in faults[cause]:
         with pytest.raises(BadRecord, match="record 7") as error:

@@ -17,7 +17,7 @@ from bdm_jax.data import captions, records
 from bdm_jax.data.loader import mix_loader
 from bdm_jax.data.moments import finished, open_moments
 from bdm_jax.errors import UserError
-from bdm_jax.images.decode import covering, decode_image
+from bdm_jax.images.decode import decode_image, resize_to_cover
 from bdm_jax.latents import precompute
 from bdm_jax.models.config import RobertaConfig, VAEConfig
 from bdm_jax.models.functional import bind, init
@@ -74,7 +74,7 @@ def test_moments_are_those_of_the_autoencoder(whole, vae, folder):
     for part in parts:
         for i in part.indices:
             record = part.source[i]
-            picture = covering(decode_image(by_name[record["key"]]["image"]), part.bucket)
+            picture = resize_to_cover(decode_image(by_name[record["key"]]["image"]), part.bucket)
             mean, logvar = encode(picture[None].astype(np.float32) / 127.5 - 1)
             expected = np.concatenate([mean, logvar], -1)[0]
             assert record["moments"].dtype == np.float16 and record["moments"].shape == expected.shape
@@ -110,7 +110,7 @@ def test_any_number_of_processes_write_the_same(whole, vae, folder, tmp_path, pr
 
 def test_goes_on_after_sigkill(whole, vae, folder, tmp_path):
     script = (
-        "import sys, time; from bdm_jax import precompute; from bdm_jax.data.moments import Chunk\n"
+        "import sys, time; from bdm_jax.latents import precompute; from bdm_jax.data.moments import Chunk\n"
         "precompute.make_buckets = lambda size: ((16, 48), (32, 32), (48, 16))\n"
         "write = Chunk.write\n"
         "Chunk.write = lambda *a: (time.sleep(0.03), write(*a))\n"  # so that the kill meets it at work

@@ -1,8 +1,8 @@
 """Emoji artwork joined with its Chinese and English names: npm packages on disk -> records with PNG bytes.
 
-Art: the icon sets of iconify (`icons.json` + `chars.json`). Words: the annotations of Unicode CLDR, base and derived.
-They are joined by code points, without U+FE0F and without skin tones. The output is the same byte for byte
-for the same packages and the same versions of resvg-py and Pillow.
+Artwork: the icon sets of iconify (`icons.json` + `chars.json`). Names: Unicode CLDR's annotations, base and derived.
+They are joined on code points, without U+FE0F and without skin tones. The output is byte-for-byte reproducible with the
+same packages and the same versions of resvg-py and Pillow.
 """
 
 import io
@@ -20,7 +20,7 @@ STYLES = {
     "fluent": "@iconify-json/fluent-emoji-flat",
     "noto": "@iconify-json/noto",
 }
-WORDS = ("cldr-annotations-derived-full", "cldr-annotations-full")
+ANNOTATIONS = ("cldr-annotations-derived-full", "cldr-annotations-full")
 VERSIONS = {
     "@iconify-json/fluent-emoji-flat": "1.2.6",
     "@iconify-json/noto": "1.2.9",
@@ -30,9 +30,9 @@ VERSIONS = {
 SIZE = 128
 ZH_ONLY_FILE = Path(__file__).with_name("zh_only.txt")
 _SKIN_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
-_LOSSLESS_TO_THE_EYE = 48.0  # dB
+_VISUALLY_LOSSLESS = 48.0  # PSNR in dB
 _COMMON_FORMS = str.maketrans("“”龇", '""呲')
-_RARE = frozenset("唵噘恹嗮搋犟")  # not in Chinese-CLIP's vocabulary: keywords with them are left out
+_RARE = frozenset("唵噘恹嗮搋犟")  # not in Chinese-CLIP's vocabulary: keywords that contain them are dropped
 
 
 def records(packages: Path, styles: tuple[str, ...] = tuple(STYLES), size: int = SIZE) -> Iterator[dict]:
@@ -40,15 +40,15 @@ def records(packages: Path, styles: tuple[str, ...] = tuple(STYLES), size: int =
 
     Args:
         packages: folder with the unpacked npm packages of `VERSIONS`, laid out as npm's `node_modules`.
-        styles: names out of `STYLES`.
-        size: side of the square pictures in pixels.
+        styles: keys of `STYLES`.
+        size: side of the square images in pixels.
 
     Yields:
         dict with `image` (PNG bytes, RGB over white), `id` (hex code points joined by "-"), `character`, `style`,
         `zh`, `en` (names), `zh_keywords`, `en_keywords` (list of str, without the name), `zh_only` (bool).
 
     Raises:
-        UserError: a package is missing or does not hold what is expected.
+        UserError: a package is missing, or an icon is not square.
     """
     zh, en = annotations(packages, "zh"), annotations(packages, "en")
     zh_only = {character for character, _, _ in zh_only_concepts()}
@@ -83,16 +83,16 @@ def concept_id(character: str) -> str:
 
 def annotations(packages: Path, language: str) -> dict[str, tuple[str, list[str]]]:
     """Character (without U+FE0F) -> (name, keywords without the name) from both CLDR packages."""
-    words = {}
-    for package, key in zip(WORDS, ("annotationsDerived", "annotations"), strict=True):
+    names = {}
+    for package, key in zip(ANNOTATIONS, ("annotationsDerived", "annotations"), strict=True):
         table = _read_json(packages, package, f"{key}/{language}/annotations.json")[key]["annotations"]
         for character, entry in table.items():
             if "tts" in entry:
                 name = _clean(entry["tts"][0])
                 keywords = dict.fromkeys(map(_clean, entry.get("default", [])))
                 kept = [keyword for keyword in keywords if keyword != name and not _RARE & set(keyword)]
-                words[character.replace("\ufe0f", "")] = (name, kept)
-    return words
+                names[character.replace("\ufe0f", "")] = (name, kept)
+    return names
 
 
 def rasterise(svg: str, size: int) -> np.ndarray:
@@ -102,17 +102,17 @@ def rasterise(svg: str, size: int) -> np.ndarray:
     except ImportError as error:
         raise UserError("rendering needs the package resvg-py: pip install resvg-py") from error
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
-    picture = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
-    if picture.shape != (size, size, 3):
-        raise UserError(f"resvg drew {picture.shape} instead of {(size, size, 3)}; the icon is not square")
-    return picture
+    pixels = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
+    if pixels.shape != (size, size, 3):
+        raise UserError(f"resvg rendered {pixels.shape} instead of {(size, size, 3)}; the icon is not square")
+    return pixels
 
 
-def encode_png(picture: np.ndarray) -> bytes:
-    """uint8 (H, W, 3) -> small PNG bytes: a palette of 256 colours where the eye sees no difference, else RGB."""
-    image = Image.fromarray(picture)
+def encode_png(pixels: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) -> small PNG bytes: a palette of 256 colours if that is visually lossless, else RGB."""
+    image = Image.fromarray(pixels)
     palette = _exact_palette(image) or image.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1, dither=0)
-    chosen = palette if _psnr(picture, np.asarray(palette.convert("RGB"))) >= _LOSSLESS_TO_THE_EYE else image
+    chosen = palette if _psnr(pixels, np.asarray(palette.convert("RGB"))) >= _VISUALLY_LOSSLESS else image
     out = io.BytesIO()
     chosen.save(out, "PNG", optimize=True)
     return out.getvalue()
@@ -137,17 +137,17 @@ def _read_json(packages: Path, package: str, name: str) -> dict:
     path = packages / package / name
     if not path.is_file():
         wanted = f"{package}@{VERSIONS[package]}"
-        raise UserError(f"{path} is missing: run `npm install {wanted}` there, or leave --packages out")
+        raise UserError(f"{path} is missing: run `npm install {wanted}` there, or omit --packages")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _clean(text: str) -> str:
-    """NFC, straight quotation marks (as Chinese-CLIP was trained with), common forms of rare characters."""
+    """NFC, straight quotation marks (as in Chinese-CLIP's training), common forms of rare characters."""
     return unicodedata.normalize("NFC", text).translate(_COMMON_FORMS).strip()
 
 
 def _exact_palette(image: Image.Image) -> Image.Image | None:
-    """The image with a palette of exactly its own colours, where it has at most 256."""
+    """The image with a palette of exactly its own colours, if there are at most 256."""
     colours = image.getcolors(256)
     if colours is None:
         return None

@@ -10,12 +10,12 @@ from bdm_jax.data.emoji import artwork
 class Emoji(tfds.core.GeneratorBasedBuilder):
     """One record per concept and art style, sorted by (style, id); the single split is "train".
 
-    The image feature is given encoded PNG bytes, so that neither writing nor reading needs TensorFlow.
-    `zh_only` marks the concepts of Chinese culture, whose pictures no English-side training may see.
+    The image feature receives encoded PNG bytes, so that neither writing nor reading needs TensorFlow.
+    `zh_only` marks concepts of Chinese culture, which English-side training must not see.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    code_path = epath.Path(__file__)  # TFDS finds it with importlib_resources, which it uses without requiring it
+    code_path = epath.Path(__file__)  # otherwise TFDS needs importlib_resources, which it does not declare
     RELEASE_NOTES = {"1.0.0": "Fluent flat and Noto artwork at 128 x 128 with the names of CLDR 48.2."}
     MANUAL_DOWNLOAD_INSTRUCTIONS = "npm packages, unpacked; `python -m bdm_jax.data.emoji.render_emoji` fetches them."
 

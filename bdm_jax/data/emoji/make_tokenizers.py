@@ -1,9 +1,9 @@
-"""Make the bundled tokenizer folders again: `python -m bdm_jax.data.emoji.make_tokenizers`.
+"""Rebuild the bundled tokenizer folders: `python -m bdm_jax.data.emoji.make_tokenizers`.
 
-`clip` is CLIP's own, for Stable-Diffusion files that come without one. The demo's vocabularies are those of the real
-towers, so that words are split as there: the CLIP BPE cut to its first merges (`english`), and the full BERT vocabulary
-of Chinese-CLIP (`chinese`). They come from the packages open-clip-torch 3.3.0 and cn-clip 1.6.0
-(`pip install --no-deps` is enough), or from the files given with --bpe and --vocab.
+`clip` is CLIP's own tokenizer, for Stable Diffusion files that come without one. The demo uses the vocabularies of the
+real text encoders, so that it tokenizes like them: CLIP's BPE truncated to its first merges (`english`), and the full
+BERT vocabulary of Chinese-CLIP (`chinese`). They come from the packages open-clip-torch 3.3.0 and cn-clip 1.6.0
+(`pip install --no-deps` is enough), or from files given with --bpe and --vocab.
 """
 
 import argparse
@@ -29,7 +29,7 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 def main(argv: list[str] | None = None) -> int:
     """Write `clip/`, `english/` and `chinese/` below `--out`."""
-    parser = argparse.ArgumentParser(description="Make the bundled tokenizer folders again.")
+    parser = argparse.ArgumentParser(description="Rebuild the bundled tokenizer folders.")
     parser.add_argument("--bpe", type=Path, help=f"CLIP's {Path(BPE[1]).name} (default: from {BPE[0]})")
     parser.add_argument("--vocab", type=Path, help=f"Chinese-CLIP's vocab.txt (default: from {VOCAB[0]})")
     parser.add_argument("--out", type=Path, default=TOKENIZERS, help="default: %(default)s")
@@ -49,9 +49,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_english(folder: Path, bpe: str, merges: int = MERGES, max_length: int = MAX_LENGTH) -> None:
-    """CLIP's tokenizer with its first `merges` merges, as transformers' CLIPTokenizer reads it.
+    """Write CLIP's tokenizer with its first `merges` merges, for transformers' CLIPTokenizer.
 
-    Ids as in CLIP: 256 bytes, 256 bytes that end a word, the merges in their order, start, end (which also pads).
+    Ids as in CLIP: 256 bytes, 256 bytes with end-of-word mark, the merges in order, start, end (also the padding).
     """
     lines = bpe.split("\n")[1 : merges + 1]
     units = _byte_units()
@@ -66,7 +66,7 @@ def write_english(folder: Path, bpe: str, merges: int = MERGES, max_length: int 
 
 
 def write_chinese(folder: Path, vocab: bytes, max_length: int = MAX_LENGTH) -> None:
-    """Chinese-CLIP's tokenizer (BERT WordPiece, 21,128 tokens), as transformers' BertTokenizer reads it."""
+    """Write Chinese-CLIP's tokenizer (BERT WordPiece, 21,128 tokens), for transformers' BertTokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_bytes(vocab)
     names = ("pad", "unk", "cls", "sep", "mask")
@@ -77,7 +77,7 @@ def write_chinese(folder: Path, vocab: bytes, max_length: int = MAX_LENGTH) -> N
 
 
 def _byte_units() -> list[str]:
-    """The 256 printable characters that stand for bytes in CLIP's vocabulary, in its order."""
+    """The 256 printable characters that represent bytes in CLIP's vocabulary, in its order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
@@ -87,7 +87,7 @@ def _in_package(package: str, name: str) -> Path:
     try:
         return Path(importlib.metadata.distribution(package).locate_file(name))
     except importlib.metadata.PackageNotFoundError as error:
-        raise UserError(f"{name} is missing: pip install --no-deps {package}, or name the file") from error
+        raise UserError(f"{name} is missing: pip install --no-deps {package}, or give the file by its flag") from error
 
 
 def _checked(path: Path, sha256: str) -> bytes:
@@ -95,7 +95,7 @@ def _checked(path: Path, sha256: str) -> bytes:
         raise UserError(f"no such file: {path}")
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{path} is not the expected file: its sha256 differs from {sha256}")
+        raise UserError(f"{path} is not the expected file: its SHA-256 is not {sha256}")
     return data
 
 

@@ -1,4 +1,4 @@
-"""Make the bundled emoji set: `python -m bdm_jax.data.emoji.render_emoji [--packages node_modules] [--out DIR]`."""
+"""Rebuild the bundled emoji data set: `python -m bdm_jax.data.emoji.render_emoji [--packages DIR] [--out DIR]`."""
 
 import argparse
 import collections
@@ -20,9 +20,9 @@ from bdm_jax.paths import EMOJI
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Fetch the packages unless they are given, render, replace the prepared files in `--out`, print the counts."""
+    """Fetch the packages unless given, render, replace the prepared files in `--out`, print the counts."""
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("--packages", type=Path, help="node_modules folder with the packages (default: npm fetches)")
+    parser.add_argument("--packages", type=Path, help="node_modules folder with the packages (default: fetched by npm)")
     parser.add_argument("--out", type=Path, default=EMOJI, help="folder of the prepared set (default: %(default)s)")
     arguments = parser.parse_args(argv)
     try:
@@ -39,18 +39,18 @@ def main(argv: list[str] | None = None) -> int:
 def fetch_packages(folder: Path) -> Path:
     """Install the pinned packages of `artwork.VERSIONS` with npm below `folder`; returns the node_modules folder."""
     if shutil.which("npm") is None:
-        raise UserError("npm is missing: install Node.js, or pass --packages FOLDER with the unpacked packages")
+        raise UserError("npm is missing: install Node.js, or give the unpacked packages with --packages FOLDER")
     names = [f"{name}@{version}" for name, version in artwork.VERSIONS.items()]
     command = ["npm", "install", "--prefix", str(folder), "--ignore-scripts", "--no-audit", "--no-fund", *names]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"npm install of {', '.join(names)} failed: {last}")
     return folder / "node_modules"
 
 
 def build(packages: Path, out: Path, work: Path) -> None:
-    """Prepare the set below `work` and put its files into `out`, in place of those of an earlier build."""
+    """Prepare the set below `work` and move its files into `out`, replacing an earlier build."""
     builder = Emoji(data_dir=str(work / "prepared"), file_format="array_record")
     config = tfds.download.DownloadConfig(manual_dir=packages.resolve(), try_download_gcs=False)
     builder.download_and_prepare(download_config=config)
@@ -63,7 +63,7 @@ def build(packages: Path, out: Path, work: Path) -> None:
 
 
 def _copy_records(path: Path, to: Path) -> None:
-    """Copy with the keys of every record in order: TFDS writes them as the hash table has them, other in every run."""
+    """Copy with sorted feature keys: TFDS writes them in hash-table order, which differs between runs."""
     reader = array_record_module.ArrayRecordReader(str(path))
     writer = array_record_module.ArrayRecordWriter(str(to), "group_size:1")
     for example in map(tf_example_pb2.Example.FromString, reader.read_all()):
@@ -73,7 +73,7 @@ def _copy_records(path: Path, to: Path) -> None:
 
 
 def summary(folder: Path) -> str:
-    """One line per style and one for the concepts that several styles share."""
+    """One line per style, one for the concepts and one for the size."""
     source = records.open_source(folder)
     styles, per_concept, zh_only = collections.Counter(), collections.Counter(), set()
     for index in range(len(source)):
@@ -84,7 +84,7 @@ def summary(folder: Path) -> str:
             zh_only.add(record["id"])
     shared = sum(count >= 2 for count in per_concept.values())
     megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-    lines = [f"{style}: {count} pictures" for style, count in sorted(styles.items())]
+    lines = [f"{style}: {count} images" for style, count in sorted(styles.items())]
     lines.append(f"{len(per_concept)} concepts, {shared} in at least two styles, {len(zh_only)} zh_only")
     lines.append(f"{megabytes:.1f} MB")
     return "\n".join(lines)

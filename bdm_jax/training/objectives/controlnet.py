@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdm_jax.errors import BadRecord, UserError, unknown
-from bdm_jax.images.decode import covering, decode_image
+from bdm_jax.images.decode import decode_image, resize_to_cover
 from bdm_jax.latents.moments import record_key
 from bdm_jax.models.config import Config, ControlNetConfig, EncoderConfig, UNetConfig
 from bdm_jax.models.functional import Params, abstract, init
@@ -73,10 +73,10 @@ class ControlNetJob(PluginJob):
         """The map of a record, (H,W,3) uint8."""
         column = self.task.hint_column
         if column is None:
-            return self.maker(covering(decode_image(record["image"], name=record_key(record)), self.size))
+            return self.maker(resize_to_cover(decode_image(record["image"], name=record_key(record)), self.size))
         if not isinstance(record.get(column), bytes):
             raise BadRecord(record_key(record), "no map", f"its field {column} holds no picture")
-        return covering(decode_image(record[column], name=f"{record_key(record)}: {column}"), self.size)
+        return resize_to_cover(decode_image(record[column], name=f"{record_key(record)}: {column}"), self.size)
 
     def residuals(self, params, frozen, batch, x, t, text):
         hint = (batch["hint"].astype(jnp.float32) / 255).astype(x.dtype)

@@ -49,4 +49,4 @@ def test_wrong_vocabulary_files_are_refused(tmp_path, capsys):
     (tmp_path / "vocab.txt").write_text("[PAD]\n")
     arguments = ["--bpe", str(tmp_path / "vocab.txt"), "--vocab", str(tmp_path / "vocab.txt"), "--out", str(tmp_path)]
     assert make_tokenizers.main(arguments) == 2
-    assert "sha256" in capsys.readouterr().err
+    assert "SHA-256" in capsys.readouterr().err
