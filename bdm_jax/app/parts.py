@@ -9,7 +9,7 @@ import tyro
 from bdm_jax.app.metadata import PARTS, digest
 from bdm_jax.app.spec import parse_blend, parse_control, parse_embedding, parse_image_prompt, parse_spec
 from bdm_jax.errors import UserError, unknown
-from bdm_jax.images.decode import read_picture
+from bdm_jax.images.decode import read_image
 from bdm_jax.paths import DEMO
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def load_control(text: str, dtype: str | None = None, kind: str = "controlnet") 
     from bdm_jax.systems.components import load_component
 
     network, picture, values = parse_control(text)
-    hint = read_picture(picture)
+    hint = read_image(picture)
     if (maker := values.pop("from", None)) is not None:
         from bdm_jax.plugins.hints import HINTS  # OpenCV, where it is asked for
 
@@ -130,7 +130,7 @@ def load_image_prompt(text: str, dtype: str | None = None) -> "ImagePrompt":
 
     path, vision, picture, values = parse_image_prompt(text)
     tower = load_component(vision, dtype, "image_encoder")
-    return ImagePrompt(read_adapter(path), tower, read_picture(picture), **values, name=path.name)
+    return ImagePrompt(read_adapter(path), tower, read_image(picture), **values, name=path.name)
 
 
 def _name(kind: str, part: Path | str | tuple[str, ...]) -> str:
@@ -143,6 +143,6 @@ def _name(kind: str, part: Path | str | tuple[str, ...]) -> str:
     for text in part:
         parse = _PICTURED.get(kind)
         pieces = [piece if "=" in piece and parse else Path(piece).name for piece in text.split(",")]
-        seen = [f"map={digest(read_picture(parse(text)[-2]))[:16]}"] if parse else []
+        seen = [f"map={digest(read_image(parse(text)[-2]))[:16]}"] if parse else []
         names.append(",".join([*pieces, *seen]))
     return " + ".join(names)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bdm_jax.errors import UserError
-from bdm_jax.images.decode import read_mask, read_picture
+from bdm_jax.images.decode import read_image, read_mask
 from bdm_jax.plugins.controls import Control
 from bdm_jax.plugins.image_prompts import ImagePrompt
 from bdm_jax.sampling.settings import Request, Sampling
@@ -69,7 +69,7 @@ def stack(pairs: list[Tokens], which: slice = slice(0, 2)) -> Tokens:
 def load(request: Request) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Image (H,W,3) and mask (H,W) of a request, uint8. Raises UserError for files that cannot be read."""
     image, mask = request.image, request.mask
-    image = image if image is None or isinstance(image, np.ndarray) else read_picture(image)
+    image = image if image is None or isinstance(image, np.ndarray) else read_image(image)
     return image, mask if mask is None or isinstance(mask, np.ndarray) else read_mask(mask)
 
 

@@ -15,7 +15,7 @@ from bdm_jax.diffusion import samplers
 from bdm_jax.diffusion.samplers import SAMPLERS, SamplerState, Steps
 from bdm_jax.diffusion.torch_noise import randn
 from bdm_jax.errors import UserError, unknown
-from bdm_jax.images.decode import covering
+from bdm_jax.images.decode import resize_to_cover
 from bdm_jax.latents.autoencoder import decode, encode
 from bdm_jax.models.config import EncoderConfig, T2IAdapterConfig, VAEConfig
 from bdm_jax.models.convolution import prepare
@@ -138,7 +138,7 @@ def check(pipeline: BridgePipeline, requests: Sequence[Request], settings: Sampl
     if settings.vae_tile % (4 * factor):
         nearest = max(1, round(settings.vae_tile / (4 * factor))) * 4 * factor
         raise UserError(f"VAE tile {settings.vae_tile} is no multiple of {4 * factor} pixels; try {nearest}")
-    if settings.merge_tokens and not pipeline.unet.config.attention_levels[0]:
+    if settings.merge_tokens and not pipeline.unet.config.transformer_layers[0]:
         raise UserError(f"merge tokens {settings.merge_tokens} has no effect: the first level has no self-attention")
     given = len(settings.residual_strengths)
     if given and given != _residuals(pipeline):
@@ -272,15 +272,15 @@ class _Sampler:
         noise = self._split(_torch_noise(jobs, count, shape)) if self.settings.reference else unit_noise(shape, seeds)
         guided = next(iter(texts))
         nets, adapters = self._nets(), self._nets(adapters=True)
-        hints, features = ([embed(c, covering(c.hint, way.size)) for c in some] for some in (nets, adapters))
+        hints, features = ([embed(c, resize_to_cover(c.hint, way.size)) for c in some] for some in (nets, adapters))
         clean = kept = masks = None
         if way.from_picture:
             loaded = [load(job.request) for job in jobs]
             originals = [image for image, _ in loaded] if images is None else images
-            originals = np.stack([covering(image, way.size) for image in originals])
+            originals = np.stack([resize_to_cover(image, way.size) for image in originals])
             clean = self._split(encode(pipeline.vae, self._split(originals), self.settings.vae_tile))
             if jobs[0].request.mask is not None:
-                masks = np.stack([covering(mask, way.size) for _, mask in loaded])
+                masks = np.stack([resize_to_cover(mask, way.size) for _, mask in loaded])
                 kept = InpaintState(clean, noise, self._split(np.stack([_latent_mask(mask, factor) for mask in masks])))
         state = samplers.start(noise, way.steps, clean)
         reused = None

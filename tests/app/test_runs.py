@@ -21,7 +21,7 @@ from bdm_jax.app import runs
 from bdm_jax.app.metadata import read_settings, text_chunks
 from bdm_jax.app.prompts import read_prompts
 from bdm_jax.errors import UserError
-from bdm_jax.images.decode import read_picture
+from bdm_jax.images.decode import read_image
 from bdm_jax.images.pictures import write_png
 from bdm_jax.sampling.settings import Request, Sampling
 
@@ -53,7 +53,7 @@ def check_whole(out, count):
     for path in pictures:
         assert lines[path.name].pop("sha256") == hashlib.sha256(path.read_bytes()).hexdigest()
         assert lines[path.name] == read_settings(path)
-        read_picture(path)
+        read_image(path)
     others = {path.name for path in out.iterdir()} - {path.name for path in pictures} - {runs.LOG}
     assert all(name.startswith("contact-sheet") for name in others), others
 
@@ -76,7 +76,7 @@ def test_an_older_versions_pictures_are_not_drawn_again(tiny, tmp_path):
     for name in NAMES:
         settings = read_settings(tmp_path / name)
         del settings["cache_every"], settings["merge_tokens"]
-        write_png(tmp_path / name, read_picture(tmp_path / name), text_chunks(settings))
+        write_png(tmp_path / name, read_image(tmp_path / name), text_chunks(settings))
     assert run(tiny, tmp_path)[0] == 3
     with pytest.raises(UserError, match="drawn with cache every 1, not 2"):
         run(tiny, tmp_path, settings=replace(SETTINGS, cache_every=2))
@@ -108,7 +108,7 @@ def test_what_is_damaged_is_mended(tiny, tmp_path, damage):
     assert run(tiny, tmp_path) == (3 - len(drawn), [*drawn, "contact-sheet.png"])
     check_whole(tmp_path, 3)
     for name in NAMES:
-        near = np.abs(read_picture(tmp_path / name).astype(int) - decoded(pictures[name]).astype(int))
+        near = np.abs(read_image(tmp_path / name).astype(int) - decoded(pictures[name]).astype(int))
         assert near.max() <= 1  # another batch size is another program
 
 
@@ -240,7 +240,7 @@ def assert_same_pictures(out, other):
     """Up to the rounding of programs of different sizes."""
     names = [sorted(path.name for path in folder.glob("*-seed*.png")) for folder in (out, other)]
     assert names[0] == names[1]
-    pixels = [np.stack([read_picture(folder / name) for name in names[0]]).astype(int) for folder in (out, other)]
+    pixels = [np.stack([read_image(folder / name) for name in names[0]]).astype(int) for folder in (out, other)]
     difference = np.abs(pixels[0] - pixels[1])
     print(f"largest difference {difference.max()}, in {(difference > 0).mean():.2%} of the values")
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01

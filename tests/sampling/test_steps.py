@@ -13,7 +13,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from PIL import Image
 
 from bdm_jax.errors import UserError
-from bdm_jax.images.decode import covering
+from bdm_jax.images.decode import resize_to_cover
 from bdm_jax.latents.autoencoder import encode
 from bdm_jax.models import functional
 from bdm_jax.sampling.denoiser import denoise
@@ -154,7 +154,7 @@ def test_second_pass_draws_over_the_enlarged_first(tiny):
     counts = []
     (large,) = generate(tiny, [REQUEST], second, progress=lambda done, total: counts.append((done, total)))
     assert large.shape == (48, 72, 3) and counts[0] == (0, 6) and counts[-1] == (6, 6)
-    over = replace(REQUEST, image=covering(small, (48, 72)))
+    over = replace(REQUEST, image=resize_to_cover(small, (48, 72)))
     (expected,) = generate(tiny, [over], Sampling(4, size=(48, 72), strength=0.6))
     np.testing.assert_array_equal(large, expected)
 
