@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bdm_jax.diffusion import schedule as schedules
+from bdm_jax.diffusion import scheduler_config
+from bdm_jax.diffusion.schedule import DiscreteSchedule
 from bdm_jax.errors import FileError, UserError, unknown
 from bdm_jax.formats.detect import NetworkInFile, detect
 from bdm_jax.formats.files import (
@@ -202,8 +203,8 @@ def _pipeline_folder(folder: Path, src: Path, networks: dict[str, tuple[Found, C
         return
     if "text_encoder" in networks and (tokenizer := bundled_tokenizer(networks["text_encoder"][1].vocab_size)):
         tokenizer.save_pretrained(folder / "tokenizer")
-    schedule = schedules.Schedule(prediction_type=_prediction(src, networks))
-    write_json(folder / "scheduler" / "scheduler_config.json", schedules.to_json(schedule))
+    schedule = DiscreteSchedule(prediction_type=_prediction(src, networks))
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config.to_json(schedule))
     if "vae" in networks:
         write_json(folder / "model_index.json", model_index(networks["vae"][1]))
 
@@ -229,12 +230,12 @@ def _prediction(src: Path, networks: dict[str, tuple[Found, Config, Tensors]]) -
 
 def _ldm_names(part: Found, config: Config) -> tuple[str, KeyTable]:
     if isinstance(config, UNetConfig):
-        return "model.diffusion_model.", ldm_unet(config.attention_levels, config.layers_per_block)
+        return "model.diffusion_model.", ldm_unet(config.transformer_layers, config.layers_per_block)
     if isinstance(config, VAEConfig):
         return "first_stage_model.", ldm_vae(len(config.block_out_channels), config.layers_per_block)
     if isinstance(config, CLIPTextConfig):
         return "cond_stage_model.transformer.", CLIP_TEXT
     if isinstance(config, ControlNetConfig):
         hints = 2 * (len(config.conditioning_embedding_out_channels) - 1)
-        return "control_model.", ldm_controlnet(config.attention_levels, config.layers_per_block, hints)
+        return "control_model.", ldm_controlnet(config.transformer_layers, config.layers_per_block, hints)
     raise UserError(f"{part.path}: a {part.kind} has no LDM layout; write --layout diffusers")

@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPTextModel
 
-from bdm_jax.diffusion.schedule import Schedule
+from bdm_jax.diffusion.schedule import DiscreteSchedule
 from bdm_jax.latents.autoencoder import decode
 from bdm_jax.models import functional
 from bdm_jax.models.config import BranchConfig, CLIPTextConfig, RobertaConfig, UNetConfig, VAEConfig
@@ -31,7 +31,7 @@ SCHEDULER = {"timestep_spacing": "linspace", "algorithm_type": "dpmsolver++", "f
 def tiny(request):
     """A bridge of tiny networks, all of whose parameters are random (also those that start at zero)."""
     english, chinese = (Tokenizer.from_pretrained(TOKENIZERS / name) for name in ("english", "chinese"))
-    encoder = dict(block_out_channels=(16, 32), attention_levels=(True, False), num_heads=2, norm_num_groups=8)
+    encoder = dict(block_out_channels=(16, 32), transformer_layers=(1, 0), num_heads=2, norm_num_groups=8)
     text = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     ids = dict(bos_token_id=english.start, eos_token_id=english.end, pad_token_id=english.pad)
     configs = {
@@ -43,7 +43,7 @@ def tiny(request):
     }
     seed = request.config.option.seed
     parts = {name: Component(config, noisy(functional.init(config, seed), seed)) for name, config in configs.items()}
-    schedule = Schedule(prediction_type="v_prediction")
+    schedule = DiscreteSchedule(prediction_type="v_prediction")
     return BridgePipeline(**parts, tokenizer=english, branch_tokenizer=chinese, schedule=schedule, guidance=3.0)
 
 

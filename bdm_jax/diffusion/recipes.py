@@ -14,14 +14,12 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from bdm_jax.diffusion.schedule import Schedule
+from bdm_jax.diffusion.schedule import NEARLY_ZERO, DiscreteSchedule, Schedule
 from bdm_jax.errors import UserError
 
 LATENTS, *MEMORY, PREDICTION, NOISE = np.eye(6)
-SPACINGS = ("leading", "linspace", "trailing")
 
 _LCM_STEPS = 50  # at which latent consistency models are distilled
-_NEARLY_ZERO = 2.0**-24  # alpha^2 of diffusers' zero terminal SNR where a sampler or an epsilon divides by alpha
 
 
 @jax.tree_util.register_dataclass
@@ -37,21 +35,21 @@ class Steps:
     matrix: jax.Array  # (N,4,6) fp32: (latents, memory) from (latents, memory, prediction, noise)
 
 
-def ddim(schedule: Schedule, count: int, spacing: str = "leading", begin: int = 0) -> Steps:
+def ddim(schedule: DiscreteSchedule, count: int, spacing: str = "leading", begin: int = 0) -> Steps:
     """DDIM with eta 0 (Song et al. 2021; diffusers' DDIMScheduler, without clipping)."""
     at, stride = _trained(schedule), schedule.num_train_timesteps // count
     rows = []
-    for t in _timesteps(schedule, count, spacing).round()[begin:]:
+    for t in schedule.timesteps(count, spacing).round()[begin:]:
         x0, noise = _meaning(schedule, *at(t))
         alpha_to, sigma_to = at(t - stride)  # diffusers' stride under every spacing, though only "leading" has it
         rows.append((t, *at(t), [alpha_to * x0 + sigma_to * noise]))
     return _table(rows)
 
 
-def ddpm(schedule: Schedule, count: int, spacing: str = "leading", begin: int = 0) -> Steps:
+def ddpm(schedule: DiscreteSchedule, count: int, spacing: str = "leading", begin: int = 0) -> Steps:
     """Ancestral sampling with the smaller variance (Ho et al. 2020; diffusers' DDPMScheduler, without clipping)."""
     at = _trained(schedule)
-    times = _timesteps(schedule, count, spacing).round()[begin:]
+    times = schedule.timesteps(count, spacing).round()[begin:]
     rows = []
     for i, t in enumerate(times):
         alpha, sigma = at(t)
@@ -64,13 +62,13 @@ def ddpm(schedule: Schedule, count: int, spacing: str = "leading", begin: int = 
     return _table(rows)
 
 
-def pndm(schedule: Schedule, count: int, spacing: str = "leading", begin: int = 0) -> Steps:
+def pndm(schedule: DiscreteSchedule, count: int, spacing: str = "leading", begin: int = 0) -> Steps:
     """Pseudo linear multistep, "PLMS" (Liu et al. 2022; diffusers' PNDMScheduler with skip_prk_steps): count + 1 rows.
 
     The second row takes the first step again, with the mean of its two ends.
     """
-    at, stride = _trained(schedule, _NEARLY_ZERO), schedule.num_train_timesteps // count
-    times = _timesteps(schedule, count, spacing).round()[begin:]
+    at, stride = _trained(schedule, NEARLY_ZERO), schedule.num_train_timesteps // count
+    times = schedule.timesteps(count, spacing).round()[begin:]
     v = schedule.prediction_type == "v_prediction"  # diffusers averages v itself and turns it into noise afterwards
     rows = []
     for i, t in enumerate([*times[:2], *times[1:]]):
@@ -92,7 +90,7 @@ def pndm(schedule: Schedule, count: int, spacing: str = "leading", begin: int = 
     return _table(rows)
 
 
-def lcm(schedule: Schedule, count: int, begin: int = 0) -> Steps:
+def lcm(schedule: DiscreteSchedule, count: int, begin: int = 0) -> Steps:
     """Latent consistency models (Luo et al. 2023; diffusers' LCMScheduler): to the clean latents and back to less
     noise, at the timesteps that the model was distilled at.
     """
@@ -112,14 +110,14 @@ def lcm(schedule: Schedule, count: int, begin: int = 0) -> Steps:
 
 
 def euler(
-    schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None, begin: int = 0
+    schedule: Schedule, count: int, spacing: str | None = None, sigmas: str | None = None, begin: int = 0
 ) -> Steps:
     """Euler (Karras et al. 2022; diffusers' EulerDiscreteScheduler)."""
     grid = _grid(schedule, count, spacing, sigmas, begin=begin)
     return grid.table([[grid.alpha[i + 1] * (x0 + grid.k[i + 1] * noise)] for i, x0, noise in grid.steps()])
 
 
-def euler_ancestral(schedule: Schedule, count: int, spacing: str = "linspace", begin: int = 0) -> Steps:
+def euler_ancestral(schedule: Schedule, count: int, spacing: str | None = None, begin: int = 0) -> Steps:
     """Euler with fresh noise in every step (diffusers' EulerAncestralDiscreteScheduler)."""
     grid = _grid(schedule, count, spacing, begin=begin)
     matrices = []
@@ -129,7 +127,7 @@ def euler_ancestral(schedule: Schedule, count: int, spacing: str = "linspace", b
     return grid.table(matrices)
 
 
-def lms(schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None, begin: int = 0) -> Steps:
+def lms(schedule: Schedule, count: int, spacing: str | None = None, sigmas: str | None = None, begin: int = 0) -> Steps:
     """Linear multistep of order 4 (diffusers' LMSDiscreteScheduler): the noise as a polynomial in k, integrated."""
     grid = _grid(schedule, count, spacing, sigmas, begin=begin)
     nodes, weights = np.polynomial.legendre.leggauss(2)  # exact for the cubic
@@ -147,7 +145,9 @@ def lms(schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str |
     return grid.table(matrices)
 
 
-def heun(schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None, begin: int = 0) -> Steps:
+def heun(
+    schedule: Schedule, count: int, spacing: str | None = None, sigmas: str | None = None, begin: int = 0
+) -> Steps:
     """Heun (Karras et al. 2022; diffusers' HeunDiscreteScheduler): every step but the last evaluates both ends."""
     grid = _grid(schedule, count, spacing, sigmas, begin=begin)
     rows = []
@@ -165,7 +165,7 @@ def heun(schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str 
 def dpmpp_2m(
     schedule: Schedule,
     count: int,
-    spacing: str = "linspace",
+    spacing: str | None = None,
     sigmas: str | None = None,
     stochastic: bool = False,
     final_sigma_zero: bool = True,
@@ -194,7 +194,7 @@ def dpmpp_2m(
 
 
 def dpmpp_sde(
-    schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None, begin: int = 0
+    schedule: Schedule, count: int, spacing: str | None = None, sigmas: str | None = None, begin: int = 0
 ) -> Steps:
     """DPM-Solver++ SDE, two evaluations per step (k-diffusion; diffusers' DPMSolverSDEScheduler).
 
@@ -215,12 +215,12 @@ def dpmpp_sde(
         down, up = _ancestral(k, k_to)
         path = (np.sqrt(k - k_mid) * MEMORY[1] + np.sqrt(k_mid - k_to) * NOISE) / np.sqrt(k - k_to)
         latents = down / k * MEMORY[0] / grid.alpha[i] + (1 - down / k) * x0 + up * path
-        rows.append((grid.time(k_mid), alpha, sigma, [grid.alpha[i + 1] * latents]))
+        rows.append((schedule.time(k_mid), alpha, sigma, [grid.alpha[i + 1] * latents]))
     return _table(rows, grid.initial)
 
 
 def unipc(
-    schedule: Schedule, count: int, spacing: str = "linspace", sigmas: str | None = None, begin: int = 0
+    schedule: Schedule, count: int, spacing: str | None = None, sigmas: str | None = None, begin: int = 0
 ) -> Steps:
     """UniPC of order 2, "bh2" (Zhao et al. 2023; diffusers' UniPCMultistepScheduler): each evaluation first corrects
     the step that led to it, then predicts the next.
@@ -275,59 +275,38 @@ class _Grid:
     def table(self, matrices: list[list[np.ndarray]]) -> Steps:
         return _table(list(zip(self.t, self.alpha[:-1], self.sigma[:-1], matrices, strict=True)), self.initial)
 
-    def time(self, k: np.ndarray) -> np.ndarray:
-        """The timestep with this much noise, between the trained ones."""
-        known = _known(self.schedule)
-        return np.interp(np.log(k), np.log(known), np.arange(len(known)))
-
 
 def _grid(
     schedule: Schedule,
     count: int,
-    spacing: str,
+    spacing: str | None,
     sigmas: str | None = None,
     solver: bool = False,
     final_sigma_zero: bool = True,
     begin: int = 0,
 ) -> _Grid:
     """`solver`: the way of diffusers' DPM-Solver and UniPC, otherwise that of its k-diffusion samplers."""
-    known = _known(schedule)
-    t = _timesteps(schedule, count, spacing, solver)
-    t = t.round() if solver else t
-    k = np.interp(t, np.arange(len(known)), known)
-    grid = _Grid(schedule, t, k, 1.0)
+    t, k = schedule.levels(count, spacing, solver)
     if sigmas is not None:
-        most, least = (known[-1], known[0]) if solver else (k[0], k[-1])
+        least, most = schedule.span if solver else (k[-1], k[0])
         ramp = np.linspace(0, 1, count)
         if sigmas == "karras":
             k = (most ** (1 / 7) + ramp * (least ** (1 / 7) - most ** (1 / 7))) ** 7
         else:
             k = most ** (1 - ramp) * least**ramp
-        t = grid.time(k)
-        if solver:  # diffusers rounds karras timesteps and cuts exponential ones; its first, 998.99..., falls to 998
-            t = t.round() if sigmas == "karras" else np.floor(t)
+        # diffusers' solvers round karras timesteps and cut exponential ones: its first, 998.99..., falls to 998
+        t = schedule.time(k, None if not solver else np.round if sigmas == "karras" else np.floor)
     # diffusers begins "linspace" and "trailing" with sigma times the noise, as if there were no picture in it
     initial = 1.0 if solver or spacing == "leading" else _alpha_sigma(k[0])[1]
-    return _Grid(schedule, t[begin:], np.append(k, 0.0 if final_sigma_zero else known[0])[begin:], initial)
+    final = 0.0 if final_sigma_zero else schedule.span[0]
+    return _Grid(schedule, t[begin:], np.append(k, final)[begin:], initial)
 
 
-def _timesteps(schedule: Schedule, count: int, spacing: str, solver: bool = False) -> np.ndarray:
-    """(count,) float64, falling. One step of "leading" or of "linspace" is at the least noise, as in diffusers; the
-    solvers divide as if there were one step more, and leave out its end.
-    """
-    total, points = schedule.num_train_timesteps, count + solver
-    if spacing == "leading":
-        return (np.arange(points) * (total // points))[::-1][:count] + float(schedule.steps_offset)
-    if spacing == "linspace":
-        return np.linspace(0, total - 1, points)[::-1][:count]
-    if spacing == "trailing":
-        return (total - np.arange(count) * (total / count)).round() - 1
-    raise ValueError(f"timestep spacing {spacing!r}: one of {', '.join(SPACINGS)}")
-
-
-def _trained(schedule: Schedule, least: float = 0.0) -> Callable[[float], tuple[float, float]]:
-    """Timestep -> (alpha, sigma); below 0 is where the schedule ends."""
-    least = max(least, _NEARLY_ZERO if schedule.prediction_type == "epsilon" else 0.0)
+def _trained(schedule: DiscreteSchedule, least: float = 0.0) -> Callable[[float], tuple[float, float]]:
+    """Timestep -> (alpha, sigma); below 0 is where the schedule ends. Raises UserError for a continuous schedule."""
+    if not isinstance(schedule, DiscreteSchedule):
+        raise UserError("this sampler needs discrete timesteps, the model has none: try euler, heun, dpmpp-2m or unipc")
+    least = max(least, NEARLY_ZERO if schedule.prediction_type == "epsilon" else 0.0)
     squared = np.maximum(schedule.alphas_cumprod, least)
     final = 1.0 if schedule.set_alpha_to_one else squared[0]
 
@@ -336,11 +315,6 @@ def _trained(schedule: Schedule, least: float = 0.0) -> Callable[[float], tuple[
         return np.sqrt(value), np.sqrt(1 - value)
 
     return at
-
-
-def _known(schedule: Schedule) -> np.ndarray:
-    squared = np.maximum(schedule.alphas_cumprod, _NEARLY_ZERO)
-    return np.sqrt((1 - squared) / squared)
 
 
 def _alpha_sigma(k):

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from bdm_jax.diffusion import recipes
-from bdm_jax.diffusion.recipes import MEMORY, SPACINGS, Steps
+from bdm_jax.diffusion.recipes import MEMORY, Steps
+from bdm_jax.diffusion.schedule import SPACINGS
 
 
 @jax.tree_util.register_dataclass

@@ -1,23 +1,100 @@
-"""How much noise there is at each timestep, and what a network is asked to predict (Ho et al. 2020; Salimans & Ho
-2022).
+"""How much noise there is at each time, and what a network is asked to predict (Ho et al. 2020; Salimans & Ho 2022).
 
-x_t = alpha_t x_0 + sigma_t noise, with alpha_t^2 = prod(1 - beta) and alpha_t^2 + sigma_t^2 = 1.
+x_t = alpha_t x_0 + sigma_t noise, with alpha_t^2 + sigma_t^2 = 1 and clean latents x_0 of unit variance. `Schedule` is
+what samplers and training ask of any schedule; `DiscreteSchedule` has N timesteps, alpha_t^2 = prod(1 - beta), and
+`edm.EDMSchedule` a continuous time.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdm_jax.errors import UserError
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+SPACINGS = ("leading", "linspace", "trailing")
+NEARLY_ZERO = 2.0**-24  # alpha^2 of diffusers' zero terminal SNR where a sampler or an epsilon divides by alpha
+
+TimestepBias = Literal["none", "later"]
+
+
+class Schedule(Protocol):
+    """A noise schedule. Frozen and hashable: programs are compiled for it.
+
+    Samplers, on the host in float64, speak of the noise level k = sigma / alpha: the standard deviation of the noise
+    in x / alpha. Training, in programs, speaks of the time t that the network is told.
+    """
+
+    prediction_type: str  # epsilon (the noise), v_prediction (alpha noise - sigma x0), sample (x0), edm (-v)
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The lowest and the highest noise level that the network was trained at."""
+        raise NotImplementedError
+
+    def levels(self, count: int, spacing: str | None = None, solver: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """The times and noise levels (count,) at which a sampler of `count` steps asks the network, the noisiest first.
+
+        Args:
+          spacing: how steps are laid out over discrete timesteps, one of `SPACINGS`; None is the schedule's own way.
+          solver: as diffusers lays them out for DPM-Solver and UniPC.
+
+        Raises UserError for more steps than there are times, or a spacing that the schedule does not have.
+        """
+        raise NotImplementedError
+
+    def time(self, k: np.ndarray, whole: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
+        """The time that the network is told at noise level k. `whole` (a rounding) makes discrete timesteps whole."""
+        raise NotImplementedError
+
+    def alpha_sigma(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Times (B,) -> alpha and sigma, each (B,1,1,1) fp32."""
+        raise NotImplementedError
+
+    def draw(self, key: jax.Array, bias: TimestepBias = "none") -> jax.Array:
+        """A time () to train one sample at. With the bias "later", noisier ones are likelier: the quantile of the
+        noise level has density 2 q, so that the noisier half, where the text decides what the image shows, gets three
+        quarters of the training.
+        """
+        raise NotImplementedError
+
+    def add_noise(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+        """Clean latents and unit noise (B,H,W,C) -> noisy latents at the times t (B,)."""
+        alpha, sigma = self.alpha_sigma(t)
+        return alpha * x0 + sigma * noise
+
+    def target(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+        """What the network should predict at the times t (B,), (B,H,W,C)."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return x0
+        alpha, sigma = self.alpha_sigma(t)
+        v = alpha * noise - sigma * x0
+        return -v if self.prediction_type == "edm" else v
+
+    def to_x0(self, prediction: jax.Array, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+        """The clean latents that a prediction at (alpha, sigma) implies."""
+        if self.prediction_type == "epsilon":
+            return (x - sigma * prediction) / alpha
+        if self.prediction_type == "sample":
+            return prediction
+        return alpha * x - sigma * (-prediction if self.prediction_type == "edm" else prediction)
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Stable Diffusion's noise schedule; the fields carry the names of diffusers' scheduler_config.json."""
+class DiscreteSchedule(Schedule):
+    """Stable Diffusion's noise schedule: times are integers 0 .. num_train_timesteps - 1. The fields carry the names of
+    diffusers' scheduler_config.json.
+
+    The defaults are SD1.5's and SDXL's; Kolors has 1100 timesteps and a `beta_end` of 0.014. `timestep_spacing` is how
+    the system's own sampler lays out its steps; samplers that a user names have a spacing of their own.
+    """
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -27,12 +104,12 @@ class Schedule:
     steps_offset: int = 1
     set_alpha_to_one: bool = False
     rescale_betas_zero_snr: bool = False
+    timestep_spacing: str = "leading"
 
     def __post_init__(self):
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type={self.prediction_type!r}: one of {', '.join(PREDICTION_TYPES)}")
-        if self.beta_schedule not in ("scaled_linear", "linear"):
-            raise ValueError(f"beta_schedule={self.beta_schedule!r}: one of scaled_linear, linear")
+        _check_one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        _check_one_of("beta_schedule", self.beta_schedule, ("scaled_linear", "linear"))
+        _check_one_of("timestep_spacing", self.timestep_spacing, SPACINGS)
 
     @cached_property
     def alphas_cumprod(self) -> np.ndarray:
@@ -47,47 +124,52 @@ class Schedule:
         alpha = np.sqrt(squared)  # Lin et al. 2305.08891, algorithm 1: the first stays, the last becomes 0
         return np.square((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1]))
 
-    def alpha_sigma(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Integer timesteps (B,) -> alpha and sigma, each (B,1,1,1) fp32."""
+    @cached_property
+    def noise_levels(self) -> np.ndarray:
+        """(num_train_timesteps,) float64, rising: k at each timestep, finite also where the schedule ends in noise."""
+        squared = np.maximum(self.alphas_cumprod, NEARLY_ZERO)
+        return np.sqrt((1 - squared) / squared)
+
+    @property
+    def span(self):
+        return self.noise_levels[0], self.noise_levels[-1]
+
+    def levels(self, count, spacing=None, solver=False):
+        t = self.timesteps(count, spacing or "linspace", solver)
+        t = t.round() if solver else t
+        return t, np.interp(t, np.arange(self.num_train_timesteps), self.noise_levels)
+
+    def timesteps(self, count: int, spacing: str, solver: bool = False) -> np.ndarray:
+        """(count,) float64, falling. One step of "leading" or of "linspace" is at the least noise, as in diffusers; the
+        solvers divide as if there were one step more, and leave out its end.
+        """
+        total, points = self.num_train_timesteps, count + solver
+        if count > total:
+            raise UserError(f"steps {count} is outside 1 .. {total}, the timesteps that the model knows")
+        if spacing == "leading":
+            return (np.arange(points) * (total // points))[::-1][:count] + float(self.steps_offset)
+        if spacing == "linspace":
+            return np.linspace(0, total - 1, points)[::-1][:count]
+        if spacing == "trailing":
+            return (total - np.arange(count) * (total / count)).round() - 1
+        raise ValueError(f"timestep spacing {spacing!r}: one of {', '.join(SPACINGS)}")
+
+    def time(self, k, whole=None):
+        """Between the trained timesteps, linear in log k."""
+        t = np.interp(np.log(k), np.log(self.noise_levels), np.arange(self.num_train_timesteps))
+        return t if whole is None else whole(t)
+
+    def alpha_sigma(self, t):
         squared = jnp.asarray(self.alphas_cumprod, jnp.float32)[t][:, None, None, None]
         return jnp.sqrt(squared), jnp.sqrt(1.0 - squared)
 
-    def add_noise(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """Clean latents and unit noise (B,H,W,C) -> noisy latents at integer timesteps t (B,)."""
-        alpha, sigma = self.alpha_sigma(t)
-        return alpha * x0 + sigma * noise
-
-    def target(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """What the network should predict: the noise, v = alpha noise - sigma x0, or x0."""
-        if self.prediction_type == "epsilon":
-            return noise
-        if self.prediction_type == "sample":
-            return x0
-        alpha, sigma = self.alpha_sigma(t)
-        return alpha * noise - sigma * x0
-
-    def to_x0(self, prediction: jax.Array, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-        """The clean latents that a prediction at (alpha, sigma) implies."""
-        if self.prediction_type == "epsilon":
-            return (x - sigma * prediction) / alpha
-        if self.prediction_type == "sample":
-            return prediction
-        return alpha * x - sigma * prediction
+    def draw(self, key, bias="none"):
+        count = self.num_train_timesteps
+        if bias == "none":
+            return jax.random.randint(key, (), 0, count)
+        return jnp.minimum(jnp.int32(count * jnp.sqrt(jax.random.uniform(key))), count - 1)
 
 
-def to_json(schedule: Schedule) -> dict[str, Any]:
-    """scheduler_config.json, readable by diffusers' DDIMScheduler and DPMSolverMultistepScheduler."""
-    values = {f.name: getattr(schedule, f.name) for f in fields(schedule)}
-    return {"_class_name": "DDIMScheduler", **values, "clip_sample": False, "timestep_spacing": "leading"}
-
-
-def from_json(values: dict[str, Any]) -> Schedule:
-    """The noise schedule in a scheduler_config.json of any sampler; what concerns only the sampler is not read.
-
-    Raises:
-        ValueError: betas or a prediction type that are not implemented (named).
-    """
-    if values.get("trained_betas") is not None:
-        raise ValueError("scheduler_config.json: trained_betas is not implemented")
-    known = {f.name for f in fields(Schedule)}
-    return Schedule(**{key: value for key, value in values.items() if key in known})
+def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r}: one of {', '.join(known)}")

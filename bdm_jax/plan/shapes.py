@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from bdm_jax.diffusion.schedule import Schedule
+from bdm_jax.diffusion.schedule import DiscreteSchedule
 from bdm_jax.errors import UserError
 from bdm_jax.formats.files import read_json
 from bdm_jax.models.config import (
@@ -90,7 +90,7 @@ def abstract_job(task: Any, dtype: jnp.dtype, size: int) -> tuple[Objective, Any
         job = object.__new__(BackboneJob)
         vae, length = _sizes(task.vae, SD15_VAE), task.text_encoder.max_position_embeddings
         trained, frozen = task.shapes()
-        job.schedule = Schedule(prediction_type=task.prediction_type, rescale_betas_zero_snr=task.zero_snr)
+        job.schedule = DiscreteSchedule(prediction_type=task.prediction_type, rescale_betas_zero_snr=task.zero_snr)
     else:
         job = object.__new__(BranchJob)
         unet, tower = _sizes(task.backbone / "unet", SD15_UNET), _sizes(task.text_encoder, CHINESE_CLIP_H_TEXT)
@@ -99,7 +99,7 @@ def abstract_job(task: Any, dtype: jnp.dtype, size: int) -> tuple[Objective, Any
         length = Tokenizer.from_pretrained(task.tokenizer).length if here else _CHINESE_TOKENS
         encoder = {one.name: getattr(unet, one.name) for one in dataclasses.fields(EncoderConfig)}
         job.config = replace(BDM_BRANCH, **{**encoder, "cross_attention_dim": tower.hidden_size})
-        job.tower, job.schedule = Component(tower, {}), Schedule()
+        job.tower, job.schedule = Component(tower, {}), DiscreteSchedule()
         job.backbone = SimpleNamespace(unet=Component(unet, {}))
         tokens = _shape((1, english.max_position_embeddings, unet.cross_attention_dim), jnp.float32)
         trained = {"branch": abstract(job.config)}

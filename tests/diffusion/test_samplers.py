@@ -15,7 +15,8 @@ from bdm_jax.diffusion import samplers
 from bdm_jax.diffusion.guidance import guide, rescale
 from bdm_jax.diffusion.recipes import dpmpp_2m
 from bdm_jax.diffusion.samplers import SAMPLERS
-from bdm_jax.diffusion.schedule import Schedule, to_json
+from bdm_jax.diffusion.schedule import DiscreteSchedule
+from bdm_jax.diffusion.scheduler_config import to_json
 from bdm_jax.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
@@ -158,28 +159,28 @@ def worst(sampler, theirs, schedule, counts, rng, begins=(0,)):
 
 @pytest.mark.parametrize(("name", "prediction_type"), TRAJECTORIES)
 def test_trajectory_equals_diffusers(name, prediction_type, rng, monkeypatch):
-    schedule = Schedule(prediction_type=prediction_type)
+    schedule = DiscreteSchedule(prediction_type=prediction_type)
     theirs = Theirs(name, schedule, monkeypatch)
     assert worst(SAMPLERS[name], theirs, schedule, COUNTS + MORE_COUNTS, rng) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", SIGMAS)
 def test_noise_levels_equal_diffusers(name, rng, monkeypatch):
-    schedule = Schedule()
+    schedule = DiscreteSchedule()
     assert worst(SAMPLERS[name], Theirs(name, schedule, monkeypatch), schedule, COUNTS, rng) <= TOLERANCE
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "lcm"])
 def test_timestep_spacings_equal_diffusers(name, spacing, rng, monkeypatch):
-    schedule = Schedule()
+    schedule = DiscreteSchedule()
     theirs = Theirs(name, schedule, monkeypatch, spacing)
     assert worst(SAMPLERS[f"{name}-{spacing}"], theirs, schedule, (1, 2, 7, 20), rng) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name not in NOT_OVER_A_PICTURE])
 def test_drawing_over_a_picture_equals_diffusers(name, rng, monkeypatch):
-    schedule = Schedule()
+    schedule = DiscreteSchedule()
     theirs = Theirs(name, schedule, monkeypatch)
     assert worst(SAMPLERS[name], theirs, schedule, (7, 20), rng, begins=(1, 3, 6)) <= TOLERANCE
 
@@ -188,7 +189,7 @@ def test_drawing_over_a_picture_equals_diffusers(name, rng, monkeypatch):
 def test_drawing_over_a_picture_keeps_to_its_path_where_that_is_foreseen(name, rng):
     """A model that always foresees the picture sees it with ever less of the same noise; lcm draws the noise anew."""
     clean, noise = rng.standard_normal((2, *SHAPE), dtype=np.float32)
-    schedule = Schedule(prediction_type="sample")
+    schedule = DiscreteSchedule(prediction_type="sample")
     nothing = np.zeros((10, *SHAPE), np.float32)
     _, latents = our_trajectory(SAMPLERS[name], schedule, lambda x, t: clean, noise, 9, nothing, 4, clean)
     squared = schedule.alphas_cumprod[0] if name == "pndm" else 1.0  # it ends at the schedule's own last timestep
@@ -199,7 +200,7 @@ def test_drawing_over_a_picture_keeps_to_its_path_where_that_is_foreseen(name, r
 @pytest.mark.parametrize("name", ZERO_SNR)
 def test_zero_terminal_snr_equals_diffusers(name, rng, monkeypatch):
     """1e-3 where diffusers holds latents / alpha: 4096 times the latents, of which fp32 keeps 5e-4."""
-    schedule = Schedule(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    schedule = DiscreteSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     spacing = None if name == "lcm" else "trailing"
     theirs = Theirs(name, schedule, monkeypatch, spacing)
     sampler = SAMPLERS[name if spacing is None else f"{name}-{spacing}"]
@@ -207,7 +208,7 @@ def test_zero_terminal_snr_equals_diffusers(name, rng, monkeypatch):
 
 
 def test_dpmpp_2m_as_in_diffusers_0_24(rng, monkeypatch):
-    schedule = Schedule()
+    schedule = DiscreteSchedule()
     theirs = Theirs("dpmpp-2m", schedule, monkeypatch, final_sigmas_type="sigma_min")
     ours = partial(dpmpp_2m, final_sigma_zero=False)
     assert worst(ours, theirs, schedule, COUNTS + MORE_COUNTS, rng) <= TOLERANCE
@@ -216,13 +217,13 @@ def test_dpmpp_2m_as_in_diffusers_0_24(rng, monkeypatch):
 @pytest.mark.parametrize("name", ["ddim", "pndm"])
 @pytest.mark.parametrize("settings", [{"set_alpha_to_one": True}, {"steps_offset": 0}])
 def test_the_schedules_end_is_followed(name, settings, rng, monkeypatch):
-    schedule = Schedule(**settings)
+    schedule = DiscreteSchedule(**settings)
     assert worst(SAMPLERS[name], Theirs(name, schedule, monkeypatch), schedule, (7, 20), rng) <= TOLERANCE
 
 
 def test_reference_timesteps_and_final_sigma():
     """bdm.md section 4: 999, 979, ... 40, 20, ending at sigma(t=0) = 0.02917, second order on the last step."""
-    schedule = Schedule()
+    schedule = DiscreteSchedule()
     steps = dpmpp_2m(schedule, 50, final_sigma_zero=False)
     assert list(steps.t[:3]) == [999, 979, 959] and list(steps.t[-2:]) == [40, 20]
     sigma = np.sqrt((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod)
@@ -235,7 +236,7 @@ def test_reference_timesteps_and_final_sigma():
 @pytest.mark.parametrize("name", ["pndm", "dpmpp-sde", "unipc"])
 def test_a_compiled_loop_takes_the_same_steps(name, rng):
     """The sampler is used inside one compiled program: rows of the table are what lax.scan walks over."""
-    schedule = Schedule()
+    schedule = DiscreteSchedule()
     noise = rng.standard_normal((2, 4, 4, 4), dtype=np.float32)
     steps = SAMPLERS[name](schedule, 6)
     seeds = np.array([3, 4], np.uint32)
@@ -255,7 +256,7 @@ def test_a_compiled_loop_takes_the_same_steps(name, rng):
 def test_tables_of_all_samplers_have_one_shape():
     """One compiled loop for all: columns differ in their length only."""
     kinds = {
-        tuple((column.dtype, column.shape[1:]) for column in jax.tree.leaves(SAMPLERS[name](Schedule(), 4)))
+        tuple((column.dtype, column.shape[1:]) for column in jax.tree.leaves(SAMPLERS[name](DiscreteSchedule(), 4)))
         for name in SAMPLERS
     }
     assert len(kinds) == 1
@@ -305,7 +306,7 @@ def test_names_that_are_none(name):
 
 def test_lcm_takes_no_more_steps_than_it_was_distilled_at():
     with pytest.raises(UserError, match="lcm takes at most 50 steps"):
-        SAMPLERS["lcm"](Schedule(), 51)
+        SAMPLERS["lcm"](DiscreteSchedule(), 51)
 
 
 def test_guidance_of_one_is_the_positive_prompt_and_more_goes_beyond_it(rng):

@@ -5,14 +5,15 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from bdm_jax.diffusion.schedule import Schedule, from_json, to_json
+from bdm_jax.diffusion.schedule import DiscreteSchedule
+from bdm_jax.diffusion.scheduler_config import from_json, to_json
 
 SCHEDULES = [
-    Schedule(),
-    Schedule(num_train_timesteps=400, beta_start=1e-4, beta_end=0.02, beta_schedule="linear"),
-    Schedule(prediction_type="v_prediction", steps_offset=0, set_alpha_to_one=True),
-    Schedule(prediction_type="sample"),
-    Schedule(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+    DiscreteSchedule(),
+    DiscreteSchedule(num_train_timesteps=400, beta_start=1e-4, beta_end=0.02, beta_schedule="linear"),
+    DiscreteSchedule(prediction_type="v_prediction", steps_offset=0, set_alpha_to_one=True),
+    DiscreteSchedule(prediction_type="sample"),
+    DiscreteSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=True),
 ]
 
 
@@ -81,4 +82,4 @@ def test_scheduler_config_survives_diffusers(schedule):
 )
 def test_what_is_not_implemented_is_refused_by_name(values, named):
     with pytest.raises(ValueError, match=named):
-        from_json({**to_json(Schedule()), **values})
+        from_json({**to_json(DiscreteSchedule()), **values})

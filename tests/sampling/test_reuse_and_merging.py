@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bdm_jax.diffusion.samplers import SAMPLERS, SamplerState
-from bdm_jax.diffusion.schedule import Schedule
+from bdm_jax.diffusion.schedule import DiscreteSchedule
 from bdm_jax.errors import UserError
 from bdm_jax.models import functional
 from bdm_jax.models.config import BDM_BRANCH, SD15_UNET
@@ -170,10 +170,10 @@ def test_work_at_full_size():
     )
     texts = Conditionings(keys("unet", english), keys("branch", chinese), [])
     state = SamplerState(array(1, 64, 64, 4), array(3, 1, 64, 64, 4))
-    table = rows(Sampling(guidance=7.5), SAMPLERS["dpmpp-2m"](Schedule(), 5), GUIDED, 13, [])
+    table = rows(Sampling(guidance=7.5), SAMPLERS["dpmpp-2m"](DiscreteSchedule(), 5), GUIDED, 13, [])
 
     def work(earlier=None, **how):
-        networks = Networks(SD15_UNET, BDM_BRANCH, Schedule(), GUIDED, **how)
+        networks = Networks(SD15_UNET, BDM_BRANCH, DiscreteSchedule(), GUIDED, **how)
         run = lambda *given: denoise.__wrapped__(networks, *given)  # noqa: E731
         seeds, count = jax.ShapeDtypeStruct((1,), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
         given = params, state, seeds, table, count, texts, [], [], array(), None, earlier
@@ -214,7 +214,7 @@ def test_settings_that_cannot_be(tiny, settings, message):
 
 
 def test_merging_without_attention_is_refused(tiny):
-    config = replace(tiny.unet.config, attention_levels=(False, True))
+    config = replace(tiny.unet.config, transformer_layers=(0, 1))
     other = replace(tiny, unet=tiny.unet._replace(config=config))
     with pytest.raises(UserError, match="merge tokens 0.5 has no effect: the first level has no self-attention"):
         generate(other, [REQUEST], Sampling(merge_tokens=0.5))

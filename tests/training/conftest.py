@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bdm_jax.diffusion.schedule import Schedule
+from bdm_jax.diffusion.schedule import DiscreteSchedule
 from bdm_jax.models.config import CLIPTextConfig, RobertaConfig, UNetConfig, VAEConfig
 from bdm_jax.models.functional import init
 from bdm_jax.paths import TOKENIZERS
@@ -27,7 +27,7 @@ def backbone_folder(tmp_path_factory) -> Path:
     configs = {
         "unet": UNetConfig(
             block_out_channels=(8, 16),
-            attention_levels=(False, True),
+            transformer_layers=(0, 1),
             layers_per_block=1,
             num_heads=2,
             cross_attention_dim=16,
@@ -48,7 +48,7 @@ def backbone_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("networks") / "backbone"
     tower = RobertaConfig(max_position_embeddings=16, **_SMALL_TEXT)
     save_component(folder.parent / "tower", tower, init(tower, 3))
-    schedule = Schedule(prediction_type="v_prediction")
+    schedule = DiscreteSchedule(prediction_type="v_prediction")
     BridgePipeline(**parts, tokenizer=tokenizer, schedule=schedule).save_pretrained(folder)
     return folder
 

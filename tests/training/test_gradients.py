@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bdm_jax.diffusion.schedule import Schedule
+from bdm_jax.diffusion.schedule import DiscreteSchedule
 from bdm_jax.models.config import BDM_BRANCH, CHINESE_CLIP_H_TEXT, SD15_UNET, SD15_VAE
 from bdm_jax.models.functional import abstract, bind
 from bdm_jax.models.unet.conditioning import Conditioning
@@ -69,7 +69,7 @@ def test_at_full_size_it_is_what_the_paper_s_sizes_give():
     shapes = {"unet": abstract(SD15_UNET), "tower": abstract(CHINESE_CLIP_H_TEXT)}
     job = object.__new__(BranchJob)
     job.task, job.config, job.tower = BranchTask(), BDM_BRANCH, Component(CHINESE_CLIP_H_TEXT, {})
-    job.vae, job.schedule = Component(SD15_VAE, {}), Schedule()
+    job.vae, job.schedule = Component(SD15_VAE, {}), DiscreteSchedule()
     job.backbone = SimpleNamespace(unet=Component(SD15_UNET, {}))
     batch = {
         "moments": jax.ShapeDtypeStruct((1, 64, 64, 8), jnp.float32),

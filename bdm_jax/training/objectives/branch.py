@@ -16,7 +16,7 @@ import optax
 
 from bdm_jax.data.loader import MixturePart
 from bdm_jax.diffusion import losses
-from bdm_jax.diffusion.schedule import Schedule
+from bdm_jax.diffusion.schedule import DiscreteSchedule
 from bdm_jax.errors import UserError
 from bdm_jax.formats.files import read_json
 from bdm_jax.images.decode import decode_image
@@ -140,7 +140,7 @@ class BackboneTask:
         parts = sets.latents(vae, run)
         params = {"unet": init(self.unet, seed), "text_encoder": init(self.text_encoder, seed + 1)}
         tokenizer = Tokenizer.from_pretrained(self.tokenizer)
-        schedule = Schedule(prediction_type=self.prediction_type, rescale_betas_zero_snr=self.zero_snr)
+        schedule = DiscreteSchedule(prediction_type=self.prediction_type, rescale_betas_zero_snr=self.zero_snr)
         return BackboneJob(self, params, vae, tokenizer, schedule, parts)
 
 
@@ -202,7 +202,7 @@ class TextTask:
         size = parts[0].source[0]["moments"].size // 2
         kernel = jax.random.normal(jax.random.key(seed), (size, self.text_encoder.hidden_size)) / np.sqrt(size)
         params = {"text_encoder": init(self.text_encoder, seed), "picture": {"kernel": kernel}}
-        return TextJob(self, params, vae, Tokenizer.from_pretrained(self.tokenizer), Schedule(), parts)
+        return TextJob(self, params, vae, Tokenizer.from_pretrained(self.tokenizer), DiscreteSchedule(), parts)
 
 
 class TextJob(CaptionJob):

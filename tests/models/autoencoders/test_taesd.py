@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from bdm_jax.diffusion.schedule import Schedule
+from bdm_jax.diffusion.schedule import DiscreteSchedule
 from bdm_jax.formats.layouts import tree_from_torch
 from bdm_jax.models import functional
 from bdm_jax.models.config import TAESD, CLIPTextConfig, TinyVAEConfig, UNetConfig, from_json, to_json
@@ -111,7 +111,7 @@ def test_pipeline_with_a_tiny_vae(seed, tmp_path):
     tokenizer = Tokenizer.from_pretrained(TOKENIZERS / "english")
     ids = dict(bos_token_id=tokenizer.start, eos_token_id=tokenizer.end, pad_token_id=tokenizer.pad)
     text = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    widths = dict(block_out_channels=(8, 16), attention_levels=(True, False), num_heads=2, norm_num_groups=4)
+    widths = dict(block_out_channels=(8, 16), transformer_layers=(1, 0), num_heads=2, norm_num_groups=4)
     channels = TWO_LEVELS.latent_channels
     configs = {
         "unet": UNetConfig(
@@ -128,7 +128,7 @@ def test_pipeline_with_a_tiny_vae(seed, tmp_path):
         ),
     }
     parts = {name: Component(config, functional.init(config, seed)) for name, config in configs.items()}
-    BridgePipeline(**parts, tokenizer=tokenizer, schedule=Schedule()).save_pretrained(tmp_path, "float32")
+    BridgePipeline(**parts, tokenizer=tokenizer, schedule=DiscreteSchedule()).save_pretrained(tmp_path, "float32")
     theirs = StableDiffusionPipeline.from_pretrained(tmp_path, local_files_only=True)
     assert isinstance(theirs.vae, AutoencoderTiny)
 

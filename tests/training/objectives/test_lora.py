@@ -56,7 +56,7 @@ def bridge_folder(backbone_folder, tmp_path):
     tower = load_component(backbone_folder.parent / "tower", "float32")
     unet = backbone.unet.config
     config = BranchConfig(
-        **{name: getattr(unet, name) for name in ("in_channels", "block_out_channels", "attention_levels")},
+        **{name: getattr(unet, name) for name in ("in_channels", "block_out_channels", "transformer_layers")},
         **{name: getattr(unet, name) for name in ("layers_per_block", "num_heads", "norm_num_groups")},
         cross_attention_dim=16,
     )

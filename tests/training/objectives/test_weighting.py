@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from bdm_jax.diffusion.schedule import Schedule
+from bdm_jax.diffusion.schedule import DiscreteSchedule
 from bdm_jax.training.objectives.branch import BackboneTask
 from bdm_jax.training.objectives.denoising import DiffusionJob
 from bdm_jax.training.objectives.weighting import min_snr
@@ -26,17 +26,17 @@ def test_min_snr_is_diffusers(prediction_type, gamma):
     snr = compute_snr(scheduler, torch.from_numpy(t)).numpy()
     expected = np.minimum(snr, gamma)
     expected = {"epsilon": expected / snr, "v_prediction": expected / (snr + 1), "sample": expected}[prediction_type]
-    np.testing.assert_allclose(min_snr(Schedule(prediction_type=prediction_type), t, gamma), expected, rtol=1e-4)
+    np.testing.assert_allclose(min_snr(DiscreteSchedule(prediction_type=prediction_type), t, gamma), expected, rtol=1e-4)
 
 
 def test_at_zero_snr_every_weight_is_finite():
     for prediction_type, expected in (("epsilon", 1.0), ("v_prediction", 0.0), ("sample", 0.0)):
-        schedule = Schedule(prediction_type=prediction_type, rescale_betas_zero_snr=True)
+        schedule = DiscreteSchedule(prediction_type=prediction_type, rescale_betas_zero_snr=True)
         assert float(min_snr(schedule, np.array([999]), 5.0)[0]) == pytest.approx(expected, abs=1e-6)
 
 
 def job(task):
-    schedule = Schedule(prediction_type=task.prediction_type, rescale_betas_zero_snr=task.zero_snr)
+    schedule = DiscreteSchedule(prediction_type=task.prediction_type, rescale_betas_zero_snr=task.zero_snr)
     vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=0.5))
     return DiffusionJob(task, {}, vae, None, schedule, {})
 
@@ -81,7 +81,7 @@ def test_the_loss_is_the_weighted_mean(rng):
     t = np.array([3, 100, 400, 700, 990])
     task = BackboneTask(min_snr=5.0)
     errors = np.mean((prediction - target) ** 2, axis=(1, 2, 3))
-    weights = np.asarray(min_snr(Schedule(prediction_type="v_prediction"), t, 5.0))
+    weights = np.asarray(min_snr(DiscreteSchedule(prediction_type="v_prediction"), t, 5.0))
     assert float(job(task).error(prediction, target, t)) == pytest.approx(np.mean(errors * weights), rel=1e-5)
     plain = job(replace(task, min_snr=None)).error(prediction, target, jnp.asarray(t))
     assert float(plain) == pytest.approx(np.mean(errors), rel=1e-5)
