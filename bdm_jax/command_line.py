@@ -5,6 +5,7 @@ import io
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -14,19 +15,24 @@ from bdm_jax.errors import UserError
 _Args = TypeVar("_Args")
 
 
-def parse(kind: type[_Args], args: Sequence[str] | None, **options: Any) -> _Args:
-    """`tyro.cli` with flags named by their own field alone. Raises UserError, one line, for what is no such flag or
-    value; SystemExit after --help. `options` are tyro's.
+def parse(kind: Any, args: Sequence[str] | None, **options: Any) -> Any:
+    """`tyro.cli`, with flags named by their own field alone. `options` are tyro's.
+
+    Args:
+      kind: a dataclass, or a union of those of subcommands.
+      args: the command line; that of the process where None.
+
+    Raises UserError, one line, for what is no such flag or value; SystemExit after --help.
     """
     options = {"config": (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes), **options}
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             return tyro.cli(kind, args=args if args is None else list(args), **options)
     except SystemExit as error:
         if not error.code:
             raise
-        raise UserError(_one_line(said.getvalue())) from None
+        raise UserError(_one_line(printed.getvalue())) from None
 
 
 def run(command: Callable[[], int | None]) -> int:
@@ -40,6 +46,12 @@ def run(command: Callable[[], int | None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def called(script: str) -> str:
+    """What the running command is called: as a console command (bdm-...) by its own name, else `script`."""
+    own = Path(sys.argv[0]).stem
+    return own if own.startswith("bdm-") else script
 
 
 def _one_line(box: str) -> str:

@@ -10,10 +10,21 @@ from typing import BinaryIO
 
 from bdm_jax.errors import FileError
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+_PACKAGE = Path(__file__).resolve().parent
+# Within the package where it is installed, beside it in a checkout.
+ASSETS = _PACKAGE / "assets" if (_PACKAGE / "assets").is_dir() else _PACKAGE.parent / "assets"
 DEMO = ASSETS / "demo"
 EMOJI = ASSETS / "emoji"
 TOKENIZERS = ASSETS / "tokenizers"
+
+
+def no_such(path: str | Path, what: str) -> FileError:
+    """The error for a path where nothing is; of a bundled one it says that the installation lacks it."""
+    if any(Path(path).is_relative_to(bundled) for bundled in (DEMO, EMOJI, TOKENIZERS)):
+        return FileError(
+            f"{path}: this installation came without the bundled {what}; name another, or install the whole package"
+        )
+    return FileError(f"{path}: no such {what}")
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bdm_jax.training.config import MeshConfig
-from configs import bdm_sd15
+
+from . import bdm_sd15
 
 CONFIG = replace(
     bdm_sd15.CONFIG,

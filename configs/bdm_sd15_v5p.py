@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bdm_jax.training.config import MeshConfig
-from configs import bdm_sd15
+
+from . import bdm_sd15
 
 CONFIG = replace(bdm_sd15.CONFIG, run=Path("runs/bdm-sd15-v5p"), accumulate=1, mesh=MeshConfig())

@@ -1,7 +1,7 @@
 """The whole demo from nothing: pictures, autoencoder, backbone, branch, and the folder that `sample.py` opens.
 
 python -m configs.demo                   on a GPU minutes, on two CPU cores some hours
-python -m configs.demo --minutes 9       one leg; run it again until it exits with 0 (3: more legs are needed)
+python -m configs.demo --minutes 9       one session; run it again until it exits with 0 (3: more are needed)
 """
 
 import json
@@ -10,13 +10,13 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
-import tyro
 
-import configs
+from bdm_jax import command_line
 from bdm_jax.data.emoji.render_emoji import main as render_emoji
 from bdm_jax.data.records import open_source
 from bdm_jax.errors import UserError
@@ -25,7 +25,9 @@ from bdm_jax.training.config import TrainConfig, check
 from bdm_jax.training.loop import train
 from bdm_jax.training.sets import select
 
-MORE_LEGS = 3
+from . import load
+
+MORE_SESSIONS = 3
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,20 @@ class DemoArgs:
     """Make the demo model again."""
 
     minutes: float | None = None
-    """length of this leg; None goes on to the end"""
+    """length of this session; to the end where None"""
     runs: Path = Path("runs")
     """folder of the training runs"""
     out: Path = DEMO
     """folder of the finished model"""
 
 
-def main(settings: DemoArgs) -> int:
-    """Do what is not done yet; 0 when the folder is complete, 3 when more legs are needed."""
+def main(args: Sequence[str] | None = None) -> int:
+    """Exit status: 0 when the demo's folder is complete, 3 when more sessions are needed, 2 after bad input."""
+    return command_line.run(lambda: make(command_line.parse(DemoArgs, args, prog="python -m configs.demo")))
+
+
+def make(settings: DemoArgs) -> int:
+    """Do what is not done yet; 0 when the folder is complete, 3 when more sessions are needed."""
     deadline = time.monotonic() + 60 * settings.minutes if settings.minutes else None
     if not (EMOJI / "dataset_info.json").is_file() and render_emoji([]):
         return 2
@@ -53,8 +60,8 @@ def main(settings: DemoArgs) -> int:
         left = None if deadline is None else (deadline - time.monotonic()) / 60
         print(f"{config.run.name}: {config.steps} steps", flush=True)
         if (left is not None and left <= 0) or not train(replace(config, minutes=left)):
-            print("the leg is over: run the same command again to go on")
-            return MORE_LEGS
+            print("the session is over: run the same command again to resume")
+            return MORE_SESSIONS
         (config.run / "export" / "done").touch()
     assemble(runs, settings.out)
     print(f"finished: {settings.out}")
@@ -64,7 +71,7 @@ def main(settings: DemoArgs) -> int:
 def stages(runs: Path) -> list[TrainConfig]:
     """The four runs, each reading what those before left in `runs`."""
     names = ("emoji-vae", "emoji-backbone", "emoji-text", "emoji-branch")
-    vae, backbone, text, branch = (replace(configs.load(name), run=runs / name) for name in names)
+    vae, backbone, text, branch = (replace(load(name), run=runs / name) for name in names)
     backbone, text = (replace(run, task=replace(run.task, vae=vae.run / "export" / "vae")) for run in (backbone, text))
     towers = {part: text.run / "export" / f"branch_{part}" for part in ("text_encoder", "tokenizer")}
     branch = replace(branch, task=replace(branch.task, backbone=backbone.run / "export", **towers))
@@ -120,8 +127,4 @@ def _final(config: TrainConfig) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(DemoArgs, prog="python -m configs.demo")))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

@@ -9,7 +9,8 @@ from pathlib import Path
 from bdm_jax.models.config import CLIPTextConfig, UNetConfig
 from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
 from bdm_jax.training.objectives.branch import BackboneTask
-from configs import emoji_vae
+
+from . import emoji_vae
 
 TEXT = CLIPTextConfig(
     vocab_size=8514,
@@ -33,7 +34,7 @@ CONFIG = TrainConfig(
             out_channels=16,
             sample_size=8,
             block_out_channels=(96, 192),
-            attention_levels=(True, True),
+            transformer_layers=(1, 1),
             layers_per_block=1,
             num_heads=4,
             cross_attention_dim=TEXT.hidden_size,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from bdm_jax.training.config import OptimizerConfig, TrainConfig
 from bdm_jax.training.objectives.branch import BranchTask
-from configs import emoji_backbone, emoji_text
+
+from . import emoji_backbone, emoji_text
 
 CONFIG = TrainConfig(
     task=BranchTask(

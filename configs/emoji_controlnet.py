@@ -9,7 +9,8 @@ from pathlib import Path
 from bdm_jax.paths import DEMO
 from bdm_jax.training.config import OptimizerConfig, TrainConfig
 from bdm_jax.training.objectives.controlnet import ControlNetTask
-from configs import emoji_backbone
+
+from . import emoji_backbone
 
 CONFIG = TrainConfig(
     task=ControlNetTask(

@@ -9,7 +9,8 @@ from pathlib import Path
 from bdm_jax.paths import DEMO
 from bdm_jax.training.config import OptimizerConfig, TrainConfig
 from bdm_jax.training.objectives.finetune import FinetuneTask
-from configs import emoji_lora
+
+from . import emoji_lora
 
 CONFIG = TrainConfig(
     task=FinetuneTask(model=DEMO),

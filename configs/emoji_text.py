@@ -9,7 +9,8 @@ from pathlib import Path
 from bdm_jax.models.config import RobertaConfig
 from bdm_jax.training.config import OptimizerConfig, TrainConfig
 from bdm_jax.training.objectives.branch import TextTask
-from configs import emoji_backbone, emoji_vae
+
+from . import emoji_backbone, emoji_vae
 
 CONFIG = TrainConfig(
     task=TextTask(

@@ -1,30 +1,22 @@
 """python -m convert inspect FILE | to-jax SRC DST | to-torch SRC DST"""
 
 import json
-import re
 import sys
-import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import ml_dtypes
-import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
 
-from bdm_jax.errors import UserError
-from bdm_jax.formats.detect import Contents, NetworkInFile
-from bdm_jax.formats.files import shown
-from bdm_jax.formats.layouts import fit
-from bdm_jax.formats.weights import Weights
-from bdm_jax.models.config import from_json
-from bdm_jax.models.functional import abstract
-from bdm_jax.systems.components import contents_of
-from convert.conversion import to_jax, to_torch
+from bdm_jax import command_line
+from bdm_jax.formats.open import contents_of
+
+from .conversion import to_jax, to_torch
+from .inspection import describe, is_whole, show
 
 Where = Annotated[Path, tyro.conf.Positional]
+_MARKS = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes)
 
 
 @dataclass(frozen=True)
@@ -65,119 +57,32 @@ class ToTorch:
     """type to write"""
 
 
-def main(args: list[str] | None = None) -> int:
+def main(args: Sequence[str] | None = None) -> int:
     """0; 2 for bad input, and when `inspect` finds keys that are unknown, missing, misshaped, or values not finite."""
-    command = tyro.cli(Inspect | ToJax | ToTorch, args=args, prog="python -m convert", config=_CONFIG)
-    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
-    try:
-        if isinstance(command, Inspect):
-            return inspect(command)
-        if isinstance(command, ToJax):
-            written = to_jax(command.src, command.dst)
+
+    def command() -> int:
+        name = command_line.called("python -m convert")
+        asked = command_line.parse(Inspect | ToJax | ToTorch, args, prog=name, config=_MARKS)
+        if isinstance(asked, Inspect):
+            return _inspect(asked)
+        if isinstance(asked, ToJax):
+            written = to_jax(asked.src, asked.dst)
         else:
-            written = to_torch(command.src, command.dst, command.layout, command.dtype)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(*written, sep="\n")
-    return 0
+            written = to_torch(asked.src, asked.dst, asked.layout, asked.dtype)
+        print(*written, sep="\n")
+        return 0
+
+    return command_line.run(command)
 
 
-def inspect(command: Inspect) -> int:
-    """Print what is there; 2 where a network is not whole."""
-    weights, contents = contents_of(command.path, command.variant)
-    report = describe(weights, contents, command.allow)
-    if command.json:
+def _inspect(asked: Inspect) -> int:
+    report = describe(*contents_of(asked.path, asked.variant), asked.allow)
+    if asked.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:
-        _print(report)
-    whole = all(not (part["missing"] or part["unknown"] or part["misshaped"]) for part in report["parts"])
-    return 0 if whole and (contents.parts or contents.others) and not report["not_finite"] else 2
+        show(report)
+    return 0 if is_whole(report) else 2
 
-
-def describe(weights: Weights, contents: Contents, allow: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What is in a file, as plain values."""
-    tensors = weights.tensors
-    wrong = {key: count for key, array in tensors.items() if (count := _not_finite(array))}
-    return {
-        "path": str(weights.path),
-        "contents": contents.name,
-        "tensors": len(tensors),
-        "parameters": sum(array.size for array in tensors.values()),
-        "dtypes": sorted({array.dtype.name for array in tensors.values()}),
-        "not_finite": wrong,
-        "metadata": dict(weights.metadata),
-        "recognised": list(contents.others),
-        "parts": [_describe(part, weights, allow) for part in contents.parts],
-        "rest": [key for key in tensors if not any(key.startswith(part.prefix) for part in contents.parts)],
-    }
-
-
-def _describe(part: NetworkInFile, weights: Weights, allow: tuple[str, ...]) -> dict[str, Any]:
-    tensors = part.of(weights.tensors)
-    about = {
-        "kind": part.kind,
-        "family": part.family,
-        "layout": part.layout,
-        "prefix": part.prefix,
-        "prediction": part.prediction or "not told",
-        "dtypes": sorted({array.dtype.name for array in tensors.values()}),
-        "parameters": sum(array.size for array in tensors.values()),
-    }
-    try:
-        expected = abstract(from_json(part.config))
-    except ValueError as error:
-        return about | {"supported": str(error), "matched": 0, "missing": [], "unknown": [], "misshaped": []}
-    found = fit(tensors, expected, part.table)
-    lists = {"missing": found.missing, "unknown": found.unknown, "misshaped": found.misshaped}
-    lists = {name: [key for key in keys if not _allowed(key, allow)] for name, keys in lists.items()}
-    lists |= {"ignored": found.ignored}
-    return about | {"supported": True, "matched": len(found.tree)} | lists
-
-
-def _print(report: dict[str, Any]) -> None:
-    console = Console()
-    console.width = console.width if console.is_terminal else 110
-    console.print(f"{report['path']}: {report['contents']}", highlight=False, markup=False)
-    kinds = ", ".join(report["dtypes"])
-    console.print(f"{report['tensors']} tensors, {report['parameters']:,} parameters, {kinds}", highlight=False)
-    if report["parts"]:
-        table = Table("network", "family", "layout", "parameters", "matched", "missing", "unknown", "ignored")
-        for part in report["parts"]:
-            counts = [str(len(part.get(name, []))) for name in ("missing", "unknown", "ignored")]
-            row = part["kind"], part["family"], part["layout"], f"{part['parameters']:,}", str(part["matched"])
-            table.add_row(*row, *counts)
-        console.print(table)
-    for part in report["parts"]:
-        if part["supported"] is not True:
-            console.print(f"{part['kind']}: not supported: {part['supported']}", highlight=False, markup=False)
-        for name in ("missing", "unknown", "misshaped"):
-            if part[name]:
-                console.print(f"{part['kind']}: {name}: {_few(part[name])}", highlight=False, markup=False)
-    for key, count in list(report["not_finite"].items())[:5]:
-        console.print(f"{key}: {count} values are NaN or infinite", highlight=False, markup=False)
-    if report["rest"]:
-        console.print(f"in no network: {_few(report['rest'])}", highlight=False, markup=False)
-
-
-def _allowed(key: str, patterns: tuple[str, ...]) -> bool:
-    return any(re.fullmatch(pattern, key.split(" ")[0]) for pattern in patterns)
-
-
-def _few(keys: list[str], most: int = 20) -> str:
-    more = [f"and {len(keys) - most} more"] if len(keys) > most else []
-    return ", ".join([*map(shown, keys[:most]), *more])
-
-
-def _not_finite(array: np.ndarray, chunk: int = 1 << 22) -> int:
-    """How many values are NaN or infinite; a piece at a time, so that the file is never in memory as a whole."""
-    if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
-        return 0
-    flat = array.reshape(-1)
-    return sum(int(np.count_nonzero(~np.isfinite(flat[i : i + chunk]))) for i in range(0, flat.size, chunk))
-
-
-_CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,31 +1,23 @@
 """What sample.py is told: flags, a file of prompts, the settings inside a picture. All of it is checked without JAX."""
 
-import contextlib
-import io
 import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import tyro
 
+from bdm_jax import command_line
 from bdm_jax.app.metadata import PARTS, digest, read_settings, restore
 from bdm_jax.app.parts import Parts
 from bdm_jax.app.prompts import read_prompts
-from bdm_jax.app.spec import parse_control, parse_image_prompt
 from bdm_jax.errors import UserError
-from bdm_jax.images.decode import read_mask, read_picture
+from bdm_jax.images.decode import read_image, read_mask
 from bdm_jax.sampling.settings import Request, Sampling, check
 
-if TYPE_CHECKING:
-    pass
-
-# Flags whose value names a picture, the last of its paths.
-_PICTURED = {"control": parse_control, "adapter": parse_control, "image_prompt": parse_image_prompt}
 _MAX_SEEDS = 1_000_000
-_Kind = TypeVar("_Kind")
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -113,9 +105,11 @@ def parse(given: Sequence[str]) -> tuple[Arguments, list[Request], list[int] | N
 
     Raises UserError, in one line, for what cannot be; SystemExit after --help.
     """
-    earlier = command_line(_From, _without_help(given), return_unknown_args=True)[0].from_
+    earlier = command_line.parse(_From, _without_help(given), return_unknown_args=True)[0].from_
     values = {} if earlier is None else read_settings(earlier)
-    arguments = command_line(Arguments, given, default=_defaults(values), prog="sample.py")
+    arguments = command_line.parse(
+        Arguments, given, default=_defaults(values), prog=command_line.called("sample.py")
+    )
     _check(arguments, {flag.partition("=")[0] for flag in given if flag.startswith("--")})
     check(arguments.settings)
     requests, rows = arguments.requests()
@@ -124,31 +118,6 @@ def parse(given: Sequence[str]) -> tuple[Arguments, list[Request], list[int] | N
         _compare(arguments, values)
     _check_folder(arguments.out)
     return arguments, requests, rows
-
-
-def command_line(kind: type[_Kind], given: Sequence[str], **options: Any) -> _Kind:
-    """`tyro.cli` in the house's way: flags without prefixes, what is wrong in one line. Raises UserError."""
-    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=list(given), config=config, **options)
-    except SystemExit as error:
-        if not error.code:
-            raise
-        raise UserError(_one_line(said.getvalue())) from None
-
-
-def _one_line(box: str) -> str:
-    """tyro's frame around an error -> its message."""
-    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    message: list[str] = []
-    for line in lines:
-        if line.startswith(("Argument helptext", "For full helptext")):
-            break
-        if line.strip("─"):
-            message.append(line)
-    return " ".join(message).replace("Error parsing ", "", 1) or " ".join(lines)
 
 
 @dataclass(frozen=True)
@@ -213,7 +182,7 @@ def _check_requests(arguments: Arguments, requests: Sequence[Request], given: Se
     if strength and all(request.image is None for request in requests):
         raise UserError("--strength has no effect without an image to begin from (--image)")
     for request in {request.image: request for request in requests if request.image is not None}.values():
-        image = read_picture(request.image)
+        image = read_image(request.image)
         if request.mask is not None and (mask := read_mask(request.mask)).shape != image.shape[:2]:
             sizes = (f"{array.shape[1]}x{array.shape[0]}" for array in (mask, image))
             raise UserError("the mask has {} pixels, the image {}: they must be of one size".format(*sizes))
@@ -221,7 +190,7 @@ def _check_requests(arguments: Arguments, requests: Sequence[Request], given: Se
 
 def _compare(arguments: Arguments, values: dict[str, Any]) -> None:
     """What --from cannot bring back: images are asked for, other models and images are noted."""
-    for name, read in (("image", read_picture), ("mask", read_mask)):
+    for name, read in (("image", read_image), ("mask", read_mask)):
         file, sha256 = getattr(arguments, name), values.get(f"{name}_sha256")
         if sha256 and file is None:
             raise UserError(f"{arguments.from_} was drawn with the {name} {values.get(name)}: give it with --{name}")

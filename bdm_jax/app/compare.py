@@ -8,7 +8,6 @@ separated by commas, or by | where one of them holds a comma.
 
 import dataclasses
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +18,9 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from bdm_jax.app.arguments import Parts, command_line
+from bdm_jax import command_line
 from bdm_jax.app.metadata import describe, text_chunks
+from bdm_jax.app.parts import Parts
 from bdm_jax.errors import UserError, unknown
 from bdm_jax.sampling.settings import Request, Sampling, check
 
@@ -143,7 +143,7 @@ def _with(asked: Comparison, axis: _Axis | None, value: str) -> Comparison:
             raise UserError(f"{flag} {value}: it is true or false")
         return replace(asked, settings=replace(asked.settings, **{name: value.lower() == "true"}))
     given = [flag, *value.split()] if isinstance(default, tuple) else [f"{flag}={value}"]
-    return command_line(Comparison, given, default=asked)
+    return command_line.parse(Comparison, given, default=asked)
 
 
 def _label(axis: _Axis | None, value: str) -> str:
@@ -154,19 +154,17 @@ def _label(axis: _Axis | None, value: str) -> str:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Exit status: 0, 2 after bad input (one line on stderr), 130 after Ctrl-C."""
-    try:
-        given = sys.argv[1:] if args is None else args
-        asked = command_line(Comparison, given, prog="python -m bdm_jax.app.compare")
+
+    def command() -> None:
+        asked = command_line.parse(Comparison, args, prog="python -m bdm_jax.app.compare")
         compare(asked)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        print(asked.out)
+
+    try:
+        return command_line.run(command)
     except KeyboardInterrupt:
         return 130
-    print(asked.out)
-    return 0
 
 
 if __name__ == "__main__":
-    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     sys.exit(main())

@@ -19,7 +19,7 @@ import numpy as np
 from bdm_jax.app import preview
 from bdm_jax.app.metadata import complete_settings, describe, digest, filled, text_chunks
 from bdm_jax.errors import FileError, UserError
-from bdm_jax.images.decode import read_mask, read_picture
+from bdm_jax.images.decode import read_image, read_mask
 from bdm_jax.images.pictures import contact_sheet, file_name, next_index, write_png
 from bdm_jax.paths import atomic_file
 from bdm_jax.plugins.controls import Control
@@ -80,16 +80,7 @@ def plan(
     Every process of a job is to call this: the first one names and tidies for all. Raises UserError for images that
     cannot be read.
     """
-    guidance = pipeline.guidance if settings.guidance is None else settings.guidance
-    known: dict[tuple[str, Path], tuple[str, tuple[int, ...]]] = {}
-    described = []
-    for request in requests:
-        seen = {name: _seen(getattr(request, name), name, known) for name in ("image", "mask")}
-        size = settings.size or default_size(pipeline, controls)
-        if seen["image"] and settings.size is None:
-            size = tuple(side // pipeline.vae.config.factor * pipeline.vae.config.factor for side in seen["image"][1])
-        digests = {name: found[0] for name, found in seen.items() if found}
-        described.append(describe(request, replace(settings, guidance=guidance, size=size), parts, digests))
+    described = describe_all(pipeline, requests, settings, parts, controls)
     first = broadcast_from_first(next_index(out))
     numbers = rows or range(first, first + len(requests))
     pictures = [
@@ -100,6 +91,30 @@ def plan(
         _tidy(out, pictures)
     all_agree(True)  # the others begin when it is tidy
     return Run(out, settings, controls, pictures, "contact-sheet" if rows else f"{first:04d}-contact-sheet")
+
+
+def describe_all(
+    pipeline: BridgePipeline,
+    requests: Sequence[Request],
+    settings: Sampling,
+    parts: Mapping[str, str],
+    controls: Sequence[Control] = (),
+) -> list[dict[str, Any]]:
+    """What each request's picture depends on (see `metadata.describe`), with the guidance and size that are used.
+
+    Raises UserError for images that cannot be read.
+    """
+    guidance = pipeline.guidance if settings.guidance is None else settings.guidance
+    known: dict[tuple[str, Path], tuple[str, tuple[int, ...]]] = {}
+    described = []
+    for request in requests:
+        seen = {name: _seen(getattr(request, name), name, known) for name in ("image", "mask")}
+        size = settings.size or default_size(pipeline, controls)
+        if seen["image"] and settings.size is None:
+            size = tuple(side // pipeline.vae.config.factor * pipeline.vae.config.factor for side in seen["image"][1])
+        digests = {name: found[0] for name, found in seen.items() if found}
+        described.append(describe(request, replace(settings, guidance=guidance, size=size), parts, digests))
+    return described
 
 
 def draw(
@@ -159,7 +174,7 @@ def _seen(
     if source is None or isinstance(source, np.ndarray):
         return None if source is None else (digest(source), source.shape[:2])
     if (name, source) not in known:
-        pixels = read_mask(source) if name == "mask" else read_picture(source)
+        pixels = read_mask(source) if name == "mask" else read_image(source)
         known[name, source] = digest(pixels), pixels.shape[:2]
     return known[name, source]
 
@@ -274,7 +289,7 @@ def _sheets(run: Run) -> Iterator[Path]:
         captions = [p.request.prompt or p.request.english for p in page]
         if seeds > 1 and columns:
             captions = [f"{caption} {p.request.seed}" for caption, p in zip(captions, page, strict=True)]
-        sheet = contact_sheet((read_picture(run.out / picture.name) for picture in page), captions, columns)
+        sheet = contact_sheet((read_image(run.out / picture.name) for picture in page), captions, columns)
         write_png(path, sheet, text_chunks({"sheet": [picture.name for picture in page], "settings": shared}))
         yield path
 

@@ -17,10 +17,10 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from bdm_jax.app.arguments import command_line
+from bdm_jax import command_line
 from bdm_jax.errors import UserError
-from bdm_jax.evaluate.__main__ import EvaluateArgs as Evaluation
-from bdm_jax.evaluate.__main__ import Features, choose, open_gallery, request
+from bdm_jax.evaluate.features import Features
+from bdm_jax.evaluate.gallery import choose, open_gallery, request
 from bdm_jax.formats.files import write_json
 from bdm_jax.paths import DEMO
 from bdm_jax.runtime import compile_cache
@@ -40,7 +40,7 @@ _COMPARED = (
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ApproximationArgs:
     """Measure settings against the exact picture."""
 
     compared: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME=VALUE[,...]")] = _COMPARED
@@ -59,7 +59,7 @@ class Comparison:
     """What the exact picture is drawn with."""
 
 
-def compare(asked: Comparison, features: Features | None = None) -> list[dict[str, Any]]:
+def compare(asked: ApproximationArgs, features: Features | None = None) -> list[dict[str, Any]]:
     """A row for the exact pictures and one for each of `asked.compared`; printed as they come.
 
     Raises UserError or FileError, before anything is drawn, for what cannot be.
@@ -68,10 +68,9 @@ def compare(asked: Comparison, features: Features | None = None) -> list[dict[st
         raise UserError(f"count {asked.count} is less than 1")
     variants = {"exact": asked.settings} | {text: _settings(text, asked.settings) for text in asked.compared}
     int8 = {name for name in variants if _INT8 in name.split(",")}
-    evaluation = Evaluation(model=asked.model, count=asked.count, seed=asked.seed)
     pipeline = BridgePipeline.from_pretrained(asked.model)
-    gallery, known, _, phrased = open_gallery(evaluation, features)
-    wanted = choose(evaluation, known)
+    gallery, known, _, phrased = open_gallery(asked.model, features=features)
+    wanted = choose(known, asked.count, asked.seed)
     requests = [request(gallery.rows[i], "zh", phrased, asked.seed + i) for i in wanted]
     models = {name: pipeline.with_int8_text() if name in int8 else pipeline for name in variants}
     draw = partial(generate, requests=requests, batch_size=asked.batch_size)
@@ -90,22 +89,19 @@ def compare(asked: Comparison, features: Features | None = None) -> list[dict[st
 
 def main(args: Sequence[str] | None = None) -> int:
     """Exit status: 0, 2 after bad input (one line on stderr)."""
-    try:
-        asked = command_line(
-            Comparison, sys.argv[1:] if args is None else args, prog="python -m bdm_jax.evaluate.approximations"
-        )
+
+    def command() -> None:
+        asked = command_line.parse(ApproximationArgs, args, prog="python -m bdm_jax.evaluate.approximations")
         compile_cache.enable()
         rows = compare(asked)
         if asked.json:
             write_json(asked.json, {"rows": rows})
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return command_line.run(command)
 
 
 def _settings(text: str, exact: Sampling) -> Sampling:
-    found = command_line(Sampling, [f"--{one.strip()}" for one in text.split(",") if one != _INT8], default=exact)
+    found = command_line.parse(Sampling, [f"--{one.strip()}" for one in text.split(",") if one != _INT8], default=exact)
     check(found)
     return found
 

@@ -30,15 +30,14 @@ from typing import Any
 
 import cv2
 import numpy as np
-import tyro
 from PIL import Image
 from rich.progress import track
 
-from bdm_jax.app.spec import Spec
+from bdm_jax import command_line
 from bdm_jax.data.captions import concepts
 from bdm_jax.data.records import open_source
 from bdm_jax.errors import UserError
-from bdm_jax.evaluate.__main__ import Features, efficientnet_lite0
+from bdm_jax.evaluate.features import Features, efficientnet_lite0
 from bdm_jax.formats.files import read_json, write_json
 from bdm_jax.images.decode import decode_image
 from bdm_jax.images.pictures import table
@@ -47,9 +46,9 @@ from bdm_jax.plugins.controls import Control
 from bdm_jax.plugins.hints import canny
 from bdm_jax.plugins.install import with_blend, with_embeddings, with_loras
 from bdm_jax.plugins.inversion import load_embeddings
+from bdm_jax.plugins.spec import Spec
 from bdm_jax.sampling.generate import generate
-from bdm_jax.sampling.settings import Request
-from bdm_jax.sampling.settings import Sampling as Drawing
+from bdm_jax.sampling.settings import Request, Sampling
 from bdm_jax.systems.components import load_component
 from bdm_jax.systems.pipeline import BridgePipeline
 
@@ -132,7 +131,11 @@ class Material:
         raw = features(list(self._art.values()))
         self._mean = raw.mean(axis=0)
         self._gallery = _units(raw - self._mean)
-        self.features = lambda pictures: _units(features(pictures) - self._mean)
+        self._network = features
+
+    def features(self, pictures: Pictures) -> np.ndarray:
+        """(N,D) of length 1, less the mean over all artwork."""
+        return _units(self._network(pictures) - self._mean)
 
     def artwork(self, id_: str, style: str) -> np.ndarray:
         """Of any concept."""
@@ -168,7 +171,7 @@ class Material:
         self, pipeline: BridgePipeline, requests: list[Request], controls: Sequence[Control] = (), **settings: Any
     ) -> Pictures:
         """Pictures; of requests without a Chinese prompt by the bare backbone, unless said otherwise."""
-        drawing = Drawing(self.settings.steps, **{"bare": not requests[0].prompt, **settings})
+        drawing = Sampling(self.settings.steps, **{"bare": not requests[0].prompt, **settings})
         return list(generate(pipeline, requests, drawing, controls=controls, batch_size=8))
 
 
@@ -209,17 +212,21 @@ def show(settings: ShowcaseArgs, features: Features | None = None) -> tuple[dict
 
 def main(args: Sequence[str] | None = None) -> int:
     """Print the figures, write them and the sheets; 2 for bad input."""
-    try:
-        settings = tyro.cli(ShowcaseArgs, args=args, prog="python -m bdm_jax.evaluate.showcase")
+
+    def command() -> None:
+        settings = command_line.parse(ShowcaseArgs, args, prog="python -m bdm_jax.evaluate.showcase")
         report, sheets = show(settings)
         settings.out.mkdir(parents=True, exist_ok=True)
         write_json(settings.out / "figures.json", report)
         for name, sheet in sheets.items():
             with atomic_file(settings.out / f"{name}.png") as file:
                 Image.fromarray(sheet).save(file, "PNG")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        _print(report)
+
+    return command_line.run(command)
+
+
+def _print(report: dict[str, Any]) -> None:
     figures = report["figures"]
     print(f"accuracy of {report['concepts']} concepts, in brackets the share of the untouched system's")
     print("             with the branch   among all   bare, in English   effect bare   with the branch")
@@ -234,7 +241,6 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"{name:12} {cells[0]:>15} {cells[1]:>11} {cells[2]:>18}" + "".join(f" {cell:>14}" for cell in cells[3:]))
     if report["not_trained_yet"]:
         print(f"not trained yet: {', '.join(report['not_trained_yet'])}")
-    return 0
 
 
 def _with(material: Material, name: str, path: Path) -> BridgePipeline:
@@ -250,8 +256,10 @@ def _with(material: Material, name: str, path: Path) -> BridgePipeline:
 def _styled(material: Material, name: str, path: Path, base: dict[str, Pictures]):
     system = _with(material, name, path)
     drawn = {language: material.draw(system, material.requests(language)) for language in base}
-    toward = lambda pictures, style: material.cosines(pictures, material.art[style]).mean()  # noqa: E731
-    shift = lambda pictures: float(toward(pictures, NEW) - toward(pictures, OLD))  # noqa: E731
+
+    def shift(pictures: Pictures) -> float:
+        return float(np.subtract(*(material.cosines(pictures, material.art[style]).mean() for style in (NEW, OLD))))
+
     effect = {language: shift(drawn[language]) - shift(base[language]) for language in base}
     rows = {"new style": material.art[NEW], "backbone": drawn["en"], "+ branch": drawn["zh"], "before": base["zh"]}
     return drawn, effect, rows
@@ -263,13 +271,17 @@ def _controlled(material: Material, name: str, path: Path, base: dict[str, Pictu
     wordless = [replace(request, prompt="") for request in material.requests("zh")]
 
     def draw(requests: list[Request], language: str) -> Pictures:
-        one = lambda request, control: material.draw(material.original, [request], control, bare=language == "en")[0]  # noqa: E731
-        return list(map(one, requests, controls))
+        bare = language == "en"
+        pairs = zip(requests, controls, strict=True)
+        return [material.draw(material.original, [request], control, bare=bare)[0] for request, control in pairs]
 
     drawn = {language: draw(material.requests(language), language) for language in base}
     by_map = {language: draw(wordless, language) for language in base}
     without = {language: material.draw(material.original, wordless, bare=language == "en") for language in base}
-    agree = lambda pictures: float(np.mean(list(map(edge_agreement, pictures, maps))))  # noqa: E731
+
+    def agree(pictures: Pictures) -> float:
+        return float(np.mean(list(map(edge_agreement, pictures, maps))))
+
     effect = {language: agree(by_map[language]) - agree(without[language]) for language in base}
     rows = {"map": maps, "backbone": by_map["en"], "+ branch": by_map["zh"], "with words": drawn["zh"]}
     return drawn, effect, rows
@@ -286,7 +298,10 @@ def _subject(material: Material, name: str, path: Path, base: dict[str, Pictures
 
     drawn = {language: draw(system, subject.english, language) for language in base}
     without = {language: draw(material.original, subject.of_class, language) for language in base}
-    near = lambda pictures: float(material.cosines(pictures, picture).mean())  # noqa: E731
+
+    def near(pictures: Pictures) -> float:
+        return float(material.cosines(pictures, picture).mean())
+
     effect = {language: near(drawn[language]) - near(without[language]) for language in base}
     others = {language: material.draw(system, material.requests(language)) for language in base}
     rows = {"subject": picture, "backbone": drawn["en"], "+ branch": drawn["zh"], "before": without["zh"]}
@@ -322,9 +337,13 @@ def edge_agreement(picture: np.ndarray, edges: np.ndarray) -> float:
     own, wanted = canny(picture)[..., 0] > 0, edges[..., 0] > 0
     if not own.any() or not wanted.any():
         return float(own.any() == wanted.any())
-    near = lambda mask: cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0  # noqa: E731
-    precision, recall = near(wanted)[own].mean(), near(own)[wanted].mean()
+    precision, recall = _dilated(wanted)[own].mean(), _dilated(own)[wanted].mean()
     return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+
+
+def _dilated(mask: np.ndarray) -> np.ndarray:
+    """(H,W) bool: what lies within one pixel of the mask."""
+    return cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
 
 
 def _accuracies(material: Material, drawn: dict[str, Pictures]) -> dict[str, float]:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ import numpy as np
 import tyro
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-import configs
+from bdm_jax import command_line, configs
 from bdm_jax.errors import UserError, unknown
 from bdm_jax.formats.files import read_json, write_json
 from bdm_jax.plan.shapes import abstract_job, analytic_flops, lower, state_bytes
@@ -279,29 +280,27 @@ def report(plan: Plan, pairs: float, price: float | None = None) -> Iterator[str
 def main(args: Sequence[str] | None = None) -> int:
     """Print the plan, write what was asked for; 1 where it does not fit, 2 for bad input."""
     jax.config.update("jax_platforms", "cpu")
-    try:
-        settings = tyro.cli(PlanArgs, args=args, prog="python -m bdm_jax.plan", config=(tyro.conf.AvoidSubcommands,))
-        where, config = parse_topology(settings.topology), configs.load(settings.config)
-        config = _changed(config, settings, where)
-        plan = make_plan(config, where, settings.size)
-        for line in report(plan, settings.pairs, settings.price):
-            print(line)
-        values = plan.to_json(settings.pairs)
-        if settings.sweep and plan.program.needed is None:
-            rows = list(sweep(config, plan, settings.size))
-            values["sweep"] = [row.to_json(settings.pairs) for row in rows]
-            print(
-                "\nreckoned from this compilation (zero1, one part):\nfsdp  per chip  memory     pictures/s      days"
-            )
-            for row in rows:
-                days = settings.pairs / row.images_per_second() / 86400
-                speed = f"{row.images_per_second():10,.0f}  {days:8.1f}" if row.fits else "  does not fit"
-                print(f"{row.mesh['fsdp']:4}  {row.batch_per_chip:8g}  {_gb(row.program.total):>9}  {speed}")
-        if settings.json:
-            write_json(settings.json, {"config": settings.config, **values})
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command_line.run(partial(_plan, args))
+
+
+def _plan(args: Sequence[str] | None) -> int:
+    settings = command_line.parse(PlanArgs, args, prog="python -m bdm_jax.plan", config=(tyro.conf.AvoidSubcommands,))
+    where, config = parse_topology(settings.topology), configs.load(settings.config)
+    config = _changed(config, settings, where)
+    plan = make_plan(config, where, settings.size)
+    for line in report(plan, settings.pairs, settings.price):
+        print(line)
+    values = plan.to_json(settings.pairs)
+    if settings.sweep and plan.program.needed is None:
+        rows = list(sweep(config, plan, settings.size))
+        values["sweep"] = [row.to_json(settings.pairs) for row in rows]
+        print("\nreckoned from this compilation (zero1, one part):\nfsdp  per chip  memory     pictures/s      days")
+        for row in rows:
+            days = settings.pairs / row.images_per_second() / 86400
+            speed = f"{row.images_per_second():10,.0f}  {days:8.1f}" if row.fits else "  does not fit"
+            print(f"{row.mesh['fsdp']:4}  {row.batch_per_chip:8g}  {_gb(row.program.total):>9}  {speed}")
+    if settings.json:
+        write_json(settings.json, {"config": settings.config, **values})
     return 0 if plan.fits else 1
 
 

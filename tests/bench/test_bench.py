@@ -1,6 +1,7 @@
 """The bench at toy sizes: both sides run and are reported; what is counted as work."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +10,16 @@ import pytest
 from PIL import Image
 
 from bdm_jax.bench import __main__ as bench
+from bdm_jax.bench.cases import CASES, GuidedStep, Sizes
 from bdm_jax.models.config import BranchConfig, CLIPTextConfig, RobertaConfig, UNetConfig, VAEConfig
 from bdm_jax.runtime import costs
 
 SHARED = dict(
-    block_out_channels=(32, 64), attention_levels=(True, False), num_heads=4, layers_per_block=1, norm_num_groups=8
+    block_out_channels=(32, 64), transformer_layers=(1, 0), num_heads=4, layers_per_block=1, norm_num_groups=8
 )
 TOWER = dict(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-TOY = bench.Sizes(
-    bench.Networks(UNetConfig(**SHARED, cross_attention_dim=32), BranchConfig(**SHARED, cross_attention_dim=32)),
+TOY = Sizes(
+    GuidedStep(UNetConfig(**SHARED, cross_attention_dim=32), BranchConfig(**SHARED, cross_attention_dim=32)),
     CLIPTextConfig(**TOWER, bos_token_id=48, eos_token_id=49, pad_token_id=49),
     RobertaConfig(**TOWER),
     VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1),
@@ -26,7 +28,7 @@ TOY = bench.Sizes(
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_cases_are_timed_against_diffusers(capsys, dtype):
-    cases = tuple(case for case in bench.CASES if case != "two-prompts")  # the same but for one row of text
+    cases = tuple(case for case in CASES if case != "two-prompts")  # the same but for one row of text
     report = bench.bench(bench.BenchArgs(cases, (64,), against="diffusers", repeats=1, dtype=dtype), TOY)
     assert report["settings"]["dtype"] == (dtype or "float32")
     assert [row["case"] for row in report["rows"]] == list(cases)
@@ -39,8 +41,9 @@ def test_cases_are_timed_against_diffusers(capsys, dtype):
 
 def test_flops_of_products_convolutions_and_loops():
     x, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
-    numbers = ("NHWC", "HWIO", "NHWC")
-    convolution = lambda x, k: jax.lax.conv_general_dilated(x, k, (2, 2), "SAME", dimension_numbers=numbers)  # noqa: E731
+    convolution = partial(
+        jax.lax.conv_general_dilated, window_strides=(2, 2), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     assert costs.flops(convolution, x, kernel) == 2 * 2 * 4 * 4 * 5 * 9 * 3
     assert costs.flops(jax.jit(jnp.matmul), np.ones((4, 6)), np.ones((6, 7))) == 2 * 4 * 6 * 7
     assert costs.flops(lambda x: jax.lax.map(lambda row: row @ row.T, x), np.ones((5, 2, 3))) == 5 * 2 * 2 * 2 * 3
@@ -48,7 +51,10 @@ def test_flops_of_products_convolutions_and_loops():
 
 def test_counting_leaves_no_trace_behind():
     """A function that is counted and then jitted is compiled for this machine, not for the one that counting tells."""
-    platform = lambda x: x + (jax.default_backend() == "cpu")  # noqa: E731
+
+    def platform(x):
+        return x + (jax.default_backend() == "cpu")
+
     assert costs.flops(platform, np.zeros(2)) == 0
     assert jax.jit(platform)(np.zeros(2)).tolist() == [1, 1]
 

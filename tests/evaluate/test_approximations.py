@@ -35,7 +35,7 @@ def stand_in(monkeypatch):
 
     gallery = SimpleNamespace(rows=[{"zh": "猫"}] * 3, search=search)
     monkeypatch.setattr(approximations.BridgePipeline, "from_pretrained", lambda folder: Model())
-    monkeypatch.setattr(approximations, "open_gallery", lambda *_: (gallery, [0, 1, 2], "fluent", False))
+    monkeypatch.setattr(approximations, "open_gallery", lambda *_, **__: (gallery, [0, 1, 2], "fluent", False))
     monkeypatch.setattr(approximations, "request", lambda row, language, phrased, seed: Request(row["zh"], seed=seed))
     monkeypatch.setattr(approximations, "generate", generate)
     monkeypatch.setattr(approximations.compile_cache, "enable", lambda: None)

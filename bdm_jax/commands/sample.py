@@ -1,0 +1,75 @@
+"""Pictures from prompts: python sample.py "红灯笼" """
+
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bdm_jax.app.arguments import Arguments, parse
+from bdm_jax.command_line import run
+from bdm_jax.errors import unknown
+from bdm_jax.sampling.settings import Request
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 2 after bad input (one line on stderr), 130 after Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def command() -> None:
+        what = SpinnerColumn(), TextColumn("{task.description}"), BarColumn()
+        asked = parse(sys.argv[1:] if args is None else args)
+        with Progress(*what, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+            files = draw(*asked, bar)
+        print(*files, sep="\n")
+
+    try:
+        return run(command)
+    except KeyboardInterrupt:
+        print("stopped; finished pictures are kept", file=sys.stderr)
+        return 130
+
+
+def draw(arguments: Arguments, requests: list[Request], rows: list[int] | None, bar: Progress) -> list[Path]:
+    """Load the model and draw; returns the files written. JAX is imported here, when it is needed."""
+    task, marks = bar.add_task("loading", total=None), [time.perf_counter()]
+    from bdm_jax.app import runs
+    from bdm_jax.diffusion.samplers import SAMPLERS
+    from bdm_jax.runtime import compile_cache, processes
+
+    settings = arguments.settings
+    if settings.sampler not in SAMPLERS:
+        raise unknown("sampler", settings.sampler, SAMPLERS)
+    processes.initialize()
+    compile_cache.enable()
+    pipeline, controls = arguments.parts.load(), arguments.parts.load_controls()
+    names = arguments.parts.names()
+    marks.append(time.perf_counter())
+    run = runs.plan(pipeline, requests, settings, arguments.out, controls=controls, parts=names, rows=rows)
+
+    def progress(done: int, total: int) -> None:
+        doing = "drawing" if done else "compiling (once per size; kept for next time)"
+        bar.update(task, description=doing, completed=done, total=total)
+
+    there, drawn = runs.draw(
+        pipeline, run, batch_size=arguments.batch_size, progress=progress, preview_every=arguments.preview_every
+    )
+    if there:
+        print(f"note: {there} of {len(run.pictures)} pictures are there already", file=sys.stderr)
+    files = []
+    for file in drawn:
+        files.append(file)
+        marks.append(time.perf_counter())
+    if files:
+        print(_times(marks), file=sys.stderr)
+    return files
+
+
+def _times(marks: list[float]) -> str:
+    """marks: when loading began, when it ended, when each picture was done."""
+    began, loaded, first, *rest = marks
+    then = f", then {(rest[-1] - first) / len(rest):.2f} s each" if rest else ""
+    return f"loaded in {loaded - began:.1f} s, first picture after {first - loaded:.1f} s{then}"
