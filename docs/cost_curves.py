@@ -1,6 +1,6 @@
-"""Draws docs/cost-curves.png and prints the tables of docs/performance.md, from the measurements in docs/bench/.
+"""Draw docs/cost-curves.png and print the tables of docs/performance.md from the measurements in docs/bench/.
 
-python docs/cost_curves.py             (performance.md has the commands of python -m bdm_jax.bench that wrote them)
+python docs/cost_curves.py             (performance.md lists the `python -m bdm_jax.bench` commands that made them)
 """
 
 import json
@@ -22,40 +22,40 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 
 def curve(name: str, case: str, over: str) -> dict[float, tuple[float, float]]:
-    """Size or batch -> seconds, measured and by arithmetic: the plain form's work at the fastest's speed."""
+    """Size or batch -> seconds, measured and estimated: the FLOPs of the plain form at the highest speed measured."""
     found = [row for row in rows(name) if row["case"] == case]
     speed = max(row["tflops"] for row in found)
     return {row[over]: (row["seconds"], row["tflop"] / speed) for row in found}
 
 
 def panel(title: str, unit: str, curves: dict[str, dict[float, tuple[float, float]]]) -> Image.Image:
-    """Both axes logarithmic; whole lines with dots are measured, broken ones arithmetic."""
+    """A log-log chart; solid lines with dots are measured, dashed lines estimated."""
     image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(_LINE)
-    across = sorted({x for curve in curves.values() for x in curve})
+    xs = sorted({x for curve in curves.values() for x in curve})
     values = [y for curve in curves.values() for pair in curve.values() for y in pair]
     low, high = min(values) / 1.3, max(values) * 1.3
 
     def place(x: float, y: float) -> tuple[float, float]:
-        part = lambda value, first, last: math.log(value / first) / math.log(last / first)  # noqa: E731
         width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
-        return _LEFT + part(x, across[0], across[-1]) * width, _HEIGHT - _BOTTOM - part(y, low, high) * height
+        right, up = _log_fraction(x, xs[0], xs[-1]), _log_fraction(y, low, high)
+        return _LEFT + right * width, _HEIGHT - _BOTTOM - up * height
 
     for tick in (factor * 10.0**power for power in range(-4, 5) for factor in (1, 2, 5)):
         if low <= tick <= high:
-            pen.line([place(across[0], tick), place(across[-1], tick)], "#dddddd")
-            pen.text((_LEFT - 8, place(across[0], tick)[1]), f"{tick:g}", "black", font, anchor="rm")
-    for x in across:
+            pen.line([place(xs[0], tick), place(xs[-1], tick)], "#dddddd")
+            pen.text((_LEFT - 8, place(xs[0], tick)[1]), f"{tick:g}", "black", font, anchor="rm")
+    for x in xs:
         pen.text((place(x, low)[0], _HEIGHT - _BOTTOM + 8), f"{x:g}", "black", font, anchor="mt")
     pen.text((_LEFT, 8), title, "black", font)
     pen.text((_WIDTH - _RIGHT, _HEIGHT - 8), unit, "black", font, anchor="rb")
     for number, (name, curve) in enumerate(curves.items()):
         colour = _COLOURS[number]
-        measured, reckoned = ([place(x, pair[i]) for x, pair in curve.items()] for i in (0, 1))
+        measured, estimated = ([place(x, pair[i]) for x, pair in curve.items()] for i in (0, 1))
         pen.line(measured, colour, 2)
         for x, y in measured:
             pen.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
-        for (x0, y0), (x1, y1) in zip(reckoned, reckoned[1:], strict=False):
+        for (x0, y0), (x1, y1) in zip(estimated, estimated[1:], strict=False):
             for k in range(0, 12, 2):
                 ends = [(x0 + part / 12 * (x1 - x0), y0 + part / 12 * (y1 - y0)) for part in (k, k + 1)]
                 pen.line(ends, colour, 1)
@@ -64,8 +64,8 @@ def panel(title: str, unit: str, curves: dict[str, dict[float, tuple[float, floa
 
 
 def table(name: str, case: str, over: str) -> list[str]:
-    """Markdown, a row for each measurement of a case."""
-    lines = [f"| {over} | seconds | pictures/s | TFLOP | TFLOP/s | memory |", "|---|---|---|---|---|---|"]
+    """A Markdown table with one row per measurement of a case."""
+    lines = [f"| {over} | seconds | images/s | TFLOP | TFLOP/s | memory |", "|---|---|---|---|---|---|"]
     for row in (row for row in rows(name) if row["case"] == case):
         cells = [row[over], f"{row['seconds']:.2f}", f"{row['per_second']:.3f}", f"{row['tflop']:.2f}"]
         cells += [f"{row['tflops']:.2f}", f"{row['memory'] / 1e9:.1f} GB"]
@@ -74,21 +74,26 @@ def table(name: str, case: str, over: str) -> list[str]:
 
 
 def main() -> None:
-    """Write the picture, print the tables."""
-    cases = {"one English prompt": "empty-english", "two": "two-prompts"}
+    """Write the chart, print the tables."""
+    cases = {"one English prompt": "empty-english", "two English prompts": "two-prompts"}
     sizes = {name: curve("sizes", case, "size") for name, case in cases.items()}
     batches = {"one English prompt, 256 px": curve("batches", "empty-english", "batch")}
     panels = [
-        panel("seconds of a guided step", "pixels a side", sizes),
-        panel("seconds of a guided step", "pictures at a time", batches),
+        panel("seconds per guided step", "image size (px)", sizes),
+        panel("seconds per guided step", "batch size", batches),
     ]
     image = Image.new("RGB", (_WIDTH * len(panels), _HEIGHT), "white")
-    for number, one in enumerate(panels):
-        image.paste(one, (number * _WIDTH, 0))
+    for number, chart in enumerate(panels):
+        image.paste(chart, (number * _WIDTH, 0))
     image.quantize(32).save(DOCS / "cost-curves.png", optimize=True)
     tables = ("sizes", "empty-english", "size"), ("batches", "empty-english", "batch"), ("train", "train", "batch")
-    for given in tables:
-        print("\n".join(table(*given)), end="\n\n")
+    for arguments in tables:
+        print("\n".join(table(*arguments)), end="\n\n")
+
+
+def _log_fraction(value: float, first: float, last: float) -> float:
+    """Position of a value between first (0) and last (1) on a logarithmic axis."""
+    return math.log(value / first) / math.log(last / first)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Draws docs/weak-scaling.png and prints the table of docs/scaling.md, from the plans in docs/plans/.
+"""Draw docs/weak-scaling.png and print the table of docs/scaling.md from the plans in docs/plans/.
 
-python docs/weak_scaling.py            (a plan is made by python -m bdm_jax.plan CONFIG --topology ... --json FILE)
+python docs/weak_scaling.py            (plans are made by python -m bdm_jax.plan CONFIG --topology ... --json FILE)
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-import configs
+from bdm_jax import configs
 from bdm_jax.plan.__main__ import Plan, estimate, from_json, parse_topology
 
 DOCS = Path(__file__).resolve().parent
@@ -21,15 +21,15 @@ SLICES = {
     "v5p": ["v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8"],
     "v6e": ["v6e:4x4", "v6e:4x8", "v6e:8x8", "v6e:8x16", "v6e:16x16"],
 }
-# Chip -> config, chips that the state is split over, pictures per chip.
+# Chip -> config, fsdp axis, images per chip.
 _RUNS = {"v5e": ("bdm-sd15-v5e", 8, 12), "v5p": ("bdm-sd15-v5p", 1, 24), "v6e": ("bdm-sd15-v5e", 8, 12)}
 _COLOURS = {"v5e": "#c0392b", "v5p": "#2471a3", "v6e": "#1e8449"}
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 900, 480, 70, 30, 170, 60
 
 
 def curves() -> dict[str, tuple[list[Plan], list[Plan]]]:
-    """Chip -> plans by growing slices, at the pictures per chip of `_RUNS` and at one each: compiled ones where they
-    are kept, the others reckoned from the largest that is.
+    """Chip -> plans by slice size, with the images per chip of `_RUNS` and with one per chip: compiled plans where they
+    exist, otherwise extrapolated from the largest compiled one.
     """
     found = {}
     for chip, (name, fsdp, batch) in _RUNS.items():
@@ -43,27 +43,27 @@ def curves() -> dict[str, tuple[list[Plan], list[Plan]]]:
 
 
 def compiled(topology: str) -> Plan | None:
-    """What `plan --json docs/plans/v5e-16x16.json` left."""
+    """The plan written by `python -m bdm_jax.plan ... --json docs/plans/v5e-16x16.json`, if any."""
     path = DOCS / "plans" / f"{topology.replace(':', '-')}.json"
     return from_json(json.loads(path.read_text())) if path.is_file() else None
 
 
 def draw(found: dict[str, tuple[list[Plan], list[Plan]]]) -> Image.Image:
-    """Share of the peak over the number of chips, whole lines for the plans, broken ones for one picture per chip."""
+    """MFU over the number of chips; solid lines for the plans, dashed lines for one image per chip."""
     image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(15)
     right, bottom, chips = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM, [16, 32, 64, 128, 256]
-    place = lambda i, share: (  # noqa: E731
-        _LEFT + i * (right - _LEFT) / (len(chips) - 1),
-        bottom - share / 0.5 * (bottom - _TOP),
-    )
+
+    def place(i: int, share: float) -> tuple[float, float]:
+        return _LEFT + i * (right - _LEFT) / (len(chips) - 1), bottom - share / 0.5 * (bottom - _TOP)
+
     for share in (0, 0.1, 0.2, 0.3, 0.4, 0.5):
         pen.line([place(0, share), place(len(chips) - 1, share)], "#dddddd")
         pen.text((_LEFT - 10, place(0, share)[1]), f"{share:.0%}", "black", font, anchor="rm")
     for i, count in enumerate(chips):
         pen.text((place(i, 0)[0], bottom + 8), str(count), "black", font, anchor="mt")
     pen.text(((_LEFT + right) / 2, _HEIGHT - 8), "chips", "black", font, anchor="mb")
-    pen.text((_LEFT, 6), "share of the peak (planned)", "black", font)
+    pen.text((_LEFT, 6), "MFU (planned)", "black", font)
     labels: list[tuple[float, str, str]] = []
     for name, rows in found.items():
         for plans, dash in zip(rows, (1, 2), strict=True):
@@ -76,16 +76,16 @@ def draw(found: dict[str, tuple[list[Plan], list[Plan]]]) -> Image.Image:
             label = f"{name}, {plans[-1].batch_per_chip:g} per chip"
             labels.append((points[-1][1], label, _COLOURS[name]))
     lowest = 0.0
-    for y, label, colour in sorted(labels):  # apart from each other, where the lines are not
+    for y, label, colour in sorted(labels):  # keep labels apart where lines coincide
         lowest = max(y, lowest + 17)
         pen.text((right + 10, lowest), label, colour, font, anchor="lm")
     return image
 
 
 def table(found: dict[str, tuple[list[Plan], list[Plan]]]) -> list[str]:
-    """Markdown."""
-    names = ["slice", "chips", "fsdp", "pictures per chip", "memory", "sent per chip", "step", "pictures/s"]
-    names += ["days for 10^9", "chip-hours"]
+    """The Markdown table."""
+    names = ["slice", "chips", "fsdp", "images per chip", "memory", "sent per chip", "step", "images/s"]
+    names += ["days for 10^9 images", "chip-hours"]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for many, _ in found.values():
         for plan in many:
@@ -97,7 +97,7 @@ def table(found: dict[str, tuple[list[Plan], list[Plan]]]) -> list[str]:
                 plan.mesh["fsdp"],
                 f"{plan.batch_per_chip:g}",
             ]
-            sent = sum(one.sent for one in plan.program.collectives)
+            sent = sum(collective.sent for collective in plan.program.collectives)
             cells += [
                 f"{plan.program.total / 1e9:.1f} GB",
                 f"{sent / 1e9:.2f} GB",
@@ -110,7 +110,7 @@ def table(found: dict[str, tuple[list[Plan], list[Plan]]]) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the picture, print the table."""
+    """Write the chart, print the table."""
     found = curves()
     image = draw(found).quantize(32)
     image.save(DOCS / "weak-scaling.png", optimize=True)
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _share(plan: Plan) -> float:
-    """Of the chip's peak, by the FLOPs that are needed."""
+    """Fraction of the chip's peak (MFU), by the FLOPs required."""
     return plan.counted * plan.batch_per_chip / plan.time.planned / plan.where.chip.flops
 
 
