@@ -44,13 +44,16 @@ def decoupled_attention(
     text: tuple[jax.Array, jax.Array],
     images: Sequence[tuple[jax.Array, jax.Array]] = (),
     mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention to the text's keys and values, plus that to each picture's (Ye et al. 2023, eq. 5), before `to_out`.
+    """Attention to the text's keys and values, plus that to each image's (Ye et al. 2023, eq. 5), before `to_out`.
 
-    A picture's strength is in its values already. query (B,T,N,K); keys and values (B,S,N,K), with an S of their own;
-    mask (B,S) of the text. Returns (B,T,N,K).
+    An image's strength is in its values already. query (B,T,N,K); keys and values (B,S,N,K), with an S of their own;
+    mask (B,S) of the text; bias (B,T,S), added to the text's scores in units of the largest of the sample
+    (`biased_attention`). Returns (B,T,N,K).
     """
-    return sum((attention(query, *image) for image in images), attention(query, *text, mask))
+    read = attention(query, *text, mask) if bias is None else biased_attention(query, *text, bias, mask)
+    return sum((attention(query, *image) for image in images), read)
 
 
 def choose(
@@ -87,6 +90,24 @@ def plain_attention(
         scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
     if causal:
         scores = jnp.where(jnp.tri(*scores.shape[2:], dtype=bool), scores, jnp.finfo(scores.dtype).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bnts,bsnk->btnk", weights, value)
+
+
+def biased_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+    """softmax((QK' + bias max(QK')) / sqrt(K)) V: eDiff-I's paint-with-words (arXiv 2211.01324, section 4.3).
+
+    The maximum is each sample's, over heads, queries and keys; no gradient flows through it.
+
+    query (B,T,N,K), key and value (B,S,N,K), bias (B,T,S), mask (B,S) bool. Returns (B,T,N,K).
+    """
+    scores = jnp.einsum("btnk,bsnk->bnts", query, key, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None, :], scores, -jnp.inf)
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=(1, 2, 3), keepdims=True))
+    scores = (scores + bias.astype(jnp.float32)[:, None] * largest) / math.sqrt(query.shape[-1])
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bnts,bsnk->btnk", weights, value)
 

@@ -124,8 +124,12 @@ def winograd(x: jax.Array, filters: jax.Array) -> jax.Array:
     if strips == 1:
         out = _tiles(x, filters, rows, columns, m)
     else:
-        strip = lambda i: jax.lax.dynamic_slice_in_dim(x, i * rows * m, rows * m + 2, axis=1)  # noqa: E731
-        out = jax.lax.map(lambda i: _tiles(strip(i), filters, rows, columns, m), jnp.arange(strips))
+
+        def strip(i):
+            rows_of_strip = jax.lax.dynamic_slice_in_dim(x, i * rows * m, rows * m + 2, axis=1)
+            return _tiles(rows_of_strip, filters, rows, columns, m)
+
+        out = jax.lax.map(strip, jnp.arange(strips))
         out = jnp.moveaxis(out, 0, 1).reshape(batch, strips * rows * m, columns * m, -1)
     return out[:, :height, :width]
 

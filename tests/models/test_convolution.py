@@ -17,7 +17,7 @@ from bdm_jax.models.unet.conditioning import Conditioning
 # fp32, relative to the largest output; measured 1e-6 and 5e-6.
 TOLERANCE = {2: 1e-5, 4: 5e-5}
 
-UNET = UNetConfig(block_out_channels=(64, 64, 96), attention_levels=(True, True, False), num_heads=4)
+UNET = UNetConfig(block_out_channels=(64, 64, 96), transformer_layers=(1, 1, 0), num_heads=4)
 
 
 def plain(x, kernel):
@@ -76,7 +76,7 @@ def calls(config, size):
 
 CONFIGS = {
     "unet": (UNET, (11, 8)),
-    "branch": (BranchConfig(block_out_channels=(64, 96), attention_levels=(True, False), num_heads=4), (16, 24)),
+    "branch": (BranchConfig(block_out_channels=(64, 96), transformer_layers=(1, 0), num_heads=4), (16, 24)),
     "vae": (VAEConfig(block_out_channels=(64, 64, 96)), (5, 8)),
 }
 

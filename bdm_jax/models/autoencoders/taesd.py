@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bdm_jax.models.config import TinyVAEConfig
+from bdm_jax.models.autoencoders.config import TinyVAEConfig
 from bdm_jax.models.unet.layers import conv
 
 _LATENT_BOUND = 3.0

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bdm_jax.models.attention import attention
-from bdm_jax.models.config import VAEConfig
+from bdm_jax.models.autoencoders.config import VAEConfig
 from bdm_jax.models.unet.layers import Downsample, GroupNorm, ResnetBlock, Upsample, conv
 
 _EPS = 1e-6

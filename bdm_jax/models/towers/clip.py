@@ -1,6 +1,9 @@
-"""CLIP's text tower, the one Stable Diffusion 1.5 reads English with, and its vision tower, which IP-Adapters look at
-pictures with (Radford et al. 2021; transformers' CLIPTextModel and CLIPVisionModelWithProjection).
+"""CLIP's text tower, which Stable Diffusion 1.5 and SDXL (with OpenCLIP's beside it) read English with, and its vision
+tower, which IP-Adapters look at images with (Radford et al. 2021; transformers' CLIPTextModel, with and without
+projection, and CLIPVisionModelWithProjection).
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +12,28 @@ from flax import nnx
 from PIL import Image
 
 from bdm_jax.models.attention import attention, plain_attention
-from bdm_jax.models.config import CLIPTextConfig, CLIPVisionConfig
+from bdm_jax.models.towers.config import CLIPTextConfig, CLIPVisionConfig
 
 _MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_ACTIVATIONS = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
+_FIRST_END_TOKEN = 2  # what configs written before transformers 4.30 say, whatever the vocabulary's end token is
+
+
+def _quick_gelu(x):
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def _gelu(x):
+    return jax.nn.gelu(x, approximate=False)
+
+
+_ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": _gelu}
+
+
+class TextOutput(NamedTuple):
+    """What a text tower makes of token ids: states (B,S,D) and one pooled vector each (B,P)."""
+
+    states: jax.Array
+    pooled: jax.Array
 
 
 class SelfAttention(nnx.Module):
@@ -30,8 +48,9 @@ class SelfAttention(nnx.Module):
         self.out_proj = nnx.Linear(width, width, rngs=rngs)
 
     def __call__(self, x):
-        split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # noqa: E731
-        query, key, value = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        query, key, value = (
+            project(x).reshape(*x.shape[:2], self.heads, -1) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
         out = plain_attention(query, key, value, causal=True) if self.causal else attention(query, key, value)
         return self.out_proj(out.reshape(x.shape))
 
@@ -90,21 +109,56 @@ class CLIPTextTransformer(nnx.Module):
 
 
 class CLIPText(nnx.Module):
-    """Token ids (B,S) int32 -> states (B,S,D): the last layer's output after the final norm."""
+    """Token ids (B,S) int32 -> states (B,S,D), and where asked for the pooled text."""
 
     def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
         self.config = config
         self.text_model = CLIPTextTransformer(config, rngs)
+        if config.projection_dim is not None:
+            self.text_projection = nnx.Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        x = self.text_model.embeddings(ids)
-        for layer in self.text_model.encoder.layers:
-            x = layer(x)
-        return self.text_model.final_layer_norm(x)
+    def __call__(self, ids: jax.Array, layer: int = 1, final_norm: bool = True) -> jax.Array:
+        """States of a layer counted from the last, 1 (`config.num_hidden_layers` + 1 is the embeddings), after the
+        final norm or before it; layers above it are not computed. SDXL reads the penultimate layer, 2, before it.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        states = self._layers(ids, self._depth(layer))[-1]
+        return self.text_model.final_layer_norm(states) if final_norm else states
+
+    def outputs(self, ids: jax.Array, layer: int = 1, final_norm: bool = True) -> TextOutput:
+        """The states as above, and the pooled text: the last layer's state, normed, at the first end token, through
+        the projection where the tower has one.
+        """
+        states = self._layers(ids, self.config.num_hidden_layers)
+        chosen, last = states[self._depth(layer)], self.text_model.final_layer_norm(states[-1])
+        if self.config.eos_token_id == _FIRST_END_TOKEN:  # transformers takes the largest id then
+            end = jnp.argmax(ids, axis=1)
+        else:
+            end = jnp.argmax(ids == self.config.eos_token_id, axis=1)
+        pooled = last[jnp.arange(len(ids)), end]
+        if hasattr(self, "text_projection"):
+            pooled = self.text_projection(pooled)
+        if final_norm:
+            chosen = last if layer == 1 else self.text_model.final_layer_norm(chosen)
+        return TextOutput(chosen, pooled)
+
+    def _depth(self, layer: int) -> int:
+        if not 1 <= layer <= (layers := self.config.num_hidden_layers) + 1:
+            raise ValueError(f"layer {layer} from the last: this tower has {layers}, and its embeddings before them")
+        return self.config.num_hidden_layers + 1 - layer
+
+    def _layers(self, ids: jax.Array, depth: int) -> list[jax.Array]:
+        """The embeddings, and what each of the first `depth` layers returns."""
+        states = [self.text_model.embeddings(ids)]
+        for layer in list(self.text_model.encoder.layers)[:depth]:
+            states.append(layer(states[-1]))
+        return states
 
 
 class PatchEmbeddings(nnx.Module):
-    """Pictures in squares, each a token, behind one token for the whole; plus position embeddings."""
+    """Images in squares, each a token, behind one token for the whole; plus position embeddings."""
 
     def __init__(self, config: CLIPVisionConfig, rngs: nnx.Rngs):
         width, patch = config.hidden_size, (config.patch_size, config.patch_size)
@@ -124,15 +178,15 @@ class CLIPVisionTransformer(nnx.Module):
     """Everything but the projection, under transformers' name `vision_model` (the spelling of pre_layrnorm is its)."""
 
     def __init__(self, config: CLIPVisionConfig, rngs: nnx.Rngs):
-        norm = lambda: nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)  # noqa: E731
         self.embeddings = PatchEmbeddings(config, rngs)
-        self.pre_layrnorm, self.post_layernorm = norm(), norm()
+        self.pre_layrnorm = nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
+        self.post_layernorm = nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
         self.encoder = CLIPStack(config, rngs)
 
 
 class CLIPVision(nnx.Module):
-    """Pictures (B,S,S,3), normalised as `normalised` does -> the projected vector of the whole (B,P), and the states of
-    the last layer but one (B, 1 + patches, D).
+    """Images (B,S,S,3), normalised as `normalised` does -> the projected vector of the whole (B,P), and the states of
+    the penultimate layer (B, 1 + patches, D).
     """
 
     def __init__(self, config: CLIPVisionConfig, rngs: nnx.Rngs):
@@ -149,7 +203,7 @@ class CLIPVision(nnx.Module):
 
 
 def normalised(picture: np.ndarray, side: int) -> np.ndarray:
-    """A picture (H,W,3) uint8 -> (side,side,3) fp32 as CLIP's image processor has it: the shorter side to size by
+    """An image (H,W,3) uint8 -> (side,side,3) fp32 as CLIP's image processor has it: the shorter side to size by
     bicubic interpolation, the middle of the longer, channels at zero mean and unit variance over CLIP's set.
     """
     height, width = picture.shape[:2]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bdm_jax.models.attention import attention
-from bdm_jax.models.config import RobertaConfig
+from bdm_jax.models.towers.config import RobertaConfig
 
 
 def _norm(config: RobertaConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -18,10 +18,10 @@ class RobertaEmbeddings(nnx.Module):
     """Word, position and type embeddings, summed and normalised; all type ids are 0."""
 
     def __init__(self, config: RobertaConfig, rngs: nnx.Rngs):
-        embed = lambda rows: nnx.Embed(rows, config.hidden_size, rngs=rngs)  # noqa: E731
-        self.word_embeddings = embed(config.vocab_size)
-        self.position_embeddings = embed(config.max_position_embeddings)
-        self.token_type_embeddings = embed(config.type_vocab_size)
+        width = config.hidden_size
+        self.word_embeddings = nnx.Embed(config.vocab_size, width, rngs=rngs)
+        self.position_embeddings = nnx.Embed(config.max_position_embeddings, width, rngs=rngs)
+        self.token_type_embeddings = nnx.Embed(config.type_vocab_size, width, rngs=rngs)
         self.LayerNorm = _norm(config, rngs)
 
     def __call__(self, ids):
@@ -60,8 +60,8 @@ class SelfAttention(nnx.Module):
         self.output = Output(config.hidden_size, config, rngs)
 
     def __call__(self, x, mask):
-        split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # noqa: E731
-        out = attention(split(self.self.query(x)), split(self.self.key(x)), split(self.self.value(x)), mask)
+        projections = self.self.query, self.self.key, self.self.value
+        out = attention(*(project(x).reshape(*x.shape[:2], self.heads, -1) for project in projections), mask)
         return self.output(out.reshape(x.shape), x)
 
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
-from bdm_jax.models.config import BranchConfig, ControlNetConfig, EncoderConfig
 from bdm_jax.models.unet.conditioning import Conditioning
+from bdm_jax.models.unet.config import BranchConfig, ControlNetConfig, EncoderConfig
 from bdm_jax.models.unet.layers import conv, repeat
 from bdm_jax.models.unet.unet import TimeShifts, UNetEncoder
 
 # What a branch does not take over from the backbone.
-REINITIALISED = re.compile(r"^controlnet_|\.attn2\.to_[kv]\.")
+REINITIALISED = re.compile(r"^(controlnet|(pooled_)?prompt_embeds_projection)|\.attn2\.to_[kv]\.")
 
 
 @jax.tree_util.register_dataclass
@@ -55,14 +55,34 @@ class ResidualEncoder(UNetEncoder):
 
 
 class Branch(ResidualEncoder):
-    """The trainable half of a Bridge Diffusion Model."""
+    """The trainable half of a Bridge Diffusion Model. BDM-SDXL's first takes states and pooled text to the backbone's
+    widths.
+    """
 
     config: BranchConfig
+
+    def __init__(self, config: BranchConfig, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        if (states := config.prompt_embeds_dim) is not None:
+            self.prompt_embeds_projection = nnx.Linear(states, config.cross_attention_dim, use_bias=False, rngs=rngs)
+        if (pooled := config.pooled_prompt_embeds_dim) is not None:
+            width = EncoderConfig.pooled_dim.fget(config)
+            self.pooled_prompt_embeds_projection = nnx.Linear(pooled, width, use_bias=False, rngs=rngs)
 
     def __call__(
         self, latents: jax.Array, t: jax.Array | TimeShifts, cond: Conditioning, merge: float = 0.0
     ) -> Residuals:
         return self.residuals(latents, t, cond, merge=merge)
+
+    def _states(self, tokens):
+        if hasattr(self, "prompt_embeds_projection"):
+            return self.prompt_embeds_projection(tokens)
+        return super()._states(tokens)
+
+    def _pooled(self, pooled):
+        if hasattr(self, "pooled_prompt_embeds_projection"):
+            return self.pooled_prompt_embeds_projection(pooled)
+        return pooled
 
 
 class HintEmbedding(nnx.Module):
@@ -100,7 +120,7 @@ class ControlNet(ResidualEncoder):
 
 
 def init_branch_from_unet(branch: dict[str, jax.Array], unet: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Start a branch from a backbone: every tensor of the same name is copied but those of `STARTS_ANEW`.
+    """Start a branch from a backbone: every tensor of the same name is copied but those of `REINITIALISED`.
 
     These are the zero convolutions and the keys and values of the text (14 tensors at SD1.5's sizes): the two text
     spaces are unrelated, even where they are of one width. The zero convolutions make that safe at step 0.

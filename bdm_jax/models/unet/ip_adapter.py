@@ -5,7 +5,8 @@ A CLIP vision tower reads the picture; `ImageProjection` (base) makes a few toke
 """
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,9 @@ import numpy as np
 from flax import nnx
 
 from bdm_jax.models.attention import attention
-from bdm_jax.models.config import EncoderConfig, ImageProjectionConfig, ResamplerConfig
+from bdm_jax.models.unet.config import EncoderConfig, ImageProjectionConfig, ResamplerConfig
 
-_LAYER = ".transformer_blocks.0.attn2"  # a cross-attention, in the transformer whose path `Conditioning.keys` has
+_LAYER = ".attn2"  # a cross-attention, in the block whose path `Conditioning.keys` has
 
 _HEAD = 64  # channels of a Resampler's head in all published files
 
@@ -39,14 +40,14 @@ class ResamplerAttention(nnx.Module):
 
     def __init__(self, config: ResamplerConfig, rngs: nnx.Rngs):
         width, inner = config.hidden_dims, config.heads * config.dim_head
-        linear = lambda inputs, outputs: nnx.Linear(inputs, outputs, use_bias=False, rngs=rngs)  # noqa: E731
+        linear = partial(nnx.Linear, use_bias=False, rngs=rngs)
         self.heads = config.heads
         self.to_q, self.to_k, self.to_v = linear(width, inner), linear(width, inner), linear(width, inner)
         self.to_out = nnx.List([linear(inner, width)])
 
     def __call__(self, x, context):
-        split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # noqa: E731
-        out = attention(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)))
+        split = (self.to_q(x), self.to_k(context), self.to_v(context))
+        out = attention(*(part.reshape(*part.shape[:2], self.heads, -1) for part in split))
         return self.to_out[0](out.reshape(*x.shape[:2], -1))
 
 
@@ -76,7 +77,7 @@ class ResamplerBlock(nnx.Module):
     """The queries attend to the picture's tokens and to themselves; then a feed-forward of two layers."""
 
     def __init__(self, config: ResamplerConfig, rngs: nnx.Rngs):
-        norm = lambda: nnx.LayerNorm(config.hidden_dims, epsilon=1e-5, rngs=rngs)  # noqa: E731
+        norm = partial(nnx.LayerNorm, config.hidden_dims, epsilon=1e-5, rngs=rngs)
         self.ln0, self.ln1 = norm(), norm()
         self.attn = ResamplerAttention(config, rngs)
         self.ff = nnx.List([norm(), ResamplerFeedForward(config, rngs)])
@@ -113,19 +114,40 @@ def image_keys(
     `layers` are those of `from_original`, in our layouts. Strength times the values is strength times the attention.
     """
 
-    def project(path: str, part: str) -> jax.Array:
-        x = tokens @ layers[f"{path}.processor.to_{part}_ip.0.kernel"]
-        return x.reshape(*x.shape[:2], config.num_heads, -1)
+    def project(layer: "CrossAttention", part: str) -> jax.Array:
+        x = tokens @ layers[f"{layer.path}.processor.to_{part}_ip.0.kernel"]
+        return x.reshape(*x.shape[:2], layer.heads, -1)
 
-    return {path.removesuffix(_LAYER): (project(path, "k"), project(path, "v")) for path in cross_attentions(config)}
+    found = cross_attentions(config)
+    return {layer.path.removesuffix(_LAYER): (project(layer, "k"), project(layer, "v")) for layer in found}
 
 
-def cross_attentions(config: EncoderConfig) -> dict[str, int]:
-    """A UNet's cross-attentions with their channels, in the order of IP-Adapter files: down, up, middle."""
-    levels, widths, layers = range(config.levels), config.block_out_channels, config.layers_per_block
-    down = [(f"down_blocks.{i}", j, widths[i]) for i in levels if config.attention_levels[i] for j in range(layers)]
-    up = [(f"up_blocks.{i}", j, widths[~i]) for i in levels if config.attention_levels[~i] for j in range(layers + 1)]
-    return {f"{at}.attentions.{j}{_LAYER}": width for at, j, width in (*down, *up, ("mid_block", 0, widths[-1]))}
+class CrossAttention(NamedTuple):
+    """One cross-attention of a UNet: its path, its channels and its heads."""
+
+    path: str
+    channels: int
+    heads: int
+
+
+def cross_attentions(config: EncoderConfig) -> list[CrossAttention]:
+    """A UNet's cross-attentions in the order of IP-Adapter files: down, up, middle."""
+    levels, layers = range(config.levels), config.layers_per_block
+    places = [
+        (f"down_blocks.{i}.attentions.{j}", i, config.transformer_layers[i]) for i in levels for j in range(layers)
+    ]
+    up = ((number, config.levels - 1 - number) for number in levels)
+    places += [
+        (f"up_blocks.{number}.attentions.{j}", i, config.transformer_layers[i])
+        for number, i in up
+        for j in range(layers + 1)
+    ]
+    places.append(("mid_block.attentions.0", config.levels - 1, config.mid_layers))
+    return [
+        CrossAttention(f"{at}.transformer_blocks.{n}{_LAYER}", config.block_out_channels[i], config.heads[i])
+        for at, i, blocks in places
+        for n in range(blocks)
+    ]
 
 
 def from_original(
@@ -149,8 +171,8 @@ def from_original(
     except (LookupError, TypeError, ZeroDivisionError, AttributeError) as error:
         raise ValueError(f"its image projection is damaged: {error}") from error
     names = {}
-    for n, path in enumerate(cross_attentions(unet)):
-        names |= {f"{2 * n + 1}.to_{x}_ip.weight": f"{path}.processor.to_{x}_ip.0.weight" for x in "kv"}
+    for n, layer in enumerate(cross_attentions(unet)):
+        names |= {f"{2 * n + 1}.to_{x}_ip.weight": f"{layer.path}.processor.to_{x}_ip.0.weight" for x in "kv"}
     if wrong := sorted(names.keys() ^ layers.keys()):
         raise ValueError(f"its cross-attentions are not this backbone's: ip_adapter.{wrong[0]} ({len(wrong)} in all)")
     width = config.cross_attention_dim if isinstance(config, ImageProjectionConfig) else config.output_dims
@@ -158,7 +180,7 @@ def from_original(
         raise ValueError(
             f"made for another base model: its width is {width}, the backbone's {unet.cross_attention_dim}"
         )
-    for n, (path, channels) in enumerate(cross_attentions(unet).items()):
+    for n, (path, channels, _) in enumerate(cross_attentions(unet)):
         for key in (f"{2 * n + 1}.to_{x}_ip.weight" for x in "kv"):
             if np.shape(layers[key]) != (channels, width):
                 found = f"ip_adapter.{key} has the shape {np.shape(layers[key])}"

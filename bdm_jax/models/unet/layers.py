@@ -4,6 +4,7 @@ Tensors keep their dtype (fp32 or bf16); norm statistics, softmax and the time e
 """
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +53,13 @@ class GroupNorm(nnx.Module):
     def __call__(self, x):
         b, h, w, c = x.shape
         pixels = x.reshape(b, h * w, c).astype(jnp.float32)
-        group = lambda y: jnp.mean(y.reshape(b, self.groups, c // self.groups), axis=-1, keepdims=True)  # noqa: E731
-        spread = lambda y: jnp.broadcast_to(y, (b, self.groups, c // self.groups)).reshape(b, 1, c)  # noqa: E731
+
+        def group(y):
+            return jnp.mean(y.reshape(b, self.groups, c // self.groups), axis=-1, keepdims=True)
+
+        def spread(y):
+            return jnp.broadcast_to(y, (b, self.groups, c // self.groups)).reshape(b, 1, c)
+
         mean, square = group(jnp.mean(pixels, axis=1)), group(jnp.mean(jnp.square(pixels), axis=1))
         inverse = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + self.epsilon)
         gain = spread(inverse) * self.scale[...].astype(jnp.float32)
@@ -73,8 +79,8 @@ class TimeEmbedding(nnx.Module):
 
 
 class ResnetBlock(nnx.Module):
-    """GroupNorm-SiLU-conv twice, a shift (1 or B, O) made of the time embedding added in between (none in the
-    autoencoder): (B,H,W,I) -> (B,H,W,O).
+    """GroupNorm-SiLU-conv twice, a shift (B', O) made of the time embedding added in between (none in the
+    autoencoder): (B,H,W,I) -> (max(B, B'),H,W,O), each row of the fewer for several of the others.
     """
 
     def __init__(self, inputs: int, outputs: int, groups: int, eps: float, rngs: nnx.Rngs, time_dim: int | None = None):
@@ -90,9 +96,10 @@ class ResnetBlock(nnx.Module):
     def __call__(self, x, shift=None):
         hidden = self.conv1(jax.nn.silu(self.norm1(x)))
         if shift is not None:
-            hidden += repeat(shift, len(x))[:, None, None, :]
+            batch = max(len(x), len(shift))
+            hidden = repeat(hidden, batch) + repeat(shift, batch)[:, None, None, :]
         hidden = self.conv2(jax.nn.silu(self.norm2(hidden)))
-        return hidden + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        return hidden + repeat(self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x, len(hidden))
 
 
 class Downsample(nnx.Module):
@@ -135,10 +142,12 @@ class Attention(nnx.Module):
         """Context (B,S,D) -> keys and values, each (B,S,N,K)."""
         return self._split(self.to_k(context)), self._split(self.to_v(context))
 
-    def __call__(self, x, keys=None, mask=None, images=()):
-        """`keys` as from `keys`, of x itself where None; `mask` (B,S) bool; `images`: pictures' keys and values."""
+    def __call__(self, x, keys=None, mask=None, images=(), bias=None):
+        """`keys` as from `keys`, of x itself where None; `mask` (B,S) bool; `images`: images' keys and values; `bias`
+        (B,T,S) as in `decoupled_attention`.
+        """
         keys = self.keys(x) if keys is None else keys
-        out = decoupled_attention(self._split(self.to_q(x)), keys, images, mask)
+        out = decoupled_attention(self._split(self.to_q(x)), keys, images, mask, bias)
         return self.to_out[0](out.reshape(x.shape))
 
     def _split(self, x):
@@ -201,24 +210,47 @@ class TransformerBlock(nnx.Module):
         batch = max(len(x), len(cond.tokens))
         x, queries, *keys = (repeat(part, batch) for part in (x, queries, *keys))
         images = [tuple(repeat(part, batch) for part in pair) for pair in cond.image_keys or ()]
-        x += self.attn2(queries, keys, None if cond.mask is None else repeat(cond.mask, batch), images)
+        mask, bias = (None if part is None else repeat(part, batch) for part in (cond.mask, cond.bias))
+        x += self.attn2(queries, keys, mask, images, bias)
         return x + self.ff(self.norm3(x))
 
 
 class Transformer2D(nnx.Module):
-    """One transformer block over the pixels of a feature map, between 1x1 convolutions: (B,H,W,C) -> (B,H,W,C).
+    """Transformer blocks over the pixels of a feature map, between projections: (B,H,W,C) -> (B,H,W,C).
 
-    Rows of text and map as in `TransformerBlock`; the share `merge` of the tokens is merged for self-attention.
+    The projections are 1x1 convolutions or, where `linear`, dense layers: the same numbers. Rows of text and map as in
+    `TransformerBlock`; the share `merge` of the tokens is merged for self-attention. `cond` has keys by block.
     """
 
-    def __init__(self, channels: int, heads: int, context_dim: int, groups: int, rngs: nnx.Rngs):
+    def __init__(
+        self, channels: int, layers: int, heads: int, context_dim: int, groups: int, linear: bool, rngs: nnx.Rngs
+    ):
         self.norm = GroupNorm(channels, groups, epsilon=1e-6)
-        self.proj_in = conv(channels, channels, rngs, kernel=1)
-        self.transformer_blocks = nnx.List([TransformerBlock(channels, heads, context_dim, rngs)])
-        self.proj_out = conv(channels, channels, rngs, kernel=1)
+        self.proj_in = _projection(channels, linear, rngs)
+        blocks = [TransformerBlock(channels, heads, context_dim, rngs) for _ in range(layers)]
+        self.transformer_blocks = nnx.List(blocks)
+        self.proj_out = _projection(channels, linear, rngs)
 
     def __call__(self, x, cond, merge: float = 0.0):
         b, h, w, c = x.shape
         hidden = self.proj_in(self.norm(x)).reshape(b, h * w, c)
-        hidden = self.transformer_blocks[0](hidden, cond, match(hidden, (h, w), merge) if merge else None)
+        if cond.bias is not None:
+            cond = replace(cond, bias=_shrunk(cond.bias, (h, w)).reshape(len(cond.bias), h * w, -1))
+        for index, block in enumerate(self.transformer_blocks):
+            merging = match(hidden, (h, w), merge) if merge else None
+            hidden = block(hidden, cond.at(f"transformer_blocks.{index}"), merging)
         return repeat(x, len(hidden)) + self.proj_out(hidden.reshape(-1, h, w, c))
+
+
+def _projection(channels: int, linear: bool, rngs: nnx.Rngs) -> nnx.Module:
+    return nnx.Linear(channels, channels, rngs=rngs) if linear else conv(channels, channels, rngs, kernel=1)
+
+
+def _shrunk(maps: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Maps (B,H,W,S) halved, rounding up, until they are of `size`: each pixel the mean of those that went into it."""
+    while maps.shape[1:3] != size:
+        if maps.shape[1] <= size[0] or maps.shape[2] <= size[1]:
+            raise ValueError(f"a bias of {maps.shape[1:3]} pixels does not halve to a layer of {size}")
+        edges = tuple((0, side % 2) for side in maps.shape[1:3])
+        maps = nnx.avg_pool(maps, (2, 2), strides=(2, 2), padding=edges, count_include_pad=False)
+    return maps

@@ -8,7 +8,7 @@ hidden state and to the skip of that layer, which are one tensor in PyTorch.
 import jax
 from flax import nnx
 
-from bdm_jax.models.config import T2IAdapterConfig
+from bdm_jax.models.unet.config import T2IAdapterConfig
 from bdm_jax.models.unet.layers import conv
 
 

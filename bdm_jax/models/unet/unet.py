@@ -5,7 +5,7 @@ Whatever is added to the skips and to the middle (the BDM branch, ControlNets) i
 added inside the encoder (T2I-Adapters) is an argument of the first. Both can stop short of the lower levels, where an
 earlier step's result stands in for them: `encode_first` and `decode_last` (DeepCache, arXiv 2312.00858).
 
-`merge` is the share of the first level's tokens that its self-attention does without (`models.merging`), 0 for none.
+`merge` is the share of the first level's tokens that its self-attention does without (`merging`), 0 for none.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bdm_jax.models.config import EncoderConfig, UNetConfig
 from bdm_jax.models.unet.conditioning import Conditioning
+from bdm_jax.models.unet.config import EncoderConfig, UNetConfig
 from bdm_jax.models.unet.layers import (
     Downsample,
     GroupNorm,
@@ -36,15 +36,16 @@ TimeShifts = dict[str, jax.Array]
 class Block(nnx.Module):
     """Resnets, each followed by a transformer where the level has attention; then perhaps one change of resolution."""
 
-    def __init__(self, config: EncoderConfig, inputs: list[int], outputs: int, attention: bool, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, inputs: list[int], level: int, rngs: nnx.Rngs):
+        outputs = config.block_out_channels[level]
         self.resnets = nnx.List(
             [
                 ResnetBlock(i, outputs, config.norm_num_groups, config.norm_eps, rngs, config.time_embed_dim)
                 for i in inputs
             ]
         )
-        if attention:
-            self.attentions = nnx.List([_transformer(config, outputs, rngs) for _ in inputs])
+        if layers := config.transformer_layers[level]:
+            self.attentions = nnx.List([_transformer(config, level, layers, rngs) for _ in inputs])
 
     def layer(
         self, index: int, x: jax.Array, shifts: TimeShifts, cond: Conditioning, path: str, merge: float = 0.0
@@ -53,7 +54,7 @@ class Block(nnx.Module):
         x = self.resnets[index](x, shifts[f"{path}.resnets.{index}"])
         if not hasattr(self, "attentions"):
             return x
-        return self.attentions[index](x, cond.at(f"{path}.attentions.{index}"), merge)
+        return self.attentions[index](x, cond.below(f"{path}.attentions.{index}"), merge)
 
 
 class MidBlock(nnx.Module):
@@ -67,16 +68,24 @@ class MidBlock(nnx.Module):
                 for _ in range(2)
             ]
         )
-        self.attentions = nnx.List([_transformer(config, width, rngs)])
+        self.attentions = nnx.List([_transformer(config, config.levels - 1, config.mid_layers, rngs)])
 
     def __call__(self, x, shifts, cond):
         x = self.resnets[0](x, shifts["mid_block.resnets.0"])
-        x = self.attentions[0](x, cond.at("mid_block.attentions.0"))
+        x = self.attentions[0](x, cond.below("mid_block.attentions.0"))
         return self.resnets[1](x, shifts["mid_block.resnets.1"])
 
 
-def _transformer(config: EncoderConfig, width: int, rngs: nnx.Rngs) -> Transformer2D:
-    return Transformer2D(width, config.num_heads, config.cross_attention_dim, config.norm_num_groups, rngs)
+def _transformer(config: EncoderConfig, level: int, layers: int, rngs: nnx.Rngs) -> Transformer2D:
+    return Transformer2D(
+        config.block_out_channels[level],
+        layers,
+        config.heads[level],
+        config.cross_attention_dim,
+        config.norm_num_groups,
+        config.use_linear_projection,
+        rngs,
+    )
 
 
 class UNetEncoder(nnx.Module):
@@ -87,35 +96,53 @@ class UNetEncoder(nnx.Module):
         widths = config.block_out_channels
         self.conv_in = conv(config.in_channels, widths[0], rngs)
         self.time_embedding = TimeEmbedding(widths[0], config.time_embed_dim, rngs)
+        if config.has_addition:
+            inputs = config.projection_class_embeddings_input_dim
+            self.add_embedding = TimeEmbedding(inputs, config.time_embed_dim, rngs)
+        if config.encoder_hid_dim is not None:
+            self.encoder_hid_proj = nnx.Linear(config.encoder_hid_dim, config.cross_attention_dim, rngs=rngs)
         self.down_blocks = nnx.List([])
         previous = widths[0]
         for level, width in enumerate(widths):
             inputs = [previous] + [width] * (config.layers_per_block - 1)
-            block = Block(config, inputs, width, config.attention_levels[level], rngs)
+            block = Block(config, inputs, level, rngs)
             if level < config.levels - 1:
                 block.downsamplers = nnx.List([Downsample(width, rngs)])
             self.down_blocks.append(block)
             previous = width
         self.mid_block = MidBlock(config, rngs)
 
-    def time_shifts(self, t: jax.Array, dtype: jnp.dtype) -> TimeShifts:
+    def time_shifts(self, t: jax.Array, cond: Conditioning, dtype: jnp.dtype) -> TimeShifts:
         """What the timesteps t (B,) add in every resnet. `encode` and `decode` take it, or rows of it, in place of t:
         so it can be made for all steps at once.
+
+        A network with an addition (SDXL) also reads the text's pooled vector and its size ids: the rows are then as
+        many as the larger of both has, each of the fewer for several. Raises ValueError where `cond` lacks them.
         """
-        temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).astype(dtype))
-        temb = jax.nn.silu(temb)
-        return {
-            f"{path}.resnets.{index}": resnet.time_emb_proj(temb)
-            for path, block in self._blocks()
-            for index, resnet in enumerate(block.resnets)
-        }
+        temb = self._time(t, dtype)
+        if self.config.has_addition:
+            added = self._added(cond, dtype)
+            rows = max(len(temb), len(added))
+            temb = repeat(temb, rows) + repeat(added, rows)
+        return self._shifts(temb)
+
+    def time_shift_rows(self, t: jax.Array, cond: Conditioning, dtype: jnp.dtype) -> TimeShifts:
+        """`time_shifts` for each of the timesteps t (N,) alone: (N,1,O), or (N,B,O) where a text of B rows plays a part
+        in it; row i of every array stands in place of t in `encode` and `decode`.
+        """
+        temb = self._time(t, dtype)
+        if not self.config.has_addition:
+            return {path: shift[:, None] for path, shift in self._shifts(temb).items()}
+        return self._shifts(temb[:, None] + self._added(cond, dtype))
 
     def with_keys(self, cond: Conditioning) -> Conditioning:
         """The text with its keys and values for every cross-attention of this network, so that no step makes them."""
+        states = self._states(cond.tokens)
         keys = {
-            f"{path}.attentions.{index}": transformer.transformer_blocks[0].attn2.keys(cond.tokens)
+            f"{path}.attentions.{index}.transformer_blocks.{number}": layer.attn2.keys(states)
             for path, block in self._blocks()
             for index, transformer in enumerate(getattr(block, "attentions", ()))
+            for number, layer in enumerate(transformer.transformer_blocks)
         }
         return replace(cond, keys=keys)
 
@@ -136,10 +163,11 @@ class UNetEncoder(nnx.Module):
         (T2I-Adapter).
 
         The text may have U times as many rows as the latents: each row of the latents then stands for U, one after the
-        other, and what comes before the text is first read is computed once for them. What is returned has B*U rows.
+        other, and what comes before the text is first read (by its states or its pooled vector) is computed once for
+        them. What is returned has B*U rows.
         """
-        shifts = t if isinstance(t, dict) else self.time_shifts(t, latents.dtype)
-        skips = self.encode_first(latents, shifts, cond, hint, features, merge)
+        shifts, cond = self._read(t, cond, latents.dtype)
+        skips = self._first(latents, shifts, cond, hint, features, merge)
         for level, block in enumerate(self.down_blocks):
             if level > 0:
                 skips += self._level(level, skips[-1], shifts, cond, features)
@@ -161,7 +189,9 @@ class UNetEncoder(nnx.Module):
 
         They have as many rows as the latents where no text is read at this level.
         """
-        shifts = t if isinstance(t, dict) else self.time_shifts(t, latents.dtype)
+        return self._first(latents, *self._read(t, cond, latents.dtype), hint, features, merge)
+
+    def _first(self, latents, shifts, cond, hint, features, merge) -> list[jax.Array]:
         x = self.conv_in(latents)
         if hint is not None:
             x += hint
@@ -176,6 +206,45 @@ class UNetEncoder(nnx.Module):
         if features is not None:
             outputs[-1] = x + features[level]
         return outputs
+
+    def _read(self, t, cond: Conditioning, dtype: jnp.dtype) -> tuple[TimeShifts, Conditioning]:
+        """Timesteps and text as the layers take them: shifts, and states of the width that cross-attention reads."""
+        shifts = t if isinstance(t, dict) else self.time_shifts(t, cond, dtype)
+        return shifts, cond if cond.keys is not None else replace(cond, tokens=self._states(cond.tokens))
+
+    def _time(self, t, dtype):
+        return self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).astype(dtype))
+
+    def _added(self, cond: Conditioning, dtype: jnp.dtype) -> jax.Array:
+        """What the pooled text and the size ids add to the time embedding (B,E)."""
+        name, config = type(self).__name__, self.config
+        pooled, ids = self._pooled(cond.need("pooled", name)), cond.need("time_ids", name)
+        angles = timestep_embedding(ids.reshape(-1), config.addition_time_embed_dim).reshape(len(ids), -1)
+        given, taken = pooled.shape[-1] + angles.shape[-1], config.projection_class_embeddings_input_dim
+        if given != taken:
+            raise ValueError(
+                f"{name}: a pooled text of {pooled.shape[-1]} and {ids.shape[-1]} size ids of "
+                f"{config.addition_time_embed_dim} make {given} numbers, not {taken}"
+            )
+        rows = max(len(pooled), len(angles))
+        both = [repeat(part.astype(dtype), rows) for part in (pooled, angles)]
+        return self.add_embedding(jnp.concatenate(both, axis=-1))
+
+    def _shifts(self, temb: jax.Array) -> TimeShifts:
+        temb = jax.nn.silu(temb)
+        return {
+            f"{path}.resnets.{index}": resnet.time_emb_proj(temb)
+            for path, block in self._blocks()
+            for index, resnet in enumerate(block.resnets)
+        }
+
+    def _states(self, tokens: jax.Array) -> jax.Array:
+        """The text's states as cross-attention reads them (B,S,cross_attention_dim)."""
+        return self.encoder_hid_proj(tokens) if hasattr(self, "encoder_hid_proj") else tokens
+
+    def _pooled(self, pooled: jax.Array) -> jax.Array:
+        """The pooled text as the addition reads it."""
+        return pooled
 
     def _blocks(self):
         """Blocks that hold resnets, with their paths."""
@@ -199,7 +268,7 @@ class UNet(UNetEncoder):
             for _ in range(config.layers_per_block + 1):
                 inputs.append(previous + skips.pop())
                 previous = widths[level]
-            block = Block(config, inputs, widths[level], config.attention_levels[level], rngs)
+            block = Block(config, inputs, level, rngs)
             if level > 0:
                 block.upsamplers = nnx.List([Upsample(widths[level], rngs)])
             self.up_blocks.append(block)
@@ -218,15 +287,17 @@ class UNet(UNetEncoder):
 
         Timesteps and text may have fewer rows, each for several of the others, one after the other.
         """
-        shifts = t if isinstance(t, dict) else self.time_shifts(t, mid.dtype)
-        deep = self.decode_deep(skips, mid, shifts, cond)
-        return self.decode_last(skips[: self.first_skips], deep, shifts, cond, merge)
+        shifts, cond = self._read(t, cond, mid.dtype)
+        deep = self._deep(skips, mid, shifts, cond)
+        return self._last(skips[: self.first_skips], deep, shifts, cond, merge)
 
     def decode_deep(
         self, skips: tuple[jax.Array, ...], mid: jax.Array, t: jax.Array | TimeShifts, cond: Conditioning
     ) -> jax.Array:
         """`decode` as far as its last block, which takes what this returns (B,H,W,C') and the first skips."""
-        shifts = t if isinstance(t, dict) else self.time_shifts(t, mid.dtype)
+        return self._deep(skips, mid, *self._read(t, cond, mid.dtype))
+
+    def _deep(self, skips, mid, shifts, cond):
         skips = list(skips)
         x = mid
         for number in range(len(self.up_blocks) - 1):
@@ -243,7 +314,9 @@ class UNet(UNetEncoder):
         merge: float = 0.0,
     ) -> jax.Array:
         """The last block of `decode`: the skips of `encode_first` and what `decode_deep` returned -> prediction."""
-        shifts = t if isinstance(t, dict) else self.time_shifts(t, deep.dtype)
+        return self._last(skips, deep, *self._read(t, cond, deep.dtype), merge)
+
+    def _last(self, skips, deep, shifts, cond, merge):
         x = self._up(len(self.up_blocks) - 1, deep, list(skips), shifts, cond, merge)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
@@ -265,7 +338,7 @@ class UNet(UNetEncoder):
         yield from ((f"up_blocks.{number}", block) for number, block in enumerate(self.up_blocks))
 
     def __call__(self, latents, t, cond, residuals=None):
-        t = t if isinstance(t, dict) else self.time_shifts(t, latents.dtype)
+        t = t if isinstance(t, dict) else self.time_shifts(t, cond, latents.dtype)
         skips, mid = self.encode(latents, t, cond)
         if residuals is not None:
             skips, mid = residuals.add_to(skips, mid)

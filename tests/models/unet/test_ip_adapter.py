@@ -22,7 +22,7 @@ PLUS = ResamplerConfig(
 )
 UNET = UNetConfig(
     block_out_channels=(8, 16, 24),
-    attention_levels=(False, True, True),
+    transformer_layers=(0, 1, 1),
     layers_per_block=1,
     num_heads=2,
     cross_attention_dim=12,

@@ -58,7 +58,7 @@ def test_nothing_merged_is_the_same_program(small_case, inputs):
     x, params = inputs(config, size), functional.init(config, 0)
     encode = lambda **how: lambda params: functional.bind(config, params).encode(x.latents, x.t, x.cond, **how)  # noqa: E731
     assert str(jax.make_jaxpr(encode())(params)) == str(jax.make_jaxpr(encode(merge=0.0))(params))
-    with_attention = functional.UNetConfig(block_out_channels=(32, 32), attention_levels=(True, False), num_heads=2)
+    with_attention = functional.UNetConfig(block_out_channels=(32, 32), transformer_layers=(1, 0), num_heads=2)
     latents, t = np.zeros((1, 64, 64, 4), np.float32), np.zeros(1, np.float32)
     tokens = inputs(with_attention, (1, 8, 8)).cond
     bound = lambda params: functional.bind(with_attention, params)  # noqa: E731

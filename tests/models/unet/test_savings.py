@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdm_jax.bench.__main__ import Networks
+from bdm_jax.bench.cases import GuidedStep
 from bdm_jax.models import functional
 from bdm_jax.models.config import BDM_BRANCH, SD15_UNET, BranchConfig, UNetConfig
 from bdm_jax.models.functional import bind
@@ -15,10 +15,10 @@ from bdm_jax.runtime.costs import flops
 
 TOLERANCE = 1e-5  # fp32: the same sums, in programs of other shapes
 
-SMALL = dict(block_out_channels=(16, 32, 32), attention_levels=(True, True, False), num_heads=4, norm_num_groups=8)
+SMALL = dict(block_out_channels=(16, 32, 32), transformer_layers=(1, 1, 0), num_heads=4, norm_num_groups=8)
 UNET = UNetConfig(**SMALL, cross_attention_dim=24)
 BRANCH = BranchConfig(**SMALL, cross_attention_dim=20)
-LATE = UNetConfig(**{**SMALL, "attention_levels": (False, True, True)}, cross_attention_dim=24)  # text from level 1 on
+LATE = UNetConfig(**{**SMALL, "transformer_layers": (0, 1, 1)}, cross_attention_dim=24)  # text from level 1 on
 TEXTS = 2
 
 
@@ -84,7 +84,7 @@ def test_keys_and_time_shifts_made_beforehand(problem, assert_parity, config):
     params, latents, t, cond = problem(config)
     step = jax.jit(lambda params, latents, t, cond: bind(config, params)(latents, t, cond))
     steps = jnp.array([999.0, 7.0, 640.0])
-    shifts = run(config, params, lambda net: net.time_shifts(steps, latents.dtype))
+    shifts = run(config, params, lambda net: net.time_shifts(steps, cond, latents.dtype))
     known = run(config, params, lambda net: net.with_keys(cond))
     for index, t in enumerate(steps):
         row = {path: table[index][None] for path, table in shifts.items()}
@@ -97,7 +97,7 @@ def test_counted_savings_at_full_size():
     params = functional.abstract(SD15_UNET), functional.abstract(BDM_BRANCH)
     both, chinese = Conditioning(array(2, 77, 768)), Conditioning(array(2, 52, 1024))
     one = Conditioning(array(1, 77, 768))
-    networks = Networks(SD15_UNET, BDM_BRANCH)
+    networks = GuidedStep(SD15_UNET, BDM_BRANCH)
     plain = flops(networks.step, params, array(2, *size, 4), (array(2), array(2)), both, chinese)
     shares = {}
     for name, english in {"two prompts": both, "one prompt": one}.items():

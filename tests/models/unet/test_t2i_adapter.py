@@ -88,7 +88,7 @@ def test_where_the_features_go(inputs, twin):
     """In diffusers a feature joins a level's last layer: in the skip, and in what goes on to the downsampler."""
     config = UNetConfig(
         block_out_channels=(8, 16, 24),
-        attention_levels=(True, True, False),
+        transformer_layers=(1, 1, 0),
         num_heads=2,
         cross_attention_dim=8,
         norm_num_groups=4,
@@ -99,7 +99,7 @@ def test_where_the_features_go(inputs, twin):
         module.register_forward_hook(lambda _, given, made: seen.update({name: part(given, made).clone()}))
 
     for i, block in enumerate(unet.down_blocks):
-        with_text = config.attention_levels[i]
+        with_text = config.transformer_layers[i]
         last = block.attentions[-1] if with_text else block.resnets[-1]
         keep(("layer", i), last, lambda _, made, text=with_text: made[0] if text else made)
         if block.downsamplers:

@@ -1,0 +1,139 @@
+"""Sizes of the text and vision towers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bdm_jax.models.values import check, pick, plain
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """CLIP's text tower (causal, pre-norm). `projection_dim` is the width of its pooled output where it has a
+    projection (transformers' CLIPTextModelWithProjection), else None.
+    """
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    bos_token_id: int = 49406
+    eos_token_id: int = 49407
+    pad_token_id: int = 49407
+    projection_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """CLIP's vision tower with its projection; the sizes are those of ViT-H/14, which IP-Adapters for SD1.5 use."""
+
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    projection_dim: int = 1024
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class RobertaConfig:
+    """The text tower of Chinese-CLIP: a BERT encoder without pooler (post-norm, bidirectional)."""
+
+    vocab_size: int = 21128
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+
+
+CLIP_L_TEXT = CLIPTextConfig()
+OPENCLIP_BIGG_TEXT = CLIPTextConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    hidden_act="gelu",
+    pad_token_id=0,
+    projection_dim=1280,
+)
+CHINESE_CLIP_H_TEXT = RobertaConfig()
+
+CLIP_FIXED = {"hidden_act": ("quick_gelu", "gelu"), "num_channels": (3,)}
+ROBERTA_FIXED = {"position_embedding_type": ("absolute",), "hidden_act": ("gelu",)}
+
+_PROJECTED = "CLIPTextModelWithProjection"
+
+
+def _clip_text_from_json(values: Mapping[str, Any]) -> CLIPTextConfig:
+    """transformers writes a projection_dim for every tower: only the architecture tells which has a projection."""
+    projected = _PROJECTED in (values.get("architectures") or ())
+    values = _text_config(values) if values.get("model_type") == "clip" else values
+    check(values, CLIP_FIXED)
+    return pick(CLIPTextConfig, values if projected else {**values, "projection_dim": None})
+
+
+def _clip_text_to_json(config: CLIPTextConfig) -> dict[str, Any]:
+    values = plain(config)
+    if config.projection_dim is None:
+        del values["projection_dim"]
+    architecture = "CLIPTextModel" if config.projection_dim is None else _PROJECTED
+    return {"architectures": [architecture], "model_type": "clip_text_model", **values}
+
+
+def _clip_vision_from_json(values: Mapping[str, Any]) -> CLIPVisionConfig:
+    check(values, CLIP_FIXED)
+    return pick(CLIPVisionConfig, values)
+
+
+def _clip_vision_to_json(config: CLIPVisionConfig) -> dict[str, Any]:
+    return {"architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model", **plain(config)}
+
+
+def _roberta_from_json(values: Mapping[str, Any]) -> RobertaConfig:
+    values = _text_config(values) if values.get("model_type") == "chinese_clip" else values
+    check(values, ROBERTA_FIXED)
+    return pick(RobertaConfig, values)
+
+
+def _roberta_to_json(config: RobertaConfig) -> dict[str, Any]:
+    fixed = {"hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return {
+        "architectures": ["ChineseCLIPTextModel"],
+        "model_type": "chinese_clip_text_model",
+        **plain(config),
+        **fixed,
+    }
+
+
+def _text_config(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The text tower's part of the config of a whole CLIP."""
+    if not isinstance(values.get("text_config"), dict):
+        raise ValueError("config.json: a whole CLIP without text_config")
+    return values["text_config"]
+
+
+# How a config.json is read, by its model_type, and how a config is written.
+READERS = {
+    "clip": _clip_text_from_json,
+    "clip_text_model": _clip_text_from_json,
+    "clip_vision_model": _clip_vision_from_json,
+    "bert": _roberta_from_json,
+    "chinese_clip": _roberta_from_json,
+    "chinese_clip_text_model": _roberta_from_json,
+}
+WRITERS = {
+    CLIPTextConfig: _clip_text_to_json,
+    CLIPVisionConfig: _clip_vision_to_json,
+    RobertaConfig: _roberta_to_json,
+}
