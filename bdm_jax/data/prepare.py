@@ -4,64 +4,64 @@ Without --beam, this process writes the records one after the other. With it, a 
 with Beam's own options after --, on Dataflow, Flink or Spark.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tensorflow_datasets as tfds
+import tyro
 
+from bdm_jax import command_line
 from bdm_jax.data.builder import ImageText
 from bdm_jax.data.select import Filters
 from bdm_jax.errors import UserError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True)
+class PrepareArgs:
+    """Prepare any source as a TFDS set."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """records: TFDS folder, .tar or .array_record files (or a pattern), image folder"""
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """folder that the set is written to, as image_text/1.0.0"""
+    beam: bool = False
+    """use a Beam pipeline; its options follow --"""
+    cache: Path | None = None
+    """folder for the index of tar shards (default: beside the shards)"""
+    filters: Filters = Filters()
+
+
+def main(args: Sequence[str] | None = None) -> int:
     """Prepare the set and print how many records were written and how many were skipped, by cause."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    own, beam_options = arguments[:split], arguments[split + 1 :]
-    parser = argparse.ArgumentParser(prog="python -m bdm_jax.data.prepare", description=__doc__.split(":")[0])
-    parser.add_argument("source", help="records: TFDS folder, .tar or .array_record files (or a pattern), image folder")
-    parser.add_argument("out", help="folder that the set is written to, as image_text/1.0.0")
-    parser.add_argument("--beam", action="store_true", help="use a Beam pipeline; its options follow --")
-    parser.add_argument("--cache", type=Path, help="folder for the index of tar shards (default: beside the shards)")
-    add_filters(parser)
-    arguments = parser.parse_args(own)
-    try:
-        if arguments.beam:
-            _need_beam()
-        filters = filters_of(arguments)
-        options = {"data_dir": arguments.out, "cache": arguments.cache, "beam": arguments.beam}
-        builder = ImageText(source=arguments.source, filters=filters, **options)
-        config = tfds.download.DownloadConfig(try_download_gcs=False)
-        if arguments.beam:
-            from apache_beam.options.pipeline_options import PipelineOptions
+    given = list(sys.argv[1:] if args is None else args)
+    split = given.index("--") if "--" in given else len(given)
 
-            config.beam_options = PipelineOptions(beam_options)
-        builder.download_and_prepare(download_config=config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    def command() -> None:
+        asked = command_line.parse(PrepareArgs, given[:split], prog="python -m bdm_jax.data.prepare")
+        prepare(asked, beam_options=given[split + 1 :])
+
+    return command_line.run(command)
+
+
+def prepare(asked: PrepareArgs, beam_options: Sequence[str] = ()) -> None:
+    """Write the set and print the counts. Raises UserError for a source that cannot be read, or without Beam."""
+    if asked.beam:
+        _need_beam()
+    builder = ImageText(
+        source=asked.source, filters=asked.filters, data_dir=asked.out, cache=asked.cache, beam=asked.beam
+    )
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    if asked.beam:
+        from apache_beam.options.pipeline_options import PipelineOptions
+
+        config.beam_options = PipelineOptions(list(beam_options))
+    builder.download_and_prepare(download_config=config)
     counts = "; left out: " + ", ".join(f"{n} {cause}" for cause, n in sorted(builder.left_out.items()))
-    skipped = " (left out: see Beam's counters)" if arguments.beam else counts if builder.left_out else ""
+    skipped = " (left out: see Beam's counters)" if asked.beam else counts if builder.left_out else ""
     print(f"{builder.info.splits['train'].num_examples} records in {builder.data_dir}{skipped}")
-    return 0
-
-
-def add_filters(parser: argparse.ArgumentParser) -> None:
-    """Add an option for each field of `Filters`."""
-    parser.add_argument("--language", choices=("zh", "en"), help="keep only captions in this language")
-    parser.add_argument("--shortest", type=int, default=Filters.shortest, help="minimum caption length in characters")
-    parser.add_argument("--longest", type=int, default=Filters.longest, help="maximum caption length in characters")
-    parser.add_argument("--aesthetic", type=float, help="minimum aesthetic score")
-    parser.add_argument("--side", type=int, default=Filters.side, help="minimum length of the shorter side in pixels")
-
-
-def filters_of(arguments: argparse.Namespace) -> Filters:
-    """The `Filters` from the options of `add_filters`."""
-    return Filters(**{field.name: getattr(arguments, field.name) for field in fields(Filters)})
 
 
 def _need_beam() -> None:

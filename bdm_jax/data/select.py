@@ -27,18 +27,18 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class Filters:
-    """Requirements on a record. Captions that fail are dropped; a record is rejected when no caption is left.
-
-    language: of the captions, judged by script. shortest, longest: length of a caption in characters. aesthetic:
-    minimum score, read from `aesthetic`, `aesthetic_score` or `AESTHETIC_SCORE`; records without one are rejected.
-    side: minimum length of the image's shorter side in pixels.
-    """
+    """Requirements on a record. Captions that fail are dropped; a record is rejected when no caption is left."""
 
     language: Literal["zh", "en"] | None = None
+    """keep only captions in this language, judged by script"""
     shortest: int = 1
+    """minimum caption length in characters"""
     longest: int = 1000
+    """maximum caption length in characters"""
     aesthetic: float | None = None
+    """minimum score (aesthetic, aesthetic_score or AESTHETIC_SCORE); records without one are rejected"""
     side: int = 1
+    """minimum length of the image's shorter side in pixels"""
 
     def apply(self, record: dict[str, Any]) -> dict[str, Any]:
         """The record with only the captions that pass, and with the image size from its header.

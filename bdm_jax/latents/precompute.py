@@ -4,23 +4,23 @@ Run by any number of processes at once (`--part 3/16`), on one folder; run again
 number of processes too, it goes on with the chunks that are missing. Shards as `bdm_jax.data.moments` tells.
 """
 
-import argparse
 import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bdm_jax import command_line
 from bdm_jax.data.moments import Chunk, begin, finished
-from bdm_jax.data.prepare import add_filters, filters_of
 from bdm_jax.data.records import open_source
 from bdm_jax.data.select import Filters, Size, make_buckets, nearest
 from bdm_jax.data.source import Skips, Source
@@ -200,57 +200,75 @@ def _counts(out: Path) -> dict[str, Any]:
     return {"finished_chunks": len(notes), "written": written, "left_out": dict(left_out), "captions_cut": cut}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True)
+class PrecomputeArgs:
+    """Precompute the latents, and on request the text states, of a set."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """records: a prepared set, .tar or .array_record files, an image folder"""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """folder of the shards"""
+    vae: Path
+    """folder or file of the autoencoder"""
+    text_encoder: Path | None = None
+    """also encode captions: folder of the text encoder"""
+    tokenizer: Path | None = None
+    """folder of the text encoder's tokenizer"""
+    split: str = "train"
+    """of the source"""
+    size: int = 512
+    """side of the square image in pixels"""
+    buckets: bool = False
+    """sizes of about as many pixels, by the images' aspect ratios"""
+    part: Annotated[str, tyro.conf.arg(metavar="I/N")] = "0/1"
+    """the part of this process: 3/16 is the fourth of sixteen"""
+    chunk: int = 16384
+    """records per chunk"""
+    batch_size: int = 32
+    """images at a time"""
+    rate: float = 0.01
+    """share of faulty records that is tolerated"""
+    cache: Path | None = None
+    """folder for the index of tar shards"""
+    filters: Filters = Filters()
+
+
+def main(args: Sequence[str] | None = None) -> int:
     """Precompute this process's part and print the counts."""
-    parser = argparse.ArgumentParser(prog="python -m bdm_jax.latents.precompute", description=__doc__.split(":")[0])
-    parser.add_argument("source", help="records: a prepared set, .tar or .array_record files, an image folder")
-    parser.add_argument("out", type=Path, help="folder of the shards")
-    parser.add_argument("--vae", type=Path, required=True, help="folder or file of the autoencoder")
-    parser.add_argument("--text-encoder", type=Path, help="also encode captions: folder of the tower")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tower's tokenizer")
-    parser.add_argument("--split", default="train", help="of the source (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=512, help="side of the square picture (default: %(default)s)")
-    parser.add_argument("--buckets", action="store_true", help="sizes of about as many pixels, by the pictures' ratios")
-    parser.add_argument("--part", default="0/1", metavar="I/N", help="of this process (default: %(default)s)")
-    parser.add_argument("--chunk", type=int, default=16384, help="records per chunk (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures at a time (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=0.01, help="share of faulty records that is borne")
-    parser.add_argument("--cache", type=Path, help="folder for the index of tar shards")
-    add_filters(parser)
-    arguments = parser.parse_args(argv)
-    try:
-        index, _, count = arguments.part.partition("/")
-        if not (index.isdecimal() and count.isdecimal()):
-            raise UserError(f"--part {arguments.part}: write 3/16 for the fourth of sixteen processes")
-        if (arguments.text_encoder is None) != (arguments.tokenizer is None):
-            raise UserError("--text-encoder and --tokenizer go together")
-        if arguments.chunk < 1 or arguments.batch_size < 1:
-            raise UserError("--chunk and --batch-size must be at least 1")
-        vae = load_component(arguments.vae, "float32", kind="vae")
-        if not isinstance(vae.config, VAEConfig):
-            raise UserError(f"{arguments.vae}: a tiny autoencoder has no moments; name an AutoencoderKL")
-        text = None
-        if arguments.text_encoder is not None:
-            tower = load_component(arguments.text_encoder, "float32")
-            text = Text(Tokenizer.from_pretrained(arguments.tokenizer), tower)
-        size = arguments.size
-        counts = precompute(
-            open_source(arguments.source, arguments.split, arguments.cache),
-            arguments.out,
-            vae,
-            buckets=make_buckets(size) if arguments.buckets else ((size, size),),
-            filters=filters_of(arguments),
-            text=text,
-            part=(int(index), int(count)),
-            chunk=arguments.chunk,
-            batch_size=arguments.batch_size,
-            skips=Skips(arguments.rate, arguments.out / f"left_out-{index}-of-{count}.jsonl"),
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(counts, ensure_ascii=False))
-    return 0
+
+    def command() -> None:
+        counts = _precompute(command_line.parse(PrecomputeArgs, args, prog="python -m bdm_jax.latents.precompute"))
+        print(json.dumps(counts, ensure_ascii=False))
+
+    return command_line.run(command)
+
+
+def _precompute(asked: PrecomputeArgs) -> dict[str, Any]:
+    index, _, count = asked.part.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        raise UserError(f"--part {asked.part}: write 3/16 for the fourth of sixteen processes")
+    if (asked.text_encoder is None) != (asked.tokenizer is None):
+        raise UserError("--text-encoder and --tokenizer go together")
+    if asked.chunk < 1 or asked.batch_size < 1:
+        raise UserError("--chunk and --batch-size must be at least 1")
+    vae = load_component(asked.vae, "float32", kind="vae")
+    if not isinstance(vae.config, VAEConfig):
+        raise UserError(f"{asked.vae}: a tiny autoencoder has no moments; name an AutoencoderKL")
+    text = None
+    if asked.text_encoder is not None:
+        text = Text(Tokenizer.from_pretrained(asked.tokenizer), load_component(asked.text_encoder, "float32"))
+    return precompute(
+        open_source(asked.source, asked.split, asked.cache),
+        asked.out,
+        vae,
+        buckets=make_buckets(asked.size) if asked.buckets else ((asked.size, asked.size),),
+        filters=asked.filters,
+        text=text,
+        part=(int(index), int(count)),
+        chunk=asked.chunk,
+        batch_size=asked.batch_size,
+        skips=Skips(asked.rate, asked.out / f"left_out-{index}-of-{count}.jsonl"),
+    )
 
 
 if __name__ == "__main__":

@@ -6,14 +6,16 @@ BERT vocabulary of Chinese-CLIP (`chinese`). They come from the packages open-cl
 (`pip install --no-deps` is enough), or from files given with --bpe and --vocab.
 """
 
-import argparse
 import gzip
 import hashlib
 import importlib.metadata
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from bdm_jax import command_line
 from bdm_jax.errors import UserError
 from bdm_jax.paths import TOKENIZERS
 
@@ -27,25 +29,35 @@ VOCAB_SHA256 = "45bbac6b341c319adc98a532532882e91a9cefc0329aa57bac9ae761c27b291c
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
-def main(argv: list[str] | None = None) -> int:
+@dataclass(frozen=True)
+class TokenizerArgs:
+    """Rebuild the bundled tokenizer folders."""
+
+    bpe: Path | None = None
+    """CLIP's bpe_simple_vocab_16e6.txt.gz (default: from the package open-clip-torch)"""
+    vocab: Path | None = None
+    """Chinese-CLIP's vocab.txt (default: from the package cn-clip)"""
+    out: Path = TOKENIZERS
+    """folder to write to"""
+    merges: int = MERGES
+    """CLIP merges to keep"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
     """Write `clip/`, `english/` and `chinese/` below `--out`."""
-    parser = argparse.ArgumentParser(description="Rebuild the bundled tokenizer folders.")
-    parser.add_argument("--bpe", type=Path, help=f"CLIP's {Path(BPE[1]).name} (default: from {BPE[0]})")
-    parser.add_argument("--vocab", type=Path, help=f"Chinese-CLIP's vocab.txt (default: from {VOCAB[0]})")
-    parser.add_argument("--out", type=Path, default=TOKENIZERS, help="default: %(default)s")
-    parser.add_argument("--merges", type=int, default=MERGES, help="CLIP merges to keep (default: %(default)s)")
-    arguments = parser.parse_args(argv)
-    try:
-        bpe = _checked(arguments.bpe or _in_package(*BPE), BPE_SHA256)
-        vocab = _checked(arguments.vocab or _in_package(*VOCAB), VOCAB_SHA256)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command_line.run(
+        lambda: make(command_line.parse(TokenizerArgs, args, prog="python -m bdm_jax.data.emoji.make_tokenizers"))
+    )
+
+
+def make(asked: TokenizerArgs) -> None:
+    """Write the folders. Raises UserError for vocabularies that are missing or not those that are known."""
+    bpe = _checked(asked.bpe or _in_package(*BPE), BPE_SHA256)
+    vocab = _checked(asked.vocab or _in_package(*VOCAB), VOCAB_SHA256)
     bpe = gzip.decompress(bpe).decode("utf-8")
-    write_english(arguments.out / "clip", bpe, ALL_MERGES, 77)
-    write_english(arguments.out / "english", bpe, arguments.merges)
-    write_chinese(arguments.out / "chinese", vocab)
-    return 0
+    write_english(asked.out / "clip", bpe, ALL_MERGES, 77)
+    write_english(asked.out / "english", bpe, asked.merges)
+    write_chinese(asked.out / "chinese", vocab)
 
 
 def write_english(folder: Path, bpe: str, merges: int = MERGES, max_length: int = MAX_LENGTH) -> None:

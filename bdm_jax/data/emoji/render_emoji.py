@@ -1,17 +1,19 @@
 """Rebuild the bundled emoji data set: `python -m bdm_jax.data.emoji.render_emoji [--packages DIR] [--out DIR]`."""
 
-import argparse
 import collections
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
+from bdm_jax import command_line
 from bdm_jax.data import records
 from bdm_jax.data.emoji import artwork
 from bdm_jax.data.emoji.dataset import Emoji
@@ -19,21 +21,27 @@ from bdm_jax.errors import UserError
 from bdm_jax.paths import EMOJI
 
 
-def main(argv: list[str] | None = None) -> int:
+@dataclass(frozen=True)
+class RenderArgs:
+    """Make the bundled emoji set."""
+
+    packages: Path | None = None
+    """node_modules folder with the packages (default: fetched by npm)"""
+    out: Path = EMOJI
+    """folder of the prepared set"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
     """Fetch the packages unless given, render, replace the prepared files in `--out`, print the counts."""
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("--packages", type=Path, help="node_modules folder with the packages (default: fetched by npm)")
-    parser.add_argument("--out", type=Path, default=EMOJI, help="folder of the prepared set (default: %(default)s)")
-    arguments = parser.parse_args(argv)
-    try:
+
+    def command() -> None:
+        asked = command_line.parse(RenderArgs, args, prog="python -m bdm_jax.data.emoji.render_emoji")
         with tempfile.TemporaryDirectory() as work:
-            packages = arguments.packages or fetch_packages(Path(work))
-            build(packages, arguments.out, Path(work))
-        print(summary(arguments.out))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+            packages = asked.packages or fetch_packages(Path(work))
+            build(packages, asked.out, Path(work))
+        print(summary(asked.out))
+
+    return command_line.run(command)
 
 
 def fetch_packages(folder: Path) -> Path:
