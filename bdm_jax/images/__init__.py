@@ -1,0 +1,1 @@
+"""Decoding of image files, PNG output, contact sheets and charts."""

@@ -1,0 +1,1 @@
+"""The bundled data set: emoji artwork with Chinese and English names."""
