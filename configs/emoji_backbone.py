@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bdm_jax.models.config import CLIPTextConfig, UNetConfig
 from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
-from bdm_jax.training.objectives.branch import BackboneTask
+from bdm_jax.training.objectives.backbone import BackboneTask
 
 from . import emoji_vae
 

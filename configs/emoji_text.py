@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bdm_jax.models.config import RobertaConfig
 from bdm_jax.training.config import OptimizerConfig, TrainConfig
-from bdm_jax.training.objectives.branch import TextTask
+from bdm_jax.training.objectives.text_tower import TextTask
 
 from . import emoji_backbone, emoji_vae
 

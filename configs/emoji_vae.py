@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bdm_jax.models.config import VAEConfig
 from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
-from bdm_jax.training.objectives.branch import VAETask
+from bdm_jax.training.objectives.autoencoder import VAETask
 
 STYLE = "fluent"
 

@@ -1,125 +1,193 @@
-"""A run's step from shapes alone: nothing is loaded, allocated or computed. What it costs can be counted, and it can be
-lowered for devices that are not here (`bdm_jax.plan`).
+"""A run's step from shapes alone: nothing is loaded, allocated or computed. Its memory and work can be counted, and it
+can be lowered for devices that are not here.
 """
 
-import dataclasses
-from dataclasses import replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from bdm_jax.diffusion.schedule import DiscreteSchedule
-from bdm_jax.errors import UserError
+from bdm_jax.errors import UserError, unknown
 from bdm_jax.formats.files import read_json
-from bdm_jax.models.config import (
-    BDM_BRANCH,
-    CHINESE_CLIP_H_TEXT,
-    CLIP_L_TEXT,
-    SD15_UNET,
-    SD15_VAE,
-    Config,
-    EncoderConfig,
-)
-from bdm_jax.models.config import from_json as network_sizes
-from bdm_jax.models.functional import abstract
-from bdm_jax.models.unet.conditioning import Conditioning
+from bdm_jax.models import config as presets
+from bdm_jax.models.config import Config, from_json
 from bdm_jax.runtime.costs import flops, pretend_platform
-from bdm_jax.runtime.sharding import bytes_per_device
-from bdm_jax.systems.components import Component
-from bdm_jax.text.tokenizer import Tokenizer
+from bdm_jax.runtime.sharding import batch_ways, bytes_per_device
 from bdm_jax.training.config import TrainConfig
 from bdm_jax.training.digests import leaves
-from bdm_jax.training.objectives.branch import BackboneJob, BackboneTask, BranchJob, BranchTask, VAEJob, VAETask
-from bdm_jax.training.objectives.job import Objective
-from bdm_jax.training.state import abstract_state, make_optimizer, make_step, state_sharding
+from bdm_jax.training.objectives.objective import Objective, Sizes, read_sizes, without_remat
+from bdm_jax.training.objectives.plugin import read_part
+from bdm_jax.training.state import abstract_state, frozen_sharding, make_optimizer, make_step, state_sharding
 
-_CHINESE_TOKENS = 52  # where the run's tokenizer is not here: BDM's length
-
-
-def lower(config: TrainConfig, mesh: Mesh, size: int = 512) -> Any:
-    """The run's step, of shapes, as `jax.jit(...).lower` returns it, for a mesh of whatever devices."""
-    config = replace(config, compute="bfloat16") if config.compute == "auto" else config
-    job, trained, frozen, row = abstract_job(config.task, config.compute_dtype(), size)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    state = abstract_state(trained, optimizer)
-    batch = {name: _shape((config.batch_size, *leaf.shape), leaf.dtype) for name, leaf in row.items()}
-    with pretend_platform(mesh.devices.flat[0].platform), jax.set_mesh(mesh):
-        return make_step(job.loss, optimizer, config, mesh, state).lower(state, frozen, batch)
+# Networks whose folder is not here.
+_USUAL: Sizes = {
+    "unet": presets.SD15_UNET,
+    "vae": presets.SD15_VAE,
+    "text_encoder": presets.CLIP_L_TEXT,
+    "branch": presets.BDM_BRANCH,
+    "branch_text_encoder": presets.CHINESE_CLIP_H_TEXT,
+}
 
 
-def analytic_flops(task: Any, size: int = 512) -> int:
-    """Convolutions and matrix products that the loss of one picture and its gradient need, without rematerialisation:
-    from the jaxpr, with attention by its definition.
-    """
-    task = replace(task, remat="none") if hasattr(task, "remat") else task
-    job, trained, frozen, row = abstract_job(task, jnp.dtype("bfloat16"), size)
-    batch = {name: _shape((1, *leaf.shape), leaf.dtype) for name, leaf in row.items()}
-    trained = _in(jnp.dtype("bfloat16"), trained)
-    return flops(jax.grad(lambda p, f, b: job.loss(p, f, b, jax.random.key(0))[0]), trained, frozen, batch)
+@dataclass(frozen=True)
+class StepShapes:
+    """What a step computes with: trained (fp32) and frozen (in the compute type) trees, one sample of a batch."""
+
+    objective: Objective
+    trained: dict[str, Any]
+    frozen: dict[str, Any]
+    row: dict[str, Any]
+
+    @property
+    def parameters(self) -> int:
+        """How many are trained."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.trained))
+
+    def batch(self, size: int) -> dict[str, Any]:
+        """Shapes of `size` samples."""
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), self.row)
 
 
-def state_bytes(config: TrainConfig, mesh: Mesh | AbstractMesh, size: int = 512) -> int:
-    """Of the train state, on each device."""
-    trained = abstract_job(config.task, jnp.dtype("bfloat16"), size)[1]
-    state = abstract_state(trained, make_optimizer(config.optimizer, config.steps))
-    shardings = leaves(state_sharding(mesh, state))
-    return sum(bytes_per_device(leaf, shardings[path]) for path, leaf in leaves(state).items())
-
-
-def abstract_job(task: Any, dtype: jnp.dtype, size: int) -> tuple[Objective, Any, Any, dict[str, jax.ShapeDtypeStruct]]:
-    """A job of shapes: its loss can be traced. Networks whose folder is not here are taken to be those of SD1.5, of
-    CLIP-L and of the Chinese CLIP-H tower.
-
-    Returns:
-        The job, what is trained (fp32), what is left alone (`dtype`), one sample of a batch.
+def step_shapes(task: Any, dtype: Any, size: int = 512, given: Sizes | None = None) -> StepShapes:
+    """Of a task's step for images of `size` pixels. Networks are those of `given`, or of the task's folders, or, where
+    these are not here, SD1.5's, CLIP-L and the Chinese CLIP-H text encoder.
 
     Raises:
-        UserError: a task whose step this command does not know.
+        UserError: a network that is found nowhere, networks that do not fit together.
     """
-    row = {"place": _shape((), jnp.int32)}
-    if isinstance(task, VAETask):
-        row["image"] = _shape((size, size, 3), jnp.uint8)
-        return VAEJob(task, {}, []), {"vae": abstract(task.vae)}, {}, row
-    if not isinstance(task, BranchTask | BackboneTask):
-        raise UserError(f"{type(task).__name__}: plan knows the steps of branches, backbones and autoencoders")
-    if isinstance(task, BackboneTask):
-        job = object.__new__(BackboneJob)
-        vae, length = _sizes(task.vae, SD15_VAE), task.text_encoder.max_position_embeddings
-        trained, frozen = task.shapes()
-        job.schedule = DiscreteSchedule(prediction_type=task.prediction_type, rescale_betas_zero_snr=task.zero_snr)
-    else:
-        job = object.__new__(BranchJob)
-        unet, tower = _sizes(task.backbone / "unet", SD15_UNET), _sizes(task.text_encoder, CHINESE_CLIP_H_TEXT)
-        vae, english = _sizes(task.backbone / "vae", SD15_VAE), _sizes(task.backbone / "text_encoder", CLIP_L_TEXT)
-        here = (task.tokenizer / "tokenizer_config.json").is_file()
-        length = Tokenizer.from_pretrained(task.tokenizer).length if here else _CHINESE_TOKENS
-        encoder = {one.name: getattr(unet, one.name) for one in dataclasses.fields(EncoderConfig)}
-        job.config = replace(BDM_BRANCH, **{**encoder, "cross_attention_dim": tower.hidden_size})
-        job.tower, job.schedule = Component(tower, {}), DiscreteSchedule()
-        job.backbone = SimpleNamespace(unet=Component(unet, {}))
-        tokens = _shape((1, english.max_position_embeddings, unet.cross_attention_dim), jnp.float32)
-        trained = {"branch": abstract(job.config)}
-        frozen = {"unet": abstract(unet), "tower": abstract(tower), "english": Conditioning(tokens)}
-    job.task, job.vae = task, Component(vae, {})
-    side = size // 2 ** (len(vae.block_out_channels) - 1)
-    row["moments"] = _shape((side, side, 2 * vae.latent_channels), jnp.float32)
-    row["ids"] = _shape((length,), jnp.int32)
-    return job, trained, _in(dtype, frozen), row
+    given = given or {}
+
+    def read(name: str, path: Path) -> Config:
+        if name in given:
+            return given[name]
+        if (path / "config.json").is_file():
+            return read_sizes(name, path)
+        if path.is_file() or (path / name).is_dir():
+            return read_part(name, path)
+        if name not in _USUAL:
+            raise UserError(f"{path}: no such model folder, and no usual {name}")
+        return _USUAL[name]
+
+    try:
+        objective = task.objective(task.sizes(read))
+    except ValueError as error:  # of configs
+        raise UserError(f"these networks do not fit together: {error}") from error
+    trained, frozen = objective.shapes()
+    return StepShapes(objective, trained, _in(dtype, frozen), objective.row(size))
 
 
-def _sizes(folder: Path, otherwise: Config) -> Config:
-    """Of the network in a component folder; no weights are read."""
-    path = folder / "config.json"
-    return network_sizes(read_json(path)) if path.is_file() else otherwise
+def parse_networks(texts: tuple[str, ...]) -> Sizes:
+    """ "unet=sdxl-unet", "text_encoder=tower/config.json" -> configs: a preset of `models.config`, or a config.json or
+    its folder.
+
+    Raises:
+        UserError: no such preset or file.
+    """
+    found = {}
+    known = {name: value for name, value in vars(presets).items() if name.isupper() and hasattr(value, "__dict__")}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--networks {text}: write NAME=PRESET or NAME=CONFIG.JSON, as in unet=sdxl-unet")
+        path = Path(value)
+        path = path / "config.json" if path.is_dir() else path
+        if path.is_file():
+            found[name] = from_json(read_json(path))
+        elif (preset := value.upper().replace("-", "_")) in known:
+            found[name] = known[preset]
+        else:
+            raise unknown("preset or config.json", value, [one.lower().replace("_", "-") for one in known])
+    return found
 
 
-def _shape(sizes: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(sizes, dtype)
+def lower(config: TrainConfig, mesh: Mesh, shapes: StepShapes) -> Any:
+    """The run's step, of shapes, as `jax.jit(...).lower` returns it, for a mesh of whatever devices."""
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = abstract_state(shapes.trained, optimizer)
+    with pretend_platform(mesh.devices.flat[0].platform), jax.set_mesh(mesh):
+        step = make_step(shapes.objective.loss, optimizer, config, mesh, state, shapes.frozen)
+        return step.lower(state, shapes.frozen, shapes.batch(config.batch_size))
 
 
-def _in(dtype: jnp.dtype, tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: _shape(leaf.shape, dtype), tree)
+def analytic_flops(shapes: StepShapes) -> int:
+    """Convolutions and matrix products that the loss of one image and its gradient need, without rematerialisation:
+    from the jaxpr, with attention by its definition.
+    """
+    objective = without_remat(shapes.objective)
+
+    def loss(params, frozen, batch):
+        return objective.loss(params, frozen, batch, jax.random.key(0))[0]
+
+    trained = _in(jnp.dtype("bfloat16"), shapes.trained)
+    return flops(jax.grad(loss), trained, shapes.frozen, shapes.batch(1))
+
+
+def state_bytes(config: TrainConfig, mesh: Mesh | AbstractMesh, shapes: StepShapes) -> int:
+    """Of the train state, on each device."""
+    state = abstract_state(shapes.trained, make_optimizer(config.optimizer, config.steps))
+    return _bytes(state, state_sharding(mesh, state))
+
+
+def memory_by_shapes(config: TrainConfig, mesh: Mesh | AbstractMesh, shapes: StepShapes) -> dict[str, int]:
+    """Bytes on each device, by what they are for. All but the last two are exact; a compiler may keep more of these, or
+    less.
+
+    "weights" are what is trained in the compute type, "gradients" fp32, "gathered" two of the largest arrays whole,
+    where any is split (one in use, one on its way), "activations" what the gradient of a device's samples keeps.
+    """
+    dtype = config.compute_dtype()
+    trained, ways = shapes.trained, batch_ways(mesh) * config.accumulate
+    state = abstract_state(trained, make_optimizer(config.optimizer, config.steps))
+    split = state_sharding(mesh, state).params
+    working, frozen = _in(dtype, trained), frozen_sharding(mesh, config.mesh, shapes.frozen)
+    whole = sum(leaf.size for leaf in jax.tree.leaves(working)) * dtype.itemsize
+    largest = 0
+    for tree, shardings in ((working, split), (shapes.frozen, frozen)):
+        placed = leaves(shardings)
+        for path, leaf in leaves(tree).items():
+            size = leaf.size * leaf.dtype.itemsize
+            largest = max(largest, size if bytes_per_device(leaf, placed[path]) < size else 0)
+    return {
+        "state": _bytes(state, state_sharding(mesh, state)),
+        "frozen": _bytes(shapes.frozen, frozen),
+        "weights": whole if config.mesh.strategy == "zero1" else _bytes(working, split),
+        "gradients": _bytes(trained, split),
+        "batch": -(-config.batch_size // batch_ways(mesh)) * _row_bytes(shapes.row),
+        "gathered": 2 * largest,
+        "activations": math.ceil(config.batch_size / ways) * activation_bytes(shapes, dtype),
+    }
+
+
+def activation_bytes(shapes: StepShapes, dtype: jnp.dtype) -> int:
+    """What the gradient of the loss keeps for each sample: by tracing it, with the objective's rematerialisation."""
+    trained = _in(dtype, shapes.trained)
+
+    def kept(params, frozen, batch):
+        def loss(params):
+            return shapes.objective.loss(params, frozen, batch, jax.random.key(0))[0]
+
+        return jax.vjp(loss, params)[1]
+
+    def total(size: int) -> int:
+        found = jax.eval_shape(kept, trained, shapes.frozen, shapes.batch(size))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(found))
+
+    return total(2) - total(1)
+
+
+def _row_bytes(row: Mapping[str, Any]) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
+
+
+def _bytes(tree: Any, shardings: Any) -> int:
+    placed = leaves(shardings)
+    return sum(bytes_per_device(leaf, placed[path]) for path, leaf in leaves(tree).items())
+
+
+def _in(dtype: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)

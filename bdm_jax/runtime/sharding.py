@@ -4,6 +4,7 @@ Batches are split over `data` and `fsdp`. Large parameters, and what the optimiz
 and, where a rule says how, over `tensor`; they are repeated over `data`.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -78,15 +79,15 @@ def placement(path: str) -> Placement:
     return matches[0][1]
 
 
-def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...], *, over_fsdp: bool = True) -> NamedSharding:
     """Where a parameter lives; `path` is that within its network ("conv_in.kernel").
 
     The dimension split over `fsdp` is the largest divisible one that `tensor` leaves; a dimension that is not
-    divisible stays whole, and so does a small parameter.
+    divisible stays whole, and so does a small parameter. Without `over_fsdp` it is split over `tensor` alone.
     """
     place = placement(path)
     axis = {"columns": len(shape) - 1, "rows": len(shape) - 2}.get(place)
-    return _split(mesh, shape, axis) if place != "whole" else replicated(mesh)
+    return _split(mesh, shape, axis, over_fsdp) if place != "whole" else replicated(mesh)
 
 
 def split_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
@@ -94,11 +95,19 @@ def split_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     return _split(mesh, shape, None)
 
 
-def tree_sharding(mesh: Mesh, tree: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, NamedSharding]]:
-    """`parameter_sharding` for every parameter: network's name -> path -> array, or its shape."""
+def tree_sharding(mesh: Mesh, tree: Mapping[str, Any], *, over_fsdp: bool = True) -> dict[str, Any]:
+    """`parameter_sharding` for every parameter: network's name -> path -> array, or its shape. What is no network (the
+    states of a text) is whole on every device.
+    """
+
+    def of_network(params: Mapping[str, Any]) -> dict[str, NamedSharding]:
+        return {
+            path: parameter_sharding(mesh, path, leaf.shape, over_fsdp=over_fsdp) for path, leaf in params.items()
+        }
+
     return {
-        name: {path: parameter_sharding(mesh, path, leaf.shape) for path, leaf in params.items()}
-        for name, params in tree.items()
+        name: of_network(part) if isinstance(part, Mapping) else jax.tree.map(lambda _: replicated(mesh), part)
+        for name, part in tree.items()
     }
 
 
@@ -108,19 +117,21 @@ def place(tree: Any, shardings: Any) -> Any:
         return jax.device_put(tree, shardings)
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
-    # device_put would first compare the arrays of all processes, byte for byte.
-    take = lambda leaf, sharding: jax.make_array_from_callback(leaf.shape, sharding, np.asarray(leaf).__getitem__)  # noqa: E731
+
+    def take(leaf, sharding):  # device_put would first compare the arrays of all processes, byte for byte
+        return jax.make_array_from_callback(leaf.shape, sharding, np.asarray(leaf).__getitem__)
+
     return jax.tree.map(take, tree, shardings)
 
 
-def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows of a global batch -> global arrays."""
+def place_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, Any]:
+    """This process's rows of a global batch, a tree of NumPy arrays -> global arrays."""
     sharding = batch_sharding(mesh)
-    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+    return jax.tree.map(lambda value: jax.make_array_from_process_local_data(sharding, value), batch)
 
 
 def to_host(mesh: Mesh, tree: Any) -> Any:
-    """Global arrays -> whole NumPy arrays in every process; a meeting point of all."""
+    """Global arrays -> whole NumPy arrays in every process; a collective: every process must call it."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     whole = jax.jit(lambda leaf: leaf, out_shardings=replicated(mesh))
@@ -129,7 +140,7 @@ def to_host(mesh: Mesh, tree: Any) -> Any:
 
 def bytes_per_device(leaf: Any, sharding: NamedSharding) -> int:
     """What an array (or its shape) takes on each device."""
-    return int(np.prod(sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+    return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def explain(arrays: Mapping[str, Any], shardings: Mapping[str, NamedSharding]) -> Iterator[str]:
@@ -145,14 +156,14 @@ def explain(arrays: Mapping[str, Any], shardings: Mapping[str, NamedSharding]) -
     yield f"{'sum':<{width}}  {'':<28}  {'':<22}  {total:>13,}"
 
 
-def _split(mesh: Mesh, shape: tuple[int, ...], tensor_axis: int | None) -> NamedSharding:
+def _split(mesh: Mesh, shape: tuple[int, ...], tensor_axis: int | None, over_fsdp: bool = True) -> NamedSharding:
     axes: list[str | None] = [None] * len(shape)
     if np.prod(shape) < SMALLEST_SPLIT:
         return replicated(mesh)
     if tensor_axis is not None and mesh.shape["tensor"] > 1 and shape[tensor_axis] % mesh.shape["tensor"] == 0:
         axes[tensor_axis] = "tensor"
     free = [axis for axis, size in enumerate(shape) if axes[axis] is None and size % mesh.shape["fsdp"] == 0]
-    if free and mesh.shape["fsdp"] > 1:
+    if free and over_fsdp and mesh.shape["fsdp"] > 1:
         axes[max(free, key=lambda axis: shape[axis])] = "fsdp"
     while axes and axes[-1] is None:
         axes.pop()

@@ -1,3 +1,3 @@
-"""Training: a task says what is trained and how its loss is made; the loop, the state and the checkpoints are common
-to all.
+"""Training: an objective says what is trained and how its loss is made; the loop, the state and the checkpoints are
+common to all.
 """

@@ -47,7 +47,7 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        logging.getLogger("absl").addFilter(_told_by_us)
+        logging.getLogger("absl").addFilter(_not_reported_by_us)
         if is_first() and self.folder.is_dir():
             for pattern in (f"{_SAVING}*", f"{_REMOVING}*"):
                 for leftover in self.folder.glob(pattern):
@@ -113,7 +113,7 @@ class Checkpoints:
             return found
         raise UserError(
             f"{self.folder}: no checkpoint can be used ({'; '.join(faults)}); nothing is trained from scratch instead: "
-            "bring one back, or remove the run's folder to begin anew"
+            "bring one back, or remove the run's folder to start from scratch"
         )
 
     def close(self) -> None:
@@ -240,8 +240,8 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _told_by_us(record: logging.LogRecord) -> bool:
-    """Drops the tracebacks that Orbax logs of what it also raises: one line of ours tells it."""
+def _not_reported_by_us(record: logging.LogRecord) -> bool:
+    """Drops the tracebacks that Orbax logs of what it also raises: one line of ours reports it."""
     return not any(words in str(record.msg) for words in ("background save thread", "run() raised an exception"))
 
 

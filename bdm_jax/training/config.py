@@ -15,26 +15,29 @@ import jax.numpy as jnp
 from bdm_jax.errors import UserError
 from bdm_jax.formats.files import read_json, write_json
 from bdm_jax.runtime.processes import is_first
-from bdm_jax.training.objectives.branch import BackboneTask, BranchTask, TextTask, VAETask
+from bdm_jax.training.objectives.autoencoder import VAETask
+from bdm_jax.training.objectives.backbone import BackboneTask
+from bdm_jax.training.objectives.branch import BranchTask
 from bdm_jax.training.objectives.controlnet import ControlNetTask
 from bdm_jax.training.objectives.dreambooth import DreamBoothTask
 from bdm_jax.training.objectives.finetune import FinetuneTask
 from bdm_jax.training.objectives.inversion import InversionTask
 from bdm_jax.training.objectives.lora import LoRATask
+from bdm_jax.training.objectives.text_tower import TextTask
 from bdm_jax.training.sets import DataConfig
 
-# May differ between the legs of one run: how it is watched, when it pauses, on which devices and in which folder.
+# May differ between the sessions of one run: how it is watched, when it pauses, on which devices and in which folder.
 _FREE_TO_CHANGE = {"minutes", "export_only", "log_every", "sample_every", "checkpoint_every", "keep", "run", "mesh"}
 _FREE_IN_PARTS = {"remat", "skip_rate"}
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """What turns gradients into updates: warm-up, then constant or falling on a cosine to zero at the last step.
+    """What turns gradients into updates: warm-up, then constant or a cosine decay to zero at the last step.
 
     name: adafactor keeps a fraction of the memory of adamw, lion half of it; adafactor does not read b1 and b2.
-    `copied_factor` times the learning rate is what a branch's copied weights get; its zero convolutions and the keys
-    and values of its text, which start anew, get the whole.
+    copied_factor: of the learning rate, for a branch's copied weights; its zero convolutions and the keys and values of
+    its text, which are initialised, get the whole.
     """
 
     name: Literal["adamw", "adafactor", "lion"] = "adamw"
@@ -54,21 +57,24 @@ class MeshConfig:
     """Devices along each axis; data=-1 takes all that the others leave.
 
     The state is split over fsdp. strategy: "fsdp" gathers a parameter where it is used, "zero1" all of them once per
-    step, in the compute type, which is faster where they fit.
+    step, in the compute type, which is faster where they fit. frozen: whether frozen networks are split over fsdp and
+    gathered where they are used, or whole on every device; "auto" splits them with "fsdp" and not with "zero1". Over
+    tensor they are split as what is trained.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     strategy: Literal["fsdp", "zero1"] = "fsdp"
+    frozen: Literal["auto", "split", "whole"] = "auto"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. `steps` is its whole length; `minutes` ends a leg early, at a checkpoint from which the next leg goes
-    on. `export_only` trains nothing and writes export/ from the newest checkpoint.
+    """One run. `steps` is its whole length; `minutes` ends a session early, at a checkpoint from which the next one
+    resumes. `export_only` trains nothing and writes export/ from the newest checkpoint.
 
-    accumulate: the batch goes through the networks in so many parts, one after the other. compute: the type of frozen
+    accumulate: the batch goes through the networks in N parts, one after the other. compute: the type of frozen
     networks and of all that is computed with them; "auto" is float32 on a CPU, bfloat16 elsewhere. What is trained,
     its average and its optimizer state are float32 always.
     """
@@ -122,7 +128,7 @@ def check(config: TrainConfig) -> None:
     """What can be known before anything is loaded or compiled; makes the run's folder.
 
     Raises:
-        UserError: a value that cannot be, a folder that cannot be written, or one that holds a run which computes
+        UserError: a value that is not valid, a folder that cannot be written, or one that holds a run which computes
             something else (the differing fields are named).
     """
     for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "sample_every", "keep"):
@@ -142,7 +148,7 @@ def check(config: TrainConfig) -> None:
     if config.accumulate > 1 and isinstance(config.task, TextTask):
         raise UserError(f"accumulate={config.accumulate}: the captions of a whole batch are compared, it has no parts")
     if getattr(config.task, "zero_snr", False) and config.task.prediction_type == "epsilon":
-        raise UserError("task.zero_snr needs task.prediction_type=v_prediction: pure noise says nothing of the picture")
+        raise UserError("task.zero_snr needs task.prediction_type=v_prediction: pure noise says nothing of the image")
     if not is_first():
         return
     try:

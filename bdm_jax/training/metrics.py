@@ -43,7 +43,7 @@ class Metrics:
     """Writes run/metrics.jsonl (what was computed), run/speed.jsonl (how fast) and run/tensorboard; shows loss,
     images/s and the time left.
 
-    `start` is the step that a resumed run begins at: lines of later steps, written by a leg that was killed, are
+    `start` is the step that a resumed run begins at: lines of later steps, written by a session that was killed, are
     dropped. `work`, to be set: seconds that an image would take on all devices at their stated peak, for the share of
     it that is used (MFU); None where that is unknown.
     """
@@ -76,7 +76,7 @@ class Metrics:
         self, step: int, values: dict[str, float], seconds: dict[str, float] | None = None, left_out: int = 0
     ) -> None:
         """Values of the steps since the last call, already averaged, where the time has gone since, and how many
-        records this leg has left out.
+        records this session has left out.
         """
         now, seconds = time.monotonic(), seconds or {}
         if step > self._step_before:
@@ -97,9 +97,9 @@ class Metrics:
             line = f"step {step}/{self._total}  loss {values['loss']:.4f}  {rate}  {left / 60:.0f} min left"
             self._lines.print(line, highlight=False)
 
-    def image(self, name: str, step: int, picture) -> None:
-        """A picture (H,W,3) uint8 for TensorBoard."""
-        self._tensorboard.add_image(name, picture, step, dataformats="HWC")
+    def image(self, name: str, step: int, image) -> None:
+        """An image (H,W,3) uint8 for TensorBoard."""
+        self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
     def restart_clock(self, step: int) -> None:
         """Leave what took time before `step` but was no training (a checkpoint, samples) out of images/s."""

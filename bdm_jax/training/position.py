@@ -1,4 +1,4 @@
-"""Where in the data a run is: what a checkpoint notes of it, and whether a later leg may go on from there."""
+"""Where in the data a run is: what a checkpoint notes of it, and whether a later session may resume from there."""
 
 import sys
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ class Position:
         return {**state, "sources": prints, "samples": samples, "processes": jax.process_count()}
 
     def restore(self, note: dict[str, Any]) -> int:
-        """Let the loader go on from there; the number of batches before. Another number of processes is no obstacle,
-        and is told.
+        """Let the loader resume from there; the number of batches before. Another number of processes is no obstacle,
+        and is reported.
 
         Raises:
             UserError: the note is of other records or of another order (both values are named).

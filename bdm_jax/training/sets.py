@@ -55,38 +55,38 @@ class Sets:
         self._weights = data.weights or (None,) * len(self.folders)
         self._chosen = [_open(folder, data, language, only) for folder in self.folders]
 
-    def pictures(self) -> list[MixturePart]:
-        """The sets, whose records hold pictures.
+    def images(self) -> list[MixturePart]:
+        """The sets, whose records hold images.
 
         Raises:
             UserError: a set holds precomputed latents.
         """
         for folder, chosen in zip(self.folders, self._chosen, strict=True):
             if chosen is None:
-                raise UserError(f"{folder} holds precomputed latents, this training reads pictures: give it their set")
+                raise UserError(f"{folder} holds precomputed latents, this training reads images: give it their set")
         pairs = zip(self._chosen, self._weights, strict=True)
         return [MixturePart(source, range(len(source)), weight) for source, weight in pairs]
 
     def latents(
-        self, vae: Component, run: Path, size: tuple[int, int] | None = None, pictures: bool = False
+        self, vae: Component, run: Path, size: tuple[int, int] | None = None, images: bool = False
     ) -> list[MixturePart]:
         """The sets, whose records hold `moments` (h,w,2C), mean and log-variance of their raw latents.
 
-        Those of pictures are made and kept in memory, fp32 (fp16 beside precomputed ones, which are), cached in the
+        Those of images are computed and kept in memory, fp32 (fp16 beside precomputed ones, which are), cached in the
         run's folder; see `record_moments`. Those that are precomputed are one part per bucket.
 
         Args:
             vae: the run's own autoencoder.
             run: the run's folder.
-            size: (height, width) that pictures are brought to; None if all of a set are of one size.
-            pictures: the records must hold their pictures too.
+            size: (height, width) that images are resized to; None if all of a set are of one size.
+            images: the records must hold their images too.
 
         Raises:
-            UserError: latents of another autoencoder, not all there, pictures of several sizes, or precomputed latents
-                where pictures are needed.
+            UserError: latents of another autoencoder, not all there, images of several sizes, or precomputed latents
+                where images are needed.
         """
-        if pictures:
-            self.pictures()
+        if images:
+            self.images()
         kind = np.float16 if None in self._chosen else np.float32
         own = digest(vae) if None in self._chosen else None
         parts = []
@@ -113,8 +113,8 @@ def select(source: Source, data: DataConfig, language: str, only: Sequence[str] 
     indices = _of_language(source, data, language)
     if not only:
         return indices
-    name = lambda record: record["id"] if "style" in record else record["key"]  # noqa: E731
-    names = [name(source[int(i)]) for i in indices]
+    records = [source[int(i)] for i in indices]
+    names = [record["id"] if "style" in record else record["key"] for record in records]
     if missing := [one for one in only if one not in names]:
         raise unknown("record", missing[0], names)
     return indices[[one in only for one in names]]
@@ -168,8 +168,8 @@ class _Chosen:
 
     def __init__(self, source: Source, indices: np.ndarray):
         self._source, self._indices = source, indices
-        told = source.fingerprint.encode() + np.asarray(indices, np.int64).tobytes()
-        self.fingerprint = hashlib.sha256(told).hexdigest()[:16]
+        content = source.fingerprint.encode() + np.asarray(indices, np.int64).tobytes()
+        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self._indices)

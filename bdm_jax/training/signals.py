@@ -17,14 +17,22 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     step that none has passed; SIGINT is handed on to it.
     """
     if jax.process_count() > 1:
-        terminate = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+
+        def terminate(*_):
+            os.kill(os.getpid(), signal.SIGTERM)
+
         before = {signal.SIGINT: signal.signal(signal.SIGINT, terminate)}
         asked = multihost_utils.reached_preemption_sync_point
     else:
         stop: list[bool] = []
-        hear = lambda *_: stop.append(True)  # noqa: E731
+
+        def hear(*_):
+            stop.append(True)
+
+        def asked(step):
+            return bool(stop)
+
         before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
-        asked = lambda step: bool(stop)  # noqa: E731
     try:
         yield asked
     finally:

@@ -1,7 +1,7 @@
 """What changes during training, and the one compiled step that changes it.
 
 Frozen networks are not part of the state: they are an argument of the step, so no gradient, no optimizer memory and
-no weight decay can reach them.
+no weight decay can reach them. They are placed by the same rules as what is trained.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bdm_jax.models.unet.branch import REINITIALISED
 from bdm_jax.runtime.sharding import batch_sharding, place, replicated, split_sharding, tree_sharding
-from bdm_jax.training.config import OptimizerConfig, TrainConfig
-from bdm_jax.training.objectives.job import Trees
+from bdm_jax.training.config import MeshConfig, OptimizerConfig, TrainConfig
+from bdm_jax.training.objectives.objective import Batch, Trees
 
-Loss = Callable[[Trees, Trees, dict[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+Loss = Callable[[Trees, dict[str, Any], Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @jax.tree_util.register_dataclass
@@ -50,14 +50,17 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         "lion": lambda: optax.scale_by_lion(config.b1, config.b2),
         "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
     }[config.name]()
-    decays = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         direction,
-        optax.add_decayed_weights(config.weight_decay, decays),
+        optax.add_decayed_weights(config.weight_decay, _decays),
         optax.scale_by_learning_rate(rate),
         optax.stateless(lambda updates, _: _slow_copies(updates, config.copied_factor)),
     )
+
+
+def _decays(params: Trees) -> Any:
+    return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
 def _slow_copies(updates: Trees, factor: float) -> Trees:
@@ -96,21 +99,34 @@ def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:
     return jax.tree_util.tree_map_with_path(where, state)
 
 
+def frozen_sharding(mesh: Mesh, config: MeshConfig, frozen: dict[str, Any]) -> dict[str, Any]:
+    """Where every frozen array, of `frozen` or its shapes, lives: by the rules of what is trained; whole over fsdp with
+    "whole", and with zero1, which computes with whole weights anyway.
+    """
+    over_fsdp = config.strategy == "fsdp" if config.frozen == "auto" else config.frozen == "split"
+    return tree_sharding(mesh, frozen, over_fsdp=over_fsdp)
+
+
 def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh, state: TrainState
-) -> Callable[[TrainState, Trees, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    mesh: Mesh,
+    state: TrainState,
+    frozen: dict[str, Any],
+) -> Callable[[TrainState, dict[str, Any], Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Compile `(state, frozen, batch) -> (state, metrics)`; the old state's memory is reused.
 
     `loss(params, frozen, batch, key) -> (mean, metrics)`: its parameters come in the run's compute type, its key is
     made of the seed and the step. Gradients of `config.accumulate` parts of the batch are averaged in fp32. The average
-    of the parameters warms up with them: its decay is min(ema_decay, (1 + step) / (10 + step)). Of `state` only the
-    shapes are read.
+    of the parameters warms up with them: its decay is min(ema_decay, (1 + step) / (10 + step)). Of `state` and `frozen`
+    only the shapes are read; the frozen arrays are to lie as `frozen_sharding` says.
     """
     shardings = state_sharding(mesh, state)
     dtype = config.compute_dtype()
     gradients_of = _accumulated(jax.value_and_grad(loss, has_aux=True), config.accumulate, mesh)
 
-    def step(state: TrainState, frozen: Trees, batch):
+    def step(state: TrainState, frozen: dict[str, Any], batch: Batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         working = jax.tree.map(lambda p: p.astype(dtype), state.params)
         if config.mesh.strategy == "zero1":  # cast where it lies, then gathered: half the bytes
@@ -127,7 +143,7 @@ def make_step(
 
     return jax.jit(
         step,
-        in_shardings=(shardings, replicated(mesh), batch_sharding(mesh)),
+        in_shardings=(shardings, frozen_sharding(mesh, config.mesh, frozen), batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
@@ -139,16 +155,21 @@ def _new_state(params: Trees, optimizer: optax.GradientTransformation) -> TrainS
 
 def _accumulated(value_and_gradient: Callable, parts: int, mesh: Mesh) -> Callable:
     """The same function over `parts` equal parts of its batch, one after the other: means, in fp32."""
-    full = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
+
+    def in_fp32(*arguments):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), value_and_gradient(*arguments))
+
     if parts == 1:
-        return lambda *arguments: full(value_and_gradient(*arguments))
+        return in_fp32
 
     def split(x):  # every device's rows are dealt out to the parts, so that none of them has to move
         x = jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"))))
 
     def over_parts(params, frozen, batch, key):
-        one = lambda part: full(value_and_gradient(params, frozen, part, key))  # noqa: E731
+        def one(part):
+            return in_fp32(params, frozen, part, key)
+
         batch = jax.tree.map(split, batch)
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], batch))

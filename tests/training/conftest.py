@@ -10,6 +10,7 @@ from bdm_jax.models.config import CLIPTextConfig, RobertaConfig, UNetConfig, VAE
 from bdm_jax.models.functional import init
 from bdm_jax.paths import TOKENIZERS
 from bdm_jax.systems.components import Component, save_component
+from bdm_jax.systems.families import FAMILIES
 from bdm_jax.systems.pipeline import BridgePipeline
 from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
@@ -49,7 +50,7 @@ def backbone_folder(tmp_path_factory) -> Path:
     tower = RobertaConfig(max_position_embeddings=16, **_SMALL_TEXT)
     save_component(folder.parent / "tower", tower, init(tower, 3))
     schedule = DiscreteSchedule(prediction_type="v_prediction")
-    BridgePipeline(**parts, tokenizer=tokenizer, schedule=schedule).save_pretrained(folder)
+    BridgePipeline(FAMILIES["sd15"], {**parts, "tokenizer": tokenizer}, schedule).save_pretrained(folder)
     return folder
 
 

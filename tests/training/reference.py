@@ -12,7 +12,8 @@ import transformers
 
 from bdm_jax.runtime.sharding import make_mesh, place_batch
 from bdm_jax.training.config import OptimizerConfig, TrainConfig
-from bdm_jax.training.objectives.job import draw
+from bdm_jax.training.objectives.autoencoder import VAETask
+from bdm_jax.training.objectives.objective import draw
 from bdm_jax.training.sets import Sets
 from bdm_jax.training.state import make_optimizer, make_state, make_step
 
@@ -43,7 +44,10 @@ class System:
     def noised(self, moments, scaling, key):
         mean, logvar = np.split(np.asarray(moments), 2, axis=-1)
         keys, places = jax.random.split(key, 3), np.arange(len(mean))
-        normal = lambda k: np.asarray(draw(k, places, lambda one: jax.random.normal(one, mean.shape[1:])))  # noqa: E731
+
+        def normal(k):
+            return np.asarray(draw(k, places, lambda one: jax.random.normal(one, mean.shape[1:])))
+
         t = draw(keys[2], places, lambda k: jax.random.randint(k, (), 0, 1000))
         latents = nchw((mean + np.exp(0.5 * logvar) * normal(keys[0])) * scaling)
         noise, t = nchw(normal(keys[1])), torch.from_numpy(np.array(t)).long()
@@ -56,13 +60,18 @@ def nchw(array):
 
 
 def start(task, run, data, dtype="float32"):
-    """A job and one batch."""
+    """A training made ready, and one batch."""
     run.mkdir(exist_ok=True)
     job = task.start(Sets(data, task.language, task.only), run, 0, jnp.dtype(dtype))
     source = job.parts[0].source
     rows = [job.sample(source[n % len(source)], np.random.default_rng(n)) for n in range(BATCH)]
-    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    batch = jax.tree.map(lambda *values: np.stack(values), *rows)
     return job, {**batch, "place": np.arange(BATCH, dtype=np.int32)}
+
+
+def scaling(job):
+    """Of the latents that it is trained on."""
+    return getattr(job.objective, "system", job.objective).denoising.vae.scaling_factor
 
 
 def key_of(step=0, seed=0):
@@ -72,13 +81,14 @@ def key_of(step=0, seed=0):
 
 def step(job, batch, params):
     """Gradients, and the parameters after one compiled step; both as NumPy trees."""
-    config = TrainConfig(task=job.task, run=Path("unused"), steps=10, batch_size=BATCH, optimizer=OPTIMIZER)
+    config = TrainConfig(task=VAETask(), run=Path("unused"), steps=10, batch_size=BATCH, optimizer=OPTIMIZER)
     mesh = make_mesh()
     kept = optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), lambda g, *_: (g, g))
     with jax.set_mesh(mesh):
         optimizer = optax.chain(kept, make_optimizer(config.optimizer, config.steps))
         state = make_state(jax.tree.map(jnp.array, params), optimizer, mesh)
-        state, _ = make_step(job.loss, optimizer, config, mesh, state)(state, job.frozen, place_batch(mesh, batch))
+        one = make_step(job.objective.loss, optimizer, config, mesh, state, job.frozen)
+        state, _ = one(state, job.frozen, place_batch(mesh, batch))
     return jax.device_get(state.optimizer[0]), jax.device_get(state.params)
 
 
@@ -105,7 +115,10 @@ def assert_same_step(pairs):
     pairs = [(name, *(np.asarray(array, np.float64) for array in arrays)) for name, *arrays in pairs]
     largest = max(np.abs(theirs).max() for _, _, theirs, *_ in pairs)
     off = {n: np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-3 * largest) for n, ours, theirs, *_ in pairs}
-    norm = lambda arrays: np.sqrt(sum(np.sum(np.square(array)) for array in arrays))  # noqa: E731
+
+    def norm(arrays):
+        return np.sqrt(sum(np.sum(np.square(array)) for array in arrays))
+
     whole = norm(ours - theirs for _, ours, theirs, *_ in pairs) / norm(theirs for _, _, theirs, *_ in pairs)
     worst = max(off, key=off.get)
     print(f"gradients: {whole:.1e} as one vector, {off[worst]:.1e} of {worst}'s largest")

@@ -57,8 +57,8 @@ def test_no_gradient_flows_through_the_backbone_s_encoder(made):
     encoder = multiplications(lambda: bind(unet, frozen["unet"]).encode(x, t, text))
     decoder = multiplications(lambda: bind(unet, frozen["unet"]).decode(skips, mid, t, text))
     branch = multiplications(lambda: bind(job.config, params["branch"])(x, t, text))
-    tower = multiplications(lambda: bind(job.tower.config, frozen["tower"])(batch["ids"]))
-    step = multiplications(jax.grad(lambda p: job.loss(p, frozen, batch, key)[0]), params)
+    tower = multiplications(lambda: bind(job.tower.config, frozen["tower"])(batch["texts"]["backbone"]))
+    step = multiplications(jax.grad(lambda p: job.objective.loss(p, frozen, batch, key)[0]), params)
     expected = 3 * branch + 2 * decoder + encoder + tower
     print(f"step {step:,}, expected {expected:,}; encoder {encoder:,}, decoder {decoder:,}, branch {branch:,}")
     assert abs(step - expected) < 0.25 * encoder
@@ -77,8 +77,8 @@ def test_at_full_size_it_is_what_the_paper_s_sizes_give():
         "place": jax.ShapeDtypeStruct((1,), jnp.int32),
     }
     frozen = {**shapes, "english": Conditioning(jax.ShapeDtypeStruct((1, 77, 768), jnp.float32))}
-    loss = lambda p, f, b: job.loss(p, f, b, jax.random.key(0))[0]  # noqa: E731
-    tower = multiplications(lambda p, ids: bind(CHINESE_CLIP_H_TEXT, p)(ids), frozen["tower"], batch["ids"])
+    loss = lambda p, f, b: job.objective.loss(p, f, b, jax.random.key(0))[0]  # noqa: E731
+    tower = multiplications(lambda p, ids: bind(CHINESE_CLIP_H_TEXT, p)(ids), frozen["tower"], batch["texts"]["backbone"])
     step = multiplications(jax.grad(loss), {"branch": abstract(BDM_BRANCH)}, frozen, batch)
     print(f"{2 * (step - tower) / 1e12:.3f} TFLOP, and {2 * tower / 1e12:.3f} in the text tower")
     assert 2 * (step - tower) == pytest.approx(2.22e12, rel=0.05)
@@ -95,7 +95,7 @@ def test_no_convolution_of_the_backbone_s_encoder_is_transposed(made):
     for path, value in job.frozen["unet"].items():
         convolutions[path in encoder] += value.ndim == 4 and value.shape[0] > 1
     branch = sum(value.ndim == 4 and value.shape[0] > 1 for value in job.params["branch"].values())
-    gradient = jax.jit(jax.grad(lambda p: job.loss(p, job.frozen, batch, jax.random.key(0))[0]))
+    gradient = jax.jit(jax.grad(lambda p: job.objective.loss(p, job.frozen, batch, jax.random.key(0))[0]))
     lowered = gradient.lower(job.params).as_text()
     found = lowered.count("stablehlo.convolution")
     # the branch's first convolution has no gradient of its input: the noisy latents are data
@@ -106,7 +106,7 @@ def test_remat_keeps_less_and_computes_the_same(made):
     key, found, kept = jax.random.key(0), {}, {}
     for remat in ("none", "blocks"):
         job, batch = made(remat=remat)
-        loss = lambda p, job=job, batch=batch: job.loss(p, job.frozen, batch, key)[0]  # noqa: E731
+        loss = lambda p, job=job, batch=batch: job.objective.loss(p, job.frozen, batch, key)[0]  # noqa: E731
         found[remat] = jax.jit(jax.grad(loss))(job.params)["branch"]
         saved = jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p)[1], job.params)
         kept[remat] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved))
@@ -134,11 +134,11 @@ def test_bfloat16_reaches_every_network_and_export_keeps_fp32(made):
     for dtype in (jnp.float32, jnp.bfloat16):
         job, batch = made(dtype)
         params = jax.tree.map(lambda p, dtype=dtype: p.astype(dtype), job.params)
-        losses[dtype] = float(job.loss(params, job.frozen, batch, jax.random.key(0))[0])
+        losses[dtype] = float(job.objective.loss(params, job.frozen, batch, jax.random.key(0))[0])
         types = {leaf.dtype for leaf in jax.tree.leaves(job.frozen) if jnp.issubdtype(leaf.dtype, jnp.floating)}
         assert types == {jnp.dtype(dtype)}
         assert {leaf.dtype for leaf in jax.tree.leaves(job.params)} == {jnp.dtype("float32")}
     assert losses[jnp.bfloat16] == pytest.approx(losses[jnp.float32], rel=0.05)
-    text = jax.jit(lambda p: job.loss(p, job.frozen, batch, jax.random.key(0))[0]).lower(params).as_text()
+    text = jax.jit(lambda p: job.objective.loss(p, job.frozen, batch, jax.random.key(0))[0]).lower(params).as_text()
     convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
     assert convolutions and all("xbf16>" in line.rpartition("->")[2] for line in convolutions)

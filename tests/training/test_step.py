@@ -11,7 +11,7 @@ import torch
 
 from bdm_jax.runtime.sharding import make_mesh, place_batch
 from bdm_jax.training.config import OptimizerConfig, TrainConfig
-from bdm_jax.training.objectives.branch import VAETask
+from bdm_jax.training.objectives.autoencoder import VAETask
 from bdm_jax.training.state import make_optimizer, make_state, make_step
 
 STEPS, BATCH = 12, 8
@@ -47,7 +47,10 @@ def rate(step):
 @pytest.fixture
 def problem(rng):
     """Start values and twelve batches, float64 of fp32 numbers."""
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+
+    def draw(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
     start = [draw(160, 130) / 12, draw(130)]
     return start, [{"x": draw(BATCH, 160), "y": draw(BATCH, 130)} for _ in range(STEPS)]
 
@@ -59,7 +62,7 @@ def run(problem, config):
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(config.optimizer, config.steps)
         state = make_state({"net": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}}, optimizer, mesh)
-        step = make_step(loss, optimizer, config, mesh, state)
+        step = make_step(loss, optimizer, config, mesh, state, {})
         rows = []
         for batch in batches:
             state, metrics = step(state, {}, place_batch(mesh, batch))

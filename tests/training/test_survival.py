@@ -1,4 +1,4 @@
-"""Runs that are killed, asked to end, or run into trouble: what they leave, and that the next leg is bit for bit."""
+"""Runs that are killed, asked to end, or run into trouble: what they leave, and that the next session is bit for bit."""
 
 import json
 import multiprocessing
@@ -114,10 +114,10 @@ def test_twenty_kills_at_random_moments_lose_and_repeat_no_sample(tmp_path, rng)
     """
     steps, kills, whole, run = 150, 20, tmp_path / "whole", tmp_path / "killed"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["toy"])  # imports take longer than a leg
+    context.set_forkserver_preload(["toy"])  # imports take longer than a session
 
     def begin(folder):
-        process = context.Process(target=toy.leg, args=(str(folder), str(steps)))
+        process = context.Process(target=toy.session, args=(str(folder), str(steps)))
         process.start()
         return process
 
@@ -132,14 +132,14 @@ def test_twenty_kills_at_random_moments_lose_and_repeat_no_sample(tmp_path, rng)
         process, target = begin(run), len(lines()) + int(rng.integers(9))
         deadline = time.monotonic() + PATIENCE
         while len(lines()) < target:
-            assert process.is_alive() and time.monotonic() < deadline, "the leg to be killed did not get that far"
+            assert process.is_alive() and time.monotonic() < deadline, "the session to be killed did not get that far"
             time.sleep(0.002)
         time.sleep(rng.exponential(0.1))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
         saving += any((run / "checkpoints").glob(".saving-*"))
-    print(f"{kills} kills, {saving} in the middle of a save; {len(lines())} steps taken before the last leg")
+    print(f"{kills} kills, {saving} in the middle of a save; {len(lines())} steps taken before the last session")
     assert finished(begin(run))
     same(run, whole, steps)
     expected = toy.seen(whole)
@@ -157,7 +157,7 @@ def test_sigterm_saves_after_the_step_and_ends_with_status_3(whole, watched, tmp
 
 def test_a_loss_that_is_not_finite_names_step_samples_and_checkpoint(watched, tmp_path, monkeypatch):
     """Step 6, found at the save after it: nothing of it is kept. The file names the sixteen records of its batch."""
-    original = toy.ToyJob.loss
+    original = toy.ToyObjective.loss
 
     def loss(self, params, frozen, batch, key):
         value, more = original(self, params, frozen, batch, key)
@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_names_step_samples_and_checkpoint(watched, tm
         return place(mesh, batch)
 
     bad = np.float32(12345.0)
-    monkeypatch.setattr(toy.ToyJob, "loss", loss)
+    monkeypatch.setattr(toy.ToyObjective, "loss", loss)
     monkeypatch.setattr(loop, "place_batch", spoil)
     with pytest.raises(UserError, match=rf"step 6: loss nan.*checkpoint is of step 4.*{names[0]}"):
         train(toy.config(tmp_path / "run", steps=6))

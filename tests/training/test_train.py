@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import configs
+from bdm_jax import configs
 from bdm_jax.models.functional import abstract
 
 _SCRIPT = Path(__file__).parents[2] / "train.py"

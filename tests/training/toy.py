@@ -22,9 +22,10 @@ from bdm_jax.latents.moments import record_key
 from bdm_jax.systems.components import load_component
 from bdm_jax.training import checkpoint, loop
 from bdm_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
-from bdm_jax.training.objectives.job import draw
+from bdm_jax.training.objectives.objective import Training, draw
 
-WIDTH = 512  # so that the matrix is large enough to be split
+WIDTH = 512  # so that the matrix is large enough to be split, as the frozen one is
+FROZEN_WIDTH = 128
 
 
 @dataclass(frozen=True)
@@ -36,37 +37,38 @@ class ToyTask:
     prediction_type: str = "epsilon"
 
     def start(self, sets, run, seed, dtype):
-        parts = sets.pictures() if self.vae is None else sets.latents(load_component(self.vae, "float32"), run)
-        return ToyJob(self, seed, parts)
-
-
-class ToyJob:
-    def __init__(self, task, seed, parts):
+        parts = sets.images() if self.vae is None else sets.latents(load_component(self.vae, "float32"), run)
         rng = np.random.default_rng(seed)
-        self.task, self.parts = task, parts
-        self.params = {"net": {"wide.kernel": jnp.asarray(rng.normal(size=(256, WIDTH)) / 16, jnp.float32)}}
-        self.params["net"]["bias"] = jnp.zeros(WIDTH)
-        self.frozen = {"net": {"kernel": jnp.asarray(rng.normal(size=(WIDTH, 4)) / 16, jnp.float32)}}
+        net = {"wide.kernel": jnp.asarray(rng.normal(size=(256, WIDTH)) / 16, jnp.float32), "bias": jnp.zeros(WIDTH)}
+        kernel = jnp.asarray(rng.normal(size=(WIDTH, FROZEN_WIDTH)) / 16, jnp.float32)
+        frozen = {"net": {"kernel": kernel}}
+        return Training(ToyObjective(), {"net": net}, frozen, parts, _sample, _export, _preview)
 
-    def sample(self, record, rng):
-        if "moments" in record:
-            return {"x": record["moments"] + 0.1 * rng.normal(size=record["moments"].shape).astype(np.float16)}
-        own = np.random.default_rng(zlib.crc32(record_key(record).encode()))
-        return {"x": (own.normal(size=256) + 0.1 * rng.normal(size=256)).astype(np.float32)}
 
+@dataclass(frozen=True)
+class ToyObjective:
     def loss(self, params, frozen, batch, key):
         x = jax.vmap(lambda one: jnp.resize(one.astype(jnp.float32), 256))(batch["x"])
         hidden = jnp.tanh(x @ params["net"]["wide.kernel"] + params["net"]["bias"])
-        target = draw(key, batch["place"], lambda k: jax.random.normal(k, (4,)))
+        target = draw(key, batch["place"], lambda k: jax.random.normal(k, (FROZEN_WIDTH,)))
         loss = jnp.mean(jnp.square(hidden @ frozen["net"]["kernel"] - target))
         return loss, {"hidden": jnp.mean(jnp.abs(hidden))}
 
-    def pictures(self, params, records):
-        return [np.zeros((2, 2, 3), np.uint8)] * len(records)
 
-    def export(self, params, folder, metadata):
-        folder.mkdir(parents=True, exist_ok=True)
-        np.savez(folder / "params.npz", **params["net"], step=metadata["bdm_jax.step"])
+def _sample(record, rng):
+    if "moments" in record:
+        return {"x": record["moments"] + 0.1 * rng.normal(size=record["moments"].shape).astype(np.float16)}
+    own = np.random.default_rng(zlib.crc32(record_key(record).encode()))
+    return {"x": (own.normal(size=256) + 0.1 * rng.normal(size=256)).astype(np.float32)}
+
+
+def _preview(params, records):
+    return [np.zeros((2, 2, 3), np.uint8)] * len(records)
+
+
+def _export(params, folder, metadata):
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "params.npz", **params["net"], step=metadata["bdm_jax.step"])
 
 
 def config(run: Path, steps: int = 10, **changes) -> TrainConfig:
@@ -117,7 +119,9 @@ def seen(run: Path, process: int = 0) -> dict[int, str]:
 
 def kill_at(case: str) -> None:
     """Let this process die (SIGKILL), or be asked to end (SIGTERM), at a certain point of the sixth step's save."""
-    die = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def before(owner, name, action, when=lambda *_: True):
         original = getattr(owner, name)
@@ -130,7 +134,10 @@ def kill_at(case: str) -> None:
         setattr(owner, name, replaced)
 
     saves = checkpoint.Checkpoints
-    of_six = lambda self, step, *_: step == 6  # noqa: E731
+
+    def of_six(self, step, *_):
+        return step == 6
+
     if case == "while Orbax writes":
         before(saves, "_finish", die, of_six)
     elif case == "before the sidecar":
@@ -140,12 +147,12 @@ def kill_at(case: str) -> None:
     elif case == "before the old one is removed":
         before(saves, "_remove", die, lambda self, folder: folder.name == "2" and folder.is_dir())
     elif case == "between saves":
-        before(loop._Session, "_step", die, lambda leg: leg.at == 5 and leg.checkpoints.wait() is None)
+        before(loop._Session, "_step", die, lambda session: session.at == 5 and session.checkpoints.wait() is None)
     elif case.startswith("SIGTERM"):
         if case == "SIGTERM to one":  # JAX's service listens once per second
-            before(loop._Session, "_step", lambda: time.sleep(1), lambda leg: leg.at >= 4)
+            before(loop._Session, "_step", lambda: time.sleep(1), lambda session: session.at >= 4)
         if case == "SIGTERM" or jax.process_index() == 1:
-            before(loop._Session, "_step", lambda: os.kill(os.getpid(), signal.SIGTERM), lambda leg: leg.at == 4)
+            before(loop._Session, "_step", lambda: os.kill(os.getpid(), signal.SIGTERM), lambda session: session.at == 4)
     else:
         raise ValueError(case)
     die_now = {"six": False}
@@ -154,7 +161,7 @@ def kill_at(case: str) -> None:
 
 
 def main(run: str, steps: str, *case: str) -> int:
-    """Train; 0 when finished, 3 at the end of a leg."""
+    """Train; 0 when finished, 3 at the end of a session."""
     from bdm_jax.errors import UserError
     from bdm_jax.runtime.processes import initialize
 
@@ -173,7 +180,7 @@ def main(run: str, steps: str, *case: str) -> int:
     return 0 if finished else 3
 
 
-def leg(*arguments: str) -> None:
+def session(*arguments: str) -> None:
     """`main`, as what a process is made for."""
     sys.exit(main(*arguments))
 

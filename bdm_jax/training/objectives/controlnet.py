@@ -1,22 +1,39 @@
 """Training a ControlNet (Zhang et al., arXiv 2302.05543): a copy of a frozen backbone's encoder that sees a map."""
 
 from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bdm_jax.errors import BadRecord, UserError, unknown
 from bdm_jax.images.decode import decode_image, resize_to_cover
 from bdm_jax.latents.moments import record_key
-from bdm_jax.models.config import Config, ControlNetConfig, EncoderConfig, UNetConfig
+from bdm_jax.models.config import ControlNetConfig, EncoderConfig, UNetConfig
 from bdm_jax.models.functional import Params, abstract, init
 from bdm_jax.plugins.controls import Control
 from bdm_jax.sampling.batching import default_size
 from bdm_jax.sampling.generate import generate
 from bdm_jax.sampling.settings import Sampling
 from bdm_jax.systems.components import save_component
-from bdm_jax.training.objectives.plugin import LoadedSystem, PluginJob, PluginTask
+from bdm_jax.systems.pipeline import BridgePipeline
+from bdm_jax.training.objectives.backbone import sample
+from bdm_jax.training.objectives.captions import Captions
+from bdm_jax.training.objectives.objective import Batch, Row, Shapes, Sizes, Training, Trees
+from bdm_jax.training.objectives.plugin import (
+    PluginTask,
+    load_system,
+    loaded_objective,
+    plugin_captions,
+    system_objective,
+    trained_component,
+)
+from bdm_jax.training.objectives.preview import request
+from bdm_jax.training.objectives.system import SystemObjective
+from bdm_jax.training.sets import Sets
 
 FOLDER = "controlnet"
 
@@ -25,8 +42,8 @@ FOLDER = "controlnet"
 class ControlNetTask(PluginTask):
     """Train a ControlNet that begins as the backbone's encoder.
 
-    hint: which map is made of a sample's picture ("canny", "line", ...; see `plugins.hints`). hint_column: in place of
-    that, the field of the records that holds a ready map, encoded like a picture. hint_widths: channels of the layers
+    hint: which map is made of a sample's image ("canny", "line", ...; see `plugins.hints`). hint_column: in place of
+    that, the field of the records that holds a ready map, encoded like an image. hint_widths: channels of the layers
     that read the map; each but the first halves it. caption_dropout: half, as the paper has it, so that the map itself
     is read.
     """
@@ -36,12 +53,17 @@ class ControlNetTask(PluginTask):
     hint_widths: tuple[int, ...] = (16, 32, 96, 256)
     caption_dropout: float = 0.5
 
-    reads_pictures: ClassVar[bool] = True
+    reads_images: ClassVar[bool] = True
 
-    def trained_shapes(self, configs: dict[str, Config]) -> dict[str, Any]:
-        return {FOLDER: abstract(controlnet_config(configs["unet"], self.hint_widths))}
+    def objective(self, sizes: Sizes) -> "ControlNetObjective":
+        """The loss."""
+        config = controlnet_config(sizes["unet"], self.hint_widths)
+        sizes = {**sizes, FOLDER: config}
+        return ControlNetObjective(system_objective(self, sizes, {FOLDER: abstract(config)}))
 
-    def make(self, ready: LoadedSystem) -> "ControlNetJob":
+    def start(self, sets: Sets, run: Path, seed: int, dtype: jnp.dtype) -> Training:
+        """The backbone's encoder, fresh zero convolutions and layers for the map; the backbone is loaded and frozen."""
+        ready = load_system(self, sets, run, dtype)
         factor = ready.system.vae.config.factor
         if not self.hint_widths or 2 ** (len(self.hint_widths) - 1) != factor:
             raise UserError(
@@ -49,62 +71,101 @@ class ControlNetTask(PluginTask):
                 "times as large as the latents"
             )
         config = controlnet_config(ready.system.unet.config, self.hint_widths)
-        params = init_from_unet(init(config, ready.seed), ready.system.unet.params)
-        return ControlNetJob(self, ready, {FOLDER: params}, config)
+        params = {FOLDER: init_from_unet(init(config, seed), ready.system.unet.params)}
+        hints, texts = Hints(default_size(ready.system), self.hint, self.hint_column), plugin_captions(self, ready)
+        return Training(
+            ControlNetObjective(loaded_objective(self.objective(ready.sizes).system, ready)),
+            params,
+            ready.without(params),
+            ready.parts,
+            partial(_sample, texts, hints),
+            partial(_export, config),
+            partial(_preview, ready.drawing(params), config, ready.dtype, texts, hints),
+        )
 
 
-class ControlNetJob(PluginJob):
-    """`ControlNetTask` made ready."""
+@dataclass(frozen=True)
+class ControlNetObjective:
+    """The denoising loss of a backbone whose skips and middle a ControlNet adds to."""
 
-    def __init__(self, task, ready, params, config: ControlNetConfig):
-        super().__init__(task, ready, params)
-        self.configs[FOLDER], self.size = config, default_size(ready.system)
-        if task.hint_column is None:
+    system: SystemObjective
+
+    def loss(self, params: Trees, frozen: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `Objective`; batch: also `hint` (B,H,W,3) uint8."""
+        x, t, target = self.system.denoising.noised(batch, key)
+        return self.system.denoising.error(self.predict(params, frozen, batch, x, t), target, t), {}
+
+    def predict(self, params: Trees, frozen: dict, batch: Batch, x: jax.Array, t: jax.Array) -> jax.Array:
+        """Noisy latents (B,h,w,C) fp32 at t (B,) with the batch's texts and maps -> what the UNet predicts."""
+
+        def residuals(x, t, text):
+            hint = (batch["hint"].astype(jnp.float32) / 255).astype(x.dtype)
+            return self.system.bound(FOLDER, params, frozen)(x, t, text, hint)
+
+        return self.system.predict(params, frozen, batch["texts"][self.system.source], x, t, residuals)
+
+    def shapes(self) -> Shapes:
+        """See `Objective`."""
+        return self.system.shapes()
+
+    def row(self, size: int) -> Row:
+        """See `Objective`."""
+        return {**self.system.row(size), "hint": jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)}
+
+
+class Hints:
+    """The maps of records, (H,W,3) uint8 of one `size`: made of their images, or read from the field `column`."""
+
+    def __init__(self, size: tuple[int, int], kind: str, column: str | None):
+        self.size, self.column = size, column
+        if column is None:
             from bdm_jax.plugins.hints import HINTS  # OpenCV, where it is asked for
 
-            if task.hint not in HINTS:
-                raise unknown("map", task.hint, HINTS)
-            self.maker = HINTS[task.hint]
+            if kind not in HINTS:
+                raise unknown("map", kind, HINTS)
+            self._make = HINTS[kind]
 
-    def sample(self, record, rng):
-        return {**super().sample(record, rng), "hint": self.hint(record)}
-
-    def hint(self, record: dict) -> np.ndarray:
-        """The map of a record, (H,W,3) uint8."""
-        column = self.task.hint_column
-        if column is None:
-            return self.maker(resize_to_cover(decode_image(record["image"], name=record_key(record)), self.size))
-        if not isinstance(record.get(column), bytes):
-            raise BadRecord(record_key(record), "no map", f"its field {column} holds no picture")
-        return resize_to_cover(decode_image(record[column], name=f"{record_key(record)}: {column}"), self.size)
-
-    def residuals(self, params, frozen, batch, x, t, text):
-        hint = (batch["hint"].astype(jnp.float32) / 255).astype(x.dtype)
-        return self.network(FOLDER, params, frozen)(x, t, text, hint)
-
-    def pipeline(self, params):
-        return self.system
-
-    def pictures(self, params, records):
-        network = self.component(FOLDER, params)
-        drawn = []
-        for seed, record in enumerate(records):
-            control = Control(network, self.hint(record))
-            request = self.request(self.name(record), seed)
-            drawn += generate(self.system, [request], Sampling(steps=20), controls=[control])
-        return drawn
-
-    def export(self, params, folder, metadata):
-        """The folder `controlnet`, as diffusers' ControlNetModel reads it."""
-        save_component(folder / FOLDER, self.configs[FOLDER], params[FOLDER], metadata=metadata)
+    def __call__(self, record: dict) -> np.ndarray:
+        if self.column is None:
+            return self._make(resize_to_cover(decode_image(record["image"], name=record_key(record)), self.size))
+        if not isinstance(record.get(self.column), bytes):
+            raise BadRecord(record_key(record), "no map", f"its field {self.column} holds no image")
+        name = f"{record_key(record)}: {self.column}"
+        return resize_to_cover(decode_image(record[self.column], name=name), self.size)
 
 
 def controlnet_config(unet: UNetConfig, hint_widths: tuple[int, ...]) -> ControlNetConfig:
     """The sizes of a ControlNet for this UNet."""
-    shared = {field.name: getattr(unet, field.name) for field in fields(EncoderConfig)}
+    shared: dict[str, Any] = {field.name: getattr(unet, field.name) for field in fields(EncoderConfig)}
     return ControlNetConfig(**shared, conditioning_embedding_out_channels=hint_widths)
 
 
 def init_from_unet(controlnet: Params, unet: Params) -> Params:
     """Every tensor that the UNet has, copied from it; zero convolutions and the map's layers stay as they are."""
     return {path: unet.get(path, value) for path, value in controlnet.items()}
+
+
+def _sample(texts: Captions, hints: Hints, record: dict, rng: np.random.Generator) -> Row:
+    return {**sample(texts, "backbone", record, rng), "hint": hints(record)}
+
+
+def _preview(
+    system: BridgePipeline,
+    config: ControlNetConfig,
+    dtype: jnp.dtype,
+    texts: Captions,
+    hints: Hints,
+    params: Trees,
+    records: list[dict],
+) -> list[np.ndarray]:
+    network = trained_component(config, params[FOLDER], dtype)
+    drawn: list[np.ndarray] = []
+    for seed, record in enumerate(records):
+        control = Control(network, hints(record))
+        drawn += generate(system, [request(texts, record, seed)], Sampling(steps=20), controls=[control])
+    return drawn
+
+
+def _export(config: ControlNetConfig, params: Trees, folder: Path, metadata: dict[str, str]) -> None:
+    """The folder `controlnet`, as diffusers' ControlNetModel reads it."""
+    save_component(folder / FOLDER, config, params[FOLDER], metadata=metadata)

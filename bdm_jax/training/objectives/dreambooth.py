@@ -1,10 +1,12 @@
 """DreamBooth (Ruiz et al., arXiv 2208.12242): a backbone that knows one subject by a rare word, and does not forget the
-subject's class, of which it is shown its own pictures (prior preservation).
+subject's class, of which it is shown its own images (prior preservation).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +16,43 @@ from PIL import Image
 from bdm_jax.data.records import open_source
 from bdm_jax.errors import UserError
 from bdm_jax.latents.moments import record_moments
+from bdm_jax.models.functional import abstract
 from bdm_jax.paths import atomic_file
 from bdm_jax.runtime.processes import broadcast_from_first, is_first
 from bdm_jax.sampling.batching import default_size
 from bdm_jax.sampling.generate import generate
 from bdm_jax.sampling.settings import Request, Sampling
-from bdm_jax.training.objectives.finetune import FinetuneJob, FinetuneTask
-from bdm_jax.training.objectives.plugin import LoadedSystem
+from bdm_jax.training.objectives.backbone import sample
+from bdm_jax.training.objectives.captions import window
+from bdm_jax.training.objectives.finetune import trained_names, tuned
+from bdm_jax.training.objectives.objective import Batch, Row, Shapes, Sizes, Training, Trees
+from bdm_jax.training.objectives.plugin import (
+    PREVIEWS,
+    LoadedSystem,
+    PluginTask,
+    export_backbone,
+    load_system,
+    loaded_objective,
+    plugin_captions,
+    system_objective,
+)
+from bdm_jax.training.objectives.preview import draw_records
+from bdm_jax.training.objectives.system import BACKBONE, SystemObjective
+from bdm_jax.training.sets import Sets
 
 _BATCH = 4
 
 
 @dataclass(frozen=True)
-class DreamBoothTask(FinetuneTask):
-    """Train UNet, and with text_encoder the tower, on a subject's photographs.
+class DreamBoothTask(PluginTask):
+    """Train UNet, and with text_encoder the text encoder, on a subject's photographs.
 
     prompts: what they show, with a rare word. prior_weight: of the class's loss, 0 for none. class_prompt: the same
-    without the rare word. class_images: a folder of pictures of the class; where None, class_count of them are drawn
-    by the untouched model into the run's folder. Defaults as in diffusers' script (specs, section 5).
+    without the rare word. class_images: a folder of images of the class; where None, class_count of them are drawn
+    by the unchanged model into the run's folder. Defaults as in diffusers' script (specs, section 5).
     """
 
+    text_encoder: bool = False
     prompts: tuple[str, ...] = ("a photo of sks dog",)
     caption_dropout: float = 0.0
     prior_weight: float = 1.0
@@ -41,63 +60,100 @@ class DreamBoothTask(FinetuneTask):
     class_images: Path | None = None
     class_count: int = 200
 
-    reads_pictures: ClassVar[bool] = True  # they must be as large as the class's
+    reads_images: ClassVar[bool] = True  # they must be as large as the class's
 
-    def make(self, ready: LoadedSystem) -> "DreamBoothJob":
+    def objective(self, sizes: Sizes) -> "SystemObjective | PriorObjective":
+        """The loss."""
+        trained = {name: abstract(sizes[name]) for name in trained_names(self.text_encoder)}
+        system = system_objective(self, sizes, trained)
+        return PriorObjective(system, self.prior_weight) if self.prior_weight else system
+
+    def start(self, sets: Sets, run: Path, seed: int, dtype: jnp.dtype) -> Training:
+        """The model's weights; the others are loaded and frozen, the class's images drawn where they are missing."""
+        ready = load_system(self, sets, run, dtype)
         if not 0.0 <= self.prior_weight < float("inf"):
             raise UserError(f"task.prior_weight={self.prior_weight}: must be a number from 0 on")
-        prior = self._class_moments(ready) if self.prior_weight else np.zeros((0,))
-        return DreamBoothJob(self, ready, {part: getattr(ready.system, part).params for part in self.trained}, prior)
-
-    def _class_moments(self, ready: LoadedSystem) -> np.ndarray:
-        """Of the class's pictures, (N,h,w,2C)."""
-        folder = self.class_images
-        if folder is None:
-            folder = ready.run / "class-images"
-            self._draw_class(ready, folder)
-        source = open_source(folder)
-        cache, size = ready.run / "class-latents.npz", default_size(ready.system)
-        return record_moments(ready.system.vae, source, cache, size)
-
-    def _draw_class(self, ready: LoadedSystem, folder: Path) -> None:
-        """Those pictures that are not there yet; a picture is its seed's."""
-        if self.class_count < 1:
-            raise UserError(f"task.class_count={self.class_count}: must be at least 1")
-        if is_first():
-            folder.mkdir(parents=True, exist_ok=True)
-            paths = [folder / f"{seed:05d}.png" for seed in range(self.class_count)]
-            missing = [(seed, path) for seed, path in enumerate(paths) if not path.is_file()]
-            requests = [Request("", english=self.class_prompt, seed=seed) for seed, _ in missing]
-            pictures = generate(ready.system, requests, Sampling(), batch_size=_BATCH) if missing else ()
-            for (_, path), picture in zip(missing, pictures, strict=True):
-                with atomic_file(path) as file:
-                    Image.fromarray(picture).save(file, "PNG")
-        broadcast_from_first(0)  # the others read what the first has drawn
+        params = {name: ready.system.networks[name].params for name in trained_names(self.text_encoder)}
+        texts, tokenizer = plugin_captions(self, ready), ready.tokenizer(BACKBONE)
+        make_sample = partial(sample, texts, self.source)
+        system = loaded_objective(
+            system_objective(self, ready.sizes, {name: abstract(ready.sizes[name]) for name in params}), ready
+        )
+        objective: Any = system
+        if self.prior_weight:
+            class_ids = window(tokenizer, tokenizer.content([self.class_prompt])[0])
+            make_sample = partial(_with_class, make_sample, class_moments(self, ready, run), class_ids)
+            objective = PriorObjective(system, self.prior_weight)
+        return Training(
+            objective,
+            params,
+            ready.without(params),
+            ready.parts,
+            make_sample,
+            partial(export_backbone, self.model, ready.sizes),
+            partial(draw_records, partial(tuned, ready, ready.drawing(params)), texts, batch_size=PREVIEWS),
+        )
 
 
-class DreamBoothJob(FinetuneJob):
-    """`DreamBoothTask` made ready; `prior` are the class's moments (N,h,w,2C)."""
+@dataclass(frozen=True)
+class PriorObjective:
+    """The subject's error plus `prior_weight` times the class's, both in one pass."""
 
-    def __init__(self, task, ready, params, prior: np.ndarray):
-        super().__init__(task, ready, params)
-        self.prior, self.class_ids = prior, self.ids(self.tokenizer.content([task.class_prompt])[0])
+    system: SystemObjective
+    prior_weight: float
 
-    def sample(self, record, rng):
-        row = super().sample(record, rng)
-        if not self.task.prior_weight:
-            return row
-        return {**row, "class_moments": self.prior[int(rng.integers(len(self.prior)))], "class_ids": self.class_ids}
-
-    def loss(self, params, frozen, batch, key):
-        """The subject's error plus `prior_weight` times the class's, both in one pass."""
-        if not self.task.prior_weight:
-            return super().loss(params, frozen, batch, key)
+    def loss(self, params: Trees, frozen: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `Objective`; batch: also `class_moments` (B,h,w,2C) and `class_ids` (B,S)."""
+        system = self.system
         prior = {"moments": batch["class_moments"], "place": batch["place"]}
         # a key beside the three that `noised` makes of its own
-        both = zip(self.noised(batch, key), self.noised(prior, jax.random.fold_in(key, 3)), strict=True)
+        noised = system.denoising.noised
+        both = zip(noised(batch, key), noised(prior, jax.random.fold_in(key, 3)), strict=True)
         x, t, target = (jnp.concatenate(pair) for pair in both)
-        ids = jnp.concatenate([batch["ids"], batch["class_ids"]])
-        predicted = self.predict(params, frozen, {"ids": ids}, x, t)
+        ids = jnp.concatenate([batch["texts"][system.source], batch["class_ids"]])
+        predicted = system.predict(params, frozen, ids, x, t)
         parts = [jnp.split(array, 2) for array in (predicted, target, t)]
-        subject, others = (self.error(*half) for half in zip(*parts, strict=True))
-        return subject + self.task.prior_weight * others, {"subject": subject, "class": others}
+        subject, others = (system.denoising.error(*half) for half in zip(*parts, strict=True))
+        return subject + self.prior_weight * others, {"subject": subject, "class": others}
+
+    def shapes(self) -> Shapes:
+        """See `Objective`."""
+        return self.system.shapes()
+
+    def row(self, size: int) -> Row:
+        """See `Objective`."""
+        row = self.system.row(size)
+        return {**row, "class_moments": row["moments"], "class_ids": row["texts"][self.system.source]}
+
+
+def class_moments(task: DreamBoothTask, ready: LoadedSystem, run: Path) -> np.ndarray:
+    """Of the class's images, (N,h,w,2C)."""
+    folder = task.class_images
+    if folder is None:
+        folder = run / "class-images"
+        _draw_class(task, ready, folder)
+    cache, size = run / "class-latents.npz", default_size(ready.system)
+    return record_moments(ready.system.vae, open_source(folder), cache, size)
+
+
+def _draw_class(task: DreamBoothTask, ready: LoadedSystem, folder: Path) -> None:
+    """Those images that are not there yet; an image is its seed's."""
+    if task.class_count < 1:
+        raise UserError(f"task.class_count={task.class_count}: must be at least 1")
+    if is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{seed:05d}.png" for seed in range(task.class_count)]
+        missing = [(seed, path) for seed, path in enumerate(paths) if not path.is_file()]
+        requests = [Request("", english=task.class_prompt, seed=seed) for seed, _ in missing]
+        images = generate(ready.system, requests, Sampling(), batch_size=_BATCH) if missing else ()
+        for (_, path), image in zip(missing, images, strict=True):
+            with atomic_file(path) as file:
+                Image.fromarray(image).save(file, "PNG")
+    broadcast_from_first(0)  # the others read what the first has drawn
+
+
+def _with_class(
+    make_sample: Callable, prior: np.ndarray, class_ids: np.ndarray, record: dict, rng: np.random.Generator
+) -> Row:
+    row = make_sample(record, rng)
+    return {**row, "class_moments": prior[int(rng.integers(len(prior)))], "class_ids": class_ids}

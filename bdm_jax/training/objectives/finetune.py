@@ -1,39 +1,63 @@
 """Fine-tuning a whole backbone on another set or style: out comes a backbone like any other, for any branch."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-from bdm_jax.models.config import Config
+import jax.numpy as jnp
+
 from bdm_jax.models.functional import abstract
-from bdm_jax.training.objectives.job import Trees
-from bdm_jax.training.objectives.plugin import LoadedSystem, PluginJob, PluginTask
+from bdm_jax.systems.pipeline import BridgePipeline
+from bdm_jax.training.objectives.backbone import sample
+from bdm_jax.training.objectives.objective import Sizes, Training, Trees
+from bdm_jax.training.objectives.plugin import (
+    PREVIEWS,
+    LoadedSystem,
+    PluginTask,
+    export_backbone,
+    load_system,
+    loaded_objective,
+    plugin_captions,
+    system_objective,
+    trained_component,
+)
+from bdm_jax.training.objectives.preview import draw_records
+from bdm_jax.training.objectives.system import SystemObjective
+from bdm_jax.training.sets import Sets
 
 
 @dataclass(frozen=True)
 class FinetuneTask(PluginTask):
-    """Train the backbone's UNet on; text_encoder: its text tower too. Fields: see `PluginTask`."""
+    """Train the backbone's UNet on; text_encoder: its text encoder too. Fields: see `PluginTask`."""
 
     text_encoder: bool = False
     caption_dropout: float = 0.1
 
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """The networks that are trained."""
-        return ("unet", "text_encoder") if self.text_encoder else ("unet",)
+    def objective(self, sizes: Sizes) -> SystemObjective:
+        """The loss."""
+        return system_objective(self, sizes, {name: abstract(sizes[name]) for name in trained_names(self.text_encoder)})
 
-    def trained_shapes(self, configs: dict[str, Config]) -> dict[str, Any]:
-        return {part: abstract(configs[part]) for part in self.trained}
+    def start(self, sets: Sets, run: Path, seed: int, dtype: jnp.dtype) -> Training:
+        """The model's weights; the others are loaded and frozen."""
+        ready = load_system(self, sets, run, dtype)
+        params = {name: ready.system.networks[name].params for name in trained_names(self.text_encoder)}
+        texts = plugin_captions(self, ready)
+        return Training(
+            loaded_objective(self.objective(ready.sizes), ready),
+            params,
+            ready.without(params),
+            ready.parts,
+            partial(sample, texts, self.source),
+            partial(export_backbone, self.model, ready.sizes),
+            partial(draw_records, partial(tuned, ready, ready.drawing(params)), texts, batch_size=PREVIEWS),
+        )
 
-    def make(self, ready: LoadedSystem) -> "FinetuneJob":
-        return FinetuneJob(self, ready, {part: getattr(ready.system, part).params for part in self.trained})
+
+def trained_names(text_encoder: bool) -> tuple[str, ...]:
+    """The networks that are trained."""
+    return ("unet", "text_encoder") if text_encoder else ("unet",)
 
 
-class FinetuneJob(PluginJob):
-    """`FinetuneTask` made ready."""
-
-    def pipeline(self, params: Trees):
-        return replace(self.system, **{part: self.component(part, params) for part in params})
-
-    def export(self, params, folder, metadata):
-        """A whole pipeline folder."""
-        self.export_system(params, folder, metadata)
+def tuned(ready: LoadedSystem, system: BridgePipeline, params: Trees) -> BridgePipeline:
+    """The system with the trained networks in their places."""
+    return system.replace(**{name: trained_component(ready.sizes[name], params[name], ready.dtype) for name in params})

@@ -1,19 +1,34 @@
 """Textual Inversion (Gal et al., arXiv 2208.01618): a word's vectors are trained, and nothing else."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from bdm_jax.errors import UserError
 from bdm_jax.formats.files import shown, write_safetensors
-from bdm_jax.models.config import Config
 from bdm_jax.models.functional import bind
 from bdm_jax.plugins.install import with_embeddings
-from bdm_jax.plugins.inversion import TABLES, Embedding, add_embeddings
-from bdm_jax.training.objectives.plugin import LoadedSystem, PluginJob, PluginTask
+from bdm_jax.plugins.inversion import Embedding, add_embeddings, token_table
+from bdm_jax.systems.pipeline import BridgePipeline
+from bdm_jax.training.objectives.backbone import sample
+from bdm_jax.training.objectives.captions import Captions
+from bdm_jax.training.objectives.objective import Sizes, Training, Trees
+from bdm_jax.training.objectives.plugin import (
+    PREVIEWS,
+    PluginTask,
+    load_system,
+    loaded_objective,
+    system_objective,
+)
+from bdm_jax.training.objectives.preview import draw_records
+from bdm_jax.training.objectives.system import TEXT_ENCODER, SystemObjective
+from bdm_jax.training.sets import Sets
 
 FILE = "learned_embeds.safetensors"
 _TREE, _ROWS = "word", "vectors.embedding"
@@ -21,7 +36,7 @@ _TREE, _ROWS = "word", "vectors.embedding"
 
 @dataclass(frozen=True)
 class InversionTask(PluginTask):
-    """Train the vectors of `token` in the backbone's text tower, or, for target=branch, in the branch's.
+    """Train the vectors of `token` in the backbone's text encoder, or, for target=branch, in the branch's.
 
     prompts: {} stands for the token. vectors: how many. begin: the word whose vectors they begin as.
     """
@@ -36,59 +51,64 @@ class InversionTask(PluginTask):
     def on_branch(self) -> bool:
         return self.target == "branch"
 
-    @property
-    def tower(self) -> str:
-        """The text tower whose word it is."""
-        return "branch_text_encoder" if self.on_branch else "text_encoder"
+    def objective(self, sizes: Sizes) -> SystemObjective:
+        """The loss."""
+        name = TEXT_ENCODER[self.source]
+        rows = jax.ShapeDtypeStruct((self.vectors, sizes[name].hidden_size), jnp.float32)
+        return system_objective(self, sizes, {_TREE: {_ROWS: rows}}, NetworksWithWord(sizes, name))
 
-    def trained_shapes(self, configs: dict[str, Config]) -> dict[str, Any]:
-        width = configs[self.tower].hidden_size
-        return {_TREE: {_ROWS: jax.ShapeDtypeStruct((self.vectors, width), jnp.float32)}}
-
-    def make(self, ready: LoadedSystem) -> "InversionJob":
+    def start(self, sets: Sets, run: Path, seed: int, dtype: jnp.dtype) -> Training:
+        """The vectors begin as those of another word; all networks are loaded and frozen."""
+        ready = load_system(self, sets, run, dtype)
         if missing := [prompt for prompt in self.prompts if "{}" not in prompt]:
             raise UserError(f"task.prompts: {shown(missing[0])} lacks {{}}, which stands for the token")
         if self.vectors < 1:
             raise UserError(f"task.vectors={self.vectors}: must be at least 1")
-        tokenizer = ready.system.branch_tokenizer if self.on_branch else ready.system.tokenizer
-        component = getattr(ready.system, self.tower)
+        name, tokenizer = TEXT_ENCODER[self.source], ready.tokenizer(self.source)
+        component = ready.system.networks[name]
         words = tokenizer.content([self.begin])[0]
         if not words:
             raise UserError(f"task.begin={shown(self.begin)}: no word to begin from")
-        table = np.asarray(component.params[TABLES[type(component.config)]], np.float32)
+        table = np.asarray(component.params[token_table(*component)], np.float32)
         rows = table[[words[i % len(words)] for i in range(self.vectors)]]
-        return InversionJob(self, ready, {_TREE: {_ROWS: jnp.asarray(rows)}})
+        tokenizer, _ = add_embeddings(tokenizer, component, [Embedding(self.token, rows)])
+        texts = Captions(tokenizer, self.language, self.caption_dropout, prompts=self.prompts, word=self.token)
+        pipeline = partial(_pipeline, ready.drawing({}), self.source, self.token)
+        return Training(
+            loaded_objective(self.objective(ready.sizes), ready),
+            {_TREE: {_ROWS: jnp.asarray(rows)}},
+            ready.frozen,
+            ready.parts,
+            partial(sample, texts, self.source),
+            partial(_export, self.token),
+            partial(draw_records, pipeline, texts, batch_size=PREVIEWS),
+        )
 
 
-class InversionJob(PluginJob):
-    """`InversionTask` made ready."""
+@dataclass(frozen=True)
+class NetworksWithWord:
+    """Frozen networks, of which the text encoder's table ends with the rows that are trained."""
 
-    def __init__(self, task, ready, params):
-        super().__init__(task, ready, params)
-        named = [Embedding(task.token, np.asarray(params[_TREE][_ROWS]))]
-        self.tokenizer, larger = add_embeddings(self.tokenizer, getattr(self.system, task.tower), named)
-        self.configs[task.tower] = larger.config
+    sizes: Sizes
+    text_encoder: str
 
-    def texts(self, record, rng):
-        prompt = self.task.prompts[int(rng.integers(len(self.task.prompts)))].replace("{}", self.task.token)
-        return prompt, prompt
+    def __call__(self, name: str, params: Trees, frozen: dict) -> nnx.Module:
+        """See `Binding`."""
+        config, tree = self.sizes[name], frozen[name]
+        if name != self.text_encoder:
+            return bind(config, tree)
+        path, rows = token_table(config, tree), params[_TREE][_ROWS]
+        table = jnp.concatenate([tree[path], rows])
+        return bind(replace(config, vocab_size=len(table)), {**tree, path: table})
 
-    def name(self, record):
-        return self.task.prompts[0].replace("{}", self.task.token)
 
-    def network(self, part, params, frozen):
-        if part != self.task.tower:
-            return super().network(part, params, frozen)
-        config, path = self.configs[part], TABLES[type(self.configs[part])]
-        table = jnp.concatenate([frozen[part][path], params[_TREE][_ROWS]])
-        return bind(config, {**frozen[part], path: table})
+def _pipeline(system: BridgePipeline, source: str, token: str, params: Trees) -> BridgePipeline:
+    word = Embedding(token, np.asarray(params[_TREE][_ROWS], np.float32))
+    return with_embeddings(system, [word], source)
 
-    def pipeline(self, params):
-        named = Embedding(self.task.token, np.asarray(params[_TREE][_ROWS], np.float32))
-        return with_embeddings(self.system, [named], self.task.tower)
 
-    def export(self, params, folder, metadata):
-        """`learned_embeds.safetensors`, as diffusers writes it: the token and its vectors (N,D), fp32."""
-        folder.mkdir(parents=True, exist_ok=True)
-        vectors = np.asarray(params[_TREE][_ROWS], np.float32)
-        write_safetensors(folder / FILE, {self.task.token: vectors}, {"format": "pt", **metadata})
+def _export(token: str, params: Trees, folder: Path, metadata: dict[str, str]) -> None:
+    """`learned_embeds.safetensors`, as diffusers writes it: the token and its vectors (N,D), fp32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vectors = np.asarray(params[_TREE][_ROWS], np.float32)
+    write_safetensors(folder / FILE, {token: vectors}, {"format": "pt", **metadata})

@@ -5,7 +5,10 @@ In bfloat16 a weight with a small change merged into it would be the weight as i
 """
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -16,33 +19,29 @@ from flax import nnx
 from bdm_jax.errors import UserError
 from bdm_jax.formats.files import shown, write_safetensors
 from bdm_jax.formats.layouts import to_torch
-from bdm_jax.models.config import Config
 from bdm_jax.models.convolution import Conv
 from bdm_jax.models.functional import Params, abstract, bind
 from bdm_jax.plugins.deltas import Delta
 from bdm_jax.plugins.lora import LoRA, apply
+from bdm_jax.systems import families
 from bdm_jax.systems.components import Component
-from bdm_jax.training.objectives.job import Trees
-from bdm_jax.training.objectives.plugin import LoadedSystem, PluginJob, PluginTask
-from bdm_jax.training.objectives.remat import rematerialise
+from bdm_jax.systems.pipeline import BridgePipeline
+from bdm_jax.training.objectives.backbone import sample
+from bdm_jax.training.objectives.objective import Sizes, Training, Trees
+from bdm_jax.training.objectives.plugin import (
+    PREVIEWS,
+    PluginTask,
+    load_system,
+    loaded_objective,
+    plugin_captions,
+    system_objective,
+)
+from bdm_jax.training.objectives.preview import draw_records
+from bdm_jax.training.objectives.system import TEXT_ENCODER, SystemObjective
+from bdm_jax.training.sets import Sets
 
 ATTENTION = r"attn[12]\.to_(q|k|v|out\.0)"
 TEXT_ATTENTION = r"self_attn\.(q|k|v|out)_proj|attention\.(self\.(query|key|value)|output\.dense)"
-
-_PREFIXES = {
-    "unet": "lora_unet",
-    "text_encoder": "lora_te",
-    "branch": "lora_branch",
-    "branch_text_encoder": "lora_branch_te",
-}
-_CHANGED = {
-    ("backbone", "unet"): ("unet",),
-    ("backbone", "text"): ("text_encoder",),
-    ("backbone", "both"): ("unet", "text_encoder"),
-    ("branch", "unet"): ("branch",),
-    ("branch", "text"): ("branch_text_encoder",),
-    ("branch", "both"): ("branch", "branch_text_encoder"),
-}
 
 
 @dataclass(frozen=True)
@@ -68,91 +67,79 @@ class LoRATask(PluginTask):
     @property
     def changed(self) -> tuple[str, ...]:
         """The networks that get a LoRA."""
-        return _CHANGED[self.target, self.networks]
+        denoiser, text_encoder = "branch" if self.on_branch else "unet", TEXT_ENCODER[self.source]
+        return {"unet": (denoiser,), "text": (text_encoder,), "both": (denoiser, text_encoder)}[self.networks]
 
     @property
     def scale(self) -> float:
+        """What the product of the two halves is multiplied by."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
-    def trained_shapes(self, configs: dict[str, Config]) -> dict[str, Any]:
-        """Per network: MODULE.down.kernel (I,r) or (H,W,I,r), MODULE.up.kernel (r,O) or (1,1,r,O)."""
-        if self.rank < 1 or not 0 < self.scale < float("inf"):
-            raise UserError(f"task.rank={self.rank}, task.alpha={self.alpha}: both must be positive")
-        trees = {}
-        for part in self.changed:
-            shapes = abstract(configs[part])
-            trees[f"{part}_lora"] = tree = {}
-            for module in self._modules(part, shapes):
-                *window, inputs, outputs = shapes[f"{module}.kernel"].shape
-                down, up = (*window, inputs, self.rank), (*(1 for _ in window), self.rank, outputs)
-                tree[f"{module}.down.kernel"] = jax.ShapeDtypeStruct(down, jnp.float32)
-                tree[f"{module}.up.kernel"] = jax.ShapeDtypeStruct(up, jnp.float32)
-        return trees
+    def objective(self, sizes: Sizes) -> SystemObjective:
+        """The loss."""
+        return system_objective(self, sizes, trained_shapes(self, sizes), NetworksWithLoRA(sizes, self.scale))
 
-    def make(self, ready: LoadedSystem) -> "LoRAJob":
-        configs = {part: getattr(ready.system, part).config for part in self.changed}
-        rng = np.random.default_rng(ready.seed)
-        draw = lambda path, leaf: _begin(path, leaf.shape, rng)  # noqa: E731
-        trees = self.trained_shapes(configs)
-        return LoRAJob(
-            self, ready, {part: {p: draw(p, leaf) for p, leaf in tree.items()} for part, tree in trees.items()}
+    def start(self, sets: Sets, run: Path, seed: int, dtype: jnp.dtype) -> Training:
+        """A LoRA without effect; all networks are loaded and frozen."""
+        ready = load_system(self, sets, run, dtype)
+        objective = loaded_objective(self.objective(ready.sizes), ready)
+        rng = np.random.default_rng(seed)
+        params = {
+            name: {path: _begin(path, leaf.shape, rng) for path, leaf in tree.items()}
+            for name, tree in objective.trained.items()
+        }
+        texts = plugin_captions(self, ready)
+        pipeline = partial(merged, ready.drawing({}), self.changed, self.scale)
+        return Training(
+            objective,
+            params,
+            ready.frozen,
+            ready.parts,
+            partial(sample, texts, self.source),
+            partial(_export, self),
+            partial(draw_records, pipeline, texts, batch_size=PREVIEWS),
         )
 
-    def _modules(self, part: str, shapes: dict[str, Any]) -> list[str]:
-        """Paths of the layers that get a LoRA. Raises UserError for an expression that is none, or fits none."""
-        text = part.endswith("text_encoder")
-        field, pattern = ("text_modules", self.text_modules) if text else ("modules", self.modules)
-        try:
-            expression = re.compile(rf"(^|\.)({pattern})$")
-        except re.error as error:
-            raise UserError(f"task.{field}={shown(pattern)}: no regular expression ({error})") from error
-        layers = [path.removesuffix(".kernel") for path in shapes if path.endswith(".kernel")]
-        if not (found := [layer for layer in layers if expression.search(layer)]):
-            raise UserError(f"task.{field}={shown(pattern)}: fits no layer of the {part}, which has {layers[-1]}, ...")
-        return found
+
+@dataclass(frozen=True)
+class NetworksWithLoRA:
+    """Frozen networks with the trained LoRAs beside their layers."""
+
+    sizes: Sizes
+    scale: float
+
+    def __call__(self, name: str, params: Trees, frozen: dict) -> nnx.Module:
+        """See `Binding`."""
+        bound = bind(self.sizes[name], frozen[name])
+        return add_lora(bound, params[f"{name}_lora"], self.scale) if f"{name}_lora" in params else bound
 
 
-class LoRAJob(PluginJob):
-    """`LoRATask` made ready."""
+def trained_shapes(task: LoRATask, sizes: Sizes) -> dict[str, Any]:
+    """Per network: MODULE.down.kernel (I,r) or (H,W,I,r), MODULE.up.kernel (r,O) or (1,1,r,O)."""
+    if task.rank < 1 or not 0 < task.scale < float("inf"):
+        raise UserError(f"task.rank={task.rank}, task.alpha={task.alpha}: both must be positive")
+    trees = {}
+    for name in task.changed:
+        shapes = abstract(sizes[name])
+        trees[f"{name}_lora"] = tree = {}
+        for module in _modules(task, name, shapes):
+            *window, inputs, outputs = shapes[f"{module}.kernel"].shape
+            down, up = (*window, inputs, task.rank), (*(1 for _ in window), task.rank, outputs)
+            tree[f"{module}.down.kernel"] = jax.ShapeDtypeStruct(down, jnp.float32)
+            tree[f"{module}.up.kernel"] = jax.ShapeDtypeStruct(up, jnp.float32)
+    return trees
 
-    def network(self, part, params, frozen):
-        if f"{part}_lora" not in params:
-            return super().network(part, params, frozen)
-        bound = add_lora(bind(self.configs[part], frozen[part]), params[f"{part}_lora"], self.task.scale)
-        return rematerialise(bound, "none" if part.endswith("text_encoder") else self.task.remat)
 
-    def pipeline(self, params):
-        """With the LoRA merged in."""
-        deltas = {}
-        for part in self.task.changed:
-            tree = params[f"{part}_lora"]
-            parts = {module: _halves(module, tree) for module in _modules_of(tree)}
-            deltas[part] = {f"{m}.kernel": Delta("lora", halves, self.task.scale) for m, halves in parts.items()}
-        networks = {part: getattr(self.system, part).params for part in self.task.changed}
-        changed = apply(networks, [(LoRA(deltas, {}, "trained"), 1.0, 1.0)])
-        return replace(self.system, **{part: Component(self.configs[part], changed[part]) for part in changed})
-
-    def export(self, params, folder, metadata):
-        """`RUN.safetensors` in kohya's layout, by the name of the run's folder, which is its name in web UIs; fp32."""
-        folder.mkdir(parents=True, exist_ok=True)
-        name, alpha = folder.absolute().parent.name, self.task.scale * self.task.rank
-        told = {
-            "format": "pt",
-            "ss_network_module": "networks.lora",
-            "ss_network_dim": str(self.task.rank),
-            "ss_network_alpha": f"{alpha:g}",
-            "ss_output_name": name,
-        }
-        tensors = {key: array for part in self.task.changed for key, array in self._kohya(part, params, alpha)}
-        write_safetensors(folder / f"{name}.safetensors", tensors, {**told, **metadata})
-
-    def _kohya(self, part: str, params: Trees, alpha: float):
-        tree = params[f"{part}_lora"]
-        for module in _modules_of(tree):
-            halves, key = _halves(module, tree), f"{_PREFIXES[part]}_{module.replace('.', '_')}"
-            yield f"{key}.lora_down.weight", halves["down"]
-            yield f"{key}.lora_up.weight", halves["up"]
-            yield f"{key}.alpha", np.asarray(alpha, np.float32)
+def merged(system: BridgePipeline, changed: tuple[str, ...], scale: float, params: Trees) -> BridgePipeline:
+    """The system with the LoRA merged in."""
+    deltas = {}
+    for name in changed:
+        tree = params[f"{name}_lora"]
+        halves = {module: _halves(module, tree) for module in _modules_of(tree)}
+        deltas[name] = {f"{module}.kernel": Delta("lora", both, scale) for module, both in halves.items()}
+    networks = {name: system.networks[name].params for name in changed}
+    result = apply(networks, [(LoRA(deltas, {}, "trained"), 1.0, 1.0)])
+    return system.replace(**{name: Component(system.networks[name].config, result[name]) for name in result})
 
 
 def add_lora(bound: nnx.Module, tree: Params, scale: float) -> nnx.Module:
@@ -187,6 +174,44 @@ class _Beside(nnx.Module):
         else:
             narrow = x @ down
         return self.layer(x) + (narrow @ up) * self.scale
+
+
+def _modules(task: LoRATask, name: str, shapes: dict[str, Any]) -> list[str]:
+    """Paths of the layers that get a LoRA. Raises UserError for an expression that is none, or fits none."""
+    text = name.endswith("text_encoder")
+    field, pattern = ("text_modules", task.text_modules) if text else ("modules", task.modules)
+    try:
+        expression = re.compile(rf"(^|\.)({pattern})$")
+    except re.error as error:
+        raise UserError(f"task.{field}={shown(pattern)}: no regular expression ({error})") from error
+    layers = [path.removesuffix(".kernel") for path in shapes if path.endswith(".kernel")]
+    if not (found := [layer for layer in layers if expression.search(layer)]):
+        raise UserError(f"task.{field}={shown(pattern)}: fits no layer of the {name}, which has {layers[-1]}, ...")
+    return found
+
+
+def _export(task: LoRATask, params: Trees, folder: Path, metadata: dict[str, str]) -> None:
+    """`RUN.safetensors` in kohya's layout, by the name of the run's folder, which is its name in web UIs; fp32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name, alpha = folder.absolute().parent.name, task.scale * task.rank
+    values = {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(task.rank),
+        "ss_network_alpha": f"{alpha:g}",
+        "ss_output_name": name,
+    }
+    tensors = {key: array for part in task.changed for key, array in _kohya(part, params, alpha)}
+    write_safetensors(folder / f"{name}.safetensors", tensors, {**values, **metadata})
+
+
+def _kohya(name: str, params: Trees, alpha: float) -> Iterator[tuple[str, np.ndarray]]:
+    tree, prefix = params[f"{name}_lora"], families.part(name).lora[0]
+    for module in _modules_of(tree):
+        halves, key = _halves(module, tree), f"{prefix}{module.replace('.', '_')}"
+        yield f"{key}.lora_down.weight", halves["down"]
+        yield f"{key}.lora_up.weight", halves["up"]
+        yield f"{key}.alpha", np.asarray(alpha, np.float32)
 
 
 def _begin(path: str, shape: tuple[int, ...], rng: np.random.Generator) -> jax.Array:

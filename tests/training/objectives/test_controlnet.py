@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from reference import System, assert_same_step, key_of, step
+from reference import System, assert_same_step, key_of, scaling, step
 
 from bdm_jax.data.records import open_source
 from bdm_jax.errors import UserError
@@ -37,7 +37,7 @@ def test_at_step_0_it_changes_nothing(made, backbone_folder, rng):
     job, batch = made
     assert batch["hint"].shape == (4, 128, 128, 3) and set(np.unique(batch["hint"])) == {0, 255}
     x, t = rng.standard_normal((4, 8, 8, 4), np.float32), np.array([0, 10, 500, 999])
-    text = Conditioning(bind(job.configs["text_encoder"], job.frozen["text_encoder"])(batch["ids"]))
+    text = Conditioning(bind(job.configs["text_encoder"], job.frozen["text_encoder"])(batch["texts"]["backbone"]))
     plain = bind(job.configs["unet"], job.frozen["unet"])(x, t, text)
     np.testing.assert_array_equal(job.predict(job.params, job.frozen, batch, x, t), plain)
 
@@ -74,8 +74,8 @@ def test_a_step_is_diffusers(made, backbone_folder, rng):
 
     with torch.enable_grad():
         network.requires_grad_(True).eval()
-        scaling = job.vae.config.scaling_factor
-        system.loss(batch["moments"], batch["ids"], scaling, key_of(), residuals).backward()
+        scaling = scaling(job)
+        system.loss(batch["moments"], batch["texts"]["backbone"], scaling, key_of(), residuals).backward()
     weights = dict(network.named_parameters())
     theirs = {name: weight.grad.numpy().copy() for name, weight in weights.items()}
     reference.adamw(weights.values())

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from bdm_jax.training.objectives.job import draw, timestep
+from bdm_jax.training.objectives.objective import draw, timestep
 
 
 @pytest.mark.parametrize(("bias", "cumulative"), [("none", lambda u: u), ("later", np.square)])

@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 from PIL import Image
-from reference import System, assert_same_step, key_of, step
+from reference import System, assert_same_step, key_of, scaling, step
 
 from bdm_jax.errors import UserError
 from bdm_jax.formats.layouts import tree_to_torch
@@ -46,7 +46,7 @@ def test_a_step_is_pytorch_s(backbone_folder, class_images, tmp_path, tower):
     job, batch = reference.start(task, tmp_path / "run", DATA)
     assert job.prior.shape == (6, 8, 8, 8)
     gradients, after = step(job, batch, job.params)
-    system, scaling = System(backbone_folder), job.vae.config.scaling_factor
+    system, scaling = System(backbone_folder), scaling(job)
     with torch.enable_grad():
         networks = {"unet": system.unet, "text_encoder": system.text}
         for network in networks.values():
@@ -56,7 +56,7 @@ def test_a_step_is_pytorch_s(backbone_folder, class_images, tmp_path, tower):
             system.noised(batch["class_moments"], scaling, jax.random.fold_in(key_of(), 3)),
         ]
         x, t, target = (torch.cat(pair) for pair in zip(*noisy, strict=True))
-        ids = torch.from_numpy(np.concatenate([batch["ids"], batch["class_ids"]])).long()
+        ids = torch.from_numpy(np.concatenate([batch["texts"]["backbone"], batch["class_ids"]])).long()
         predicted = system.unet(x, t, encoder_hidden_states=system.text(ids).last_hidden_state).sample
         subject, prior = torch.chunk(predicted, 2)
         target, target_prior = torch.chunk(target, 2)
@@ -85,7 +85,7 @@ def test_without_prior_it_is_fine_tuning(backbone_folder, tmp_path):
     found = []
     for task in (DreamBoothTask(prior_weight=0.0, **fields), FinetuneTask(**fields)):
         job, batch = reference.start(task, tmp_path / type(task).__name__, DATA)
-        found.append(jax.jit(lambda p, job=job, batch=batch: job.loss(p, job.frozen, batch, key_of()))(job.params)[0])
+        found.append(jax.jit(lambda p, job=job, batch=batch: job.objective.loss(p, job.frozen, batch, key_of()))(job.params)[0])
     assert found[0] == found[1]
 
 

@@ -8,7 +8,7 @@ import reference
 import torch
 import transformers
 from diffusers.loaders import TextualInversionLoaderMixin
-from reference import System, assert_same_step, key_of, step
+from reference import System, assert_same_step, key_of, scaling, step
 from safetensors.numpy import load_file
 
 from bdm_jax.errors import UserError
@@ -34,14 +34,14 @@ def test_a_step_is_pytorch_s(backbone_folder, tmp_path, rng, vectors):
     gradients, after = step(job, batch, params)
     system = System(backbone_folder)
     old = system.text.get_input_embeddings().weight.shape[0]
-    assert (batch["ids"] >= old).sum() == vectors * len(batch["ids"]) and batch["ids"].max() == old + vectors - 1
+    assert (batch["texts"]["backbone"] >= old).sum() == vectors * len(batch["texts"]["backbone"]) and batch["texts"]["backbone"].max() == old + vectors - 1
     with torch.enable_grad():
         system.text.resize_token_embeddings(old + vectors, mean_resizing=False)
         table = system.text.get_input_embeddings().weight
         with torch.no_grad():
             table[old:] = torch.from_numpy(params["word"]["vectors.embedding"])
         table.requires_grad_(True)
-        system.loss(batch["moments"], batch["ids"], job.vae.config.scaling_factor, key_of()).backward()
+        system.loss(batch["moments"], batch["texts"]["backbone"], scaling(job), key_of()).backward()
         rows = table.detach()[old:].clone().requires_grad_()
         rows.grad = table.grad[old:].clone()
     theirs = rows.grad.numpy().copy()

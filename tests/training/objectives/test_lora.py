@@ -9,7 +9,7 @@ import peft
 import pytest
 import reference
 import torch
-from reference import System, assert_same_step, key_of, step
+from reference import System, assert_same_step, key_of, scaling, step
 
 from bdm_jax.app.spec import parse_spec
 from bdm_jax.errors import UserError
@@ -109,7 +109,7 @@ def test_a_step_is_peft_s(made, backbone_folder, fields, alpha):
     system = System(backbone_folder)
     with torch.enable_grad():
         weights = with_peft(system, params, alpha)
-        system.loss(batch["moments"], batch["ids"], job.vae.config.scaling_factor, key_of()).backward()
+        system.loss(batch["moments"], batch["texts"]["backbone"], scaling(job), key_of()).backward()
     assert len(weights) == sum(map(len, params.values()))
     theirs = {name: weight.grad.numpy().copy() for name, weight in weights.items()}
     adamw_input = list(weights.values())
@@ -130,7 +130,7 @@ def test_it_begins_without_effect(backbone_folder, tmp_path):
     job, batch = reference.start(LoRATask(model=backbone_folder), tmp_path / "run", DATA)
     x, t = np.ones((4, 8, 8, 4), np.float32), np.arange(4)
     found = job.predict(job.params, job.frozen, batch, x, t)
-    text = bind(job.configs["text_encoder"], job.frozen["text_encoder"])(batch["ids"])
+    text = bind(job.configs["text_encoder"], job.frozen["text_encoder"])(batch["texts"]["backbone"])
     np.testing.assert_array_equal(found, bind(job.configs["unet"], job.frozen["unet"])(x, t, Conditioning(text)))
     assert sum(path.endswith("down.kernel") for path in job.params["unet_lora"]) == 8 * attention_layers(job)
 
@@ -211,7 +211,7 @@ def test_the_merged_preview_is_what_was_trained(made, rng, assert_parity):
     job, batch, params = made(networks="both", modules=EVERYTHING, alpha=3.0)
     x, t = rng.standard_normal((4, 8, 8, 4), np.float32), np.array([0, 300, 600, 999])
     merged = job.pipeline(params)
-    text = Conditioning(bind(*merged.text_encoder)(batch["ids"]))
+    text = Conditioning(bind(*merged.text_encoder)(batch["texts"]["backbone"]))
     assert_parity(bind(*merged.unet)(x, t, text), job.predict(params, job.frozen, batch, x, t), 1e-5)
 
 
@@ -239,9 +239,9 @@ def test_frozen_trees_stay_byte_for_byte(made):
 
 def test_remat_computes_the_same(made):
     job, batch, params = made()
-    plain = jax.grad(lambda p: job.loss(p, job.frozen, batch, key_of())[0])(params)
+    plain = jax.grad(lambda p: job.objective.loss(p, job.frozen, batch, key_of())[0])(params)
     job.task = replace(job.task, remat="blocks")
-    again = jax.grad(lambda p: job.loss(p, job.frozen, batch, key_of())[0])(params)
+    again = jax.grad(lambda p: job.objective.loss(p, job.frozen, batch, key_of())[0])(params)
     for path, gradient in plain["unet_lora"].items():
         np.testing.assert_allclose(again["unet_lora"][path], gradient, rtol=0, atol=1e-5 * np.abs(gradient).max())
 

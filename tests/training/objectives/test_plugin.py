@@ -9,7 +9,7 @@ import pytest
 import reference
 from PIL import Image
 
-import configs
+from bdm_jax import configs
 from bdm_jax.data.captions import caption
 from bdm_jax.data.records import open_source
 from bdm_jax.errors import UserError
@@ -56,8 +56,8 @@ def test_pictures_become_as_large_as_the_model_s_and_prompts_need_no_captions(ph
     task = FinetuneTask(model=backbone_folder, prompts=("a photo of sks dog",), caption_dropout=0.0)
     job, batch = reference.start(task, tmp_path / "run", DataConfig(folder=photos))
     assert batch["moments"].shape == (4, 8, 8, 8) and len(job.parts[0].source) == 3
-    assert (batch["ids"] == batch["ids"][0]).all()
-    assert batch["ids"][0].tolist() == job.tokenizer(["a photo of sks dog"])[0].tolist()
+    assert (batch["texts"]["backbone"] == batch["texts"]["backbone"][0]).all()
+    assert batch["texts"]["backbone"][0].tolist() == job.tokenizer(["a photo of sks dog"])[0].tolist()
 
 
 def test_another_picture_under_the_same_name_is_seen(photos, backbone_folder, tmp_path):
@@ -99,7 +99,7 @@ def test_all_take_the_types_of_accelerators(photos, backbone_folder, tmp_path, t
     assert {leaf.dtype for leaf in jax.tree.leaves(job.params)} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(job.frozen)} <= {jnp.dtype("bfloat16")}
     working = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), job.params)
-    loss = jax.value_and_grad(lambda p: job.loss(p, job.frozen, batch, jax.random.key(0))[0])
+    loss = jax.value_and_grad(lambda p: job.objective.loss(p, job.frozen, batch, jax.random.key(0))[0])
     value, gradients = jax.eval_shape(loss, working)
     assert value.dtype == jnp.float32 and value.shape == () and shapes(gradients) == shapes(foretold)
 

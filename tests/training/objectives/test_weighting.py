@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from bdm_jax.diffusion.schedule import DiscreteSchedule
-from bdm_jax.training.objectives.branch import BackboneTask
+from bdm_jax.training.objectives.backbone import BackboneTask
 from bdm_jax.training.objectives.denoising import DiffusionJob
 from bdm_jax.training.objectives.weighting import min_snr
 

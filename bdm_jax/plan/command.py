@@ -1,0 +1,99 @@
+"""The command `python -m bdm_jax.plan`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import tyro
+
+from bdm_jax import command_line, configs
+from bdm_jax.formats.files import write_json
+from bdm_jax.plan.estimate import check_batch, make_plan, sweep
+from bdm_jax.plan.report import report, shapes_report, sweep_report
+from bdm_jax.plan.shapes import memory_by_shapes, parse_networks, step_shapes
+from bdm_jax.plan.topology import Slice, abstract_mesh, parse_topology
+from bdm_jax.training.config import TrainConfig
+from bdm_jax.training.objectives.remat import Remat
+
+
+@dataclass(frozen=True)
+class PlanArgs:
+    """Compile a run's step for a TPU slice on this machine, or add up its shapes, and say what it costs per chip."""
+
+    config: tyro.conf.Positional[str]
+    """a run of configs/"""
+    topology: str = "v5e:16x16"
+    """the slice, by the chips along its axes: v5e:4x4, v5p:4x4x8, v6e:16x16"""
+    batch_per_chip: int | None = None
+    """images per chip and step; the run's batch over all chips where left out"""
+    accumulate: int | None = None
+    """parts that a batch is computed in; the run's own where left out"""
+    remat: Remat | None = None
+    """the run's own where left out"""
+    fsdp: int | None = None
+    """chips that the train state is split over; the run's own where left out"""
+    tensor: int | None = None
+    """chips that layers are split over; the run's own where left out"""
+    strategy: Literal["fsdp", "zero1"] | None = None
+    """the run's own where left out"""
+    frozen: Literal["auto", "split", "whole"] | None = None
+    """whether frozen networks are split over fsdp; the run's own where left out"""
+    networks: tuple[str, ...] = ()
+    """other networks than the run's, NAME=PRESET or NAME=CONFIG.JSON: unet=sdxl-unet"""
+    shapes: bool = False
+    """compile nothing: bytes per chip, by shapes"""
+    size: int = 512
+    """pixels on a side"""
+    pairs: float = 1e9
+    """images of the whole training"""
+    price: float | None = None
+    """of a chip-hour, in any currency"""
+    sweep: bool = False
+    """a table over batches per chip and meshes, estimated from this compilation"""
+    json: Path | None = None
+    """write the figures here"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Print the plan, write what was asked for; 1 where it does not fit, 2 for bad input."""
+    jax.config.update("jax_platforms", "cpu")
+    return command_line.run(partial(_plan, args))
+
+
+def _plan(args: Sequence[str] | None) -> int:
+    settings = command_line.parse(PlanArgs, args, prog="python -m bdm_jax.plan", config=(tyro.conf.AvoidSubcommands,))
+    where, config = parse_topology(settings.topology), configs.load(settings.config)
+    config = _changed(config, settings, where)
+    shapes = step_shapes(config.task, config.compute_dtype(), settings.size, parse_networks(settings.networks))
+    if settings.shapes:
+        mesh = abstract_mesh(where, config.mesh)
+        check_batch(config, mesh)
+        memory = memory_by_shapes(config, mesh, shapes)
+        print(*shapes_report(config, where, dict(mesh.shape), shapes, memory), sep="\n")
+        total = sum(memory.values())
+        fits, values = total <= where.chip.hbm, {"topology": where.name, "mesh": dict(mesh.shape)}
+        values |= {"memory": memory, "total_bytes": total, "fits": fits}
+    else:
+        plan = make_plan(config, where, shapes)
+        print(*report(plan, settings.pairs, settings.price), sep="\n")
+        fits, values = plan.fits, plan.to_json(settings.pairs)
+        if settings.sweep and plan.program.needed is None:
+            rows = list(sweep(config, plan, shapes))
+            values["sweep"] = [row.to_json(settings.pairs) for row in rows]
+            print(*sweep_report(rows, settings.pairs), sep="\n")
+    if settings.json:
+        write_json(settings.json, {"config": settings.config, **values})
+    return 0 if fits else 1
+
+
+def _changed(config: TrainConfig, settings: PlanArgs, where: Slice) -> TrainConfig:
+    asked = {name: getattr(settings, name) for name in ("fsdp", "tensor", "strategy", "frozen")}
+    mesh = replace(config.mesh, **{name: value for name, value in asked.items() if value is not None})
+    remat = {"task": replace(config.task, remat=settings.remat)} if settings.remat else {}
+    accumulate = settings.accumulate or config.accumulate
+    batch = settings.batch_per_chip * where.chips if settings.batch_per_chip else config.batch_size
+    compute = "bfloat16" if config.compute == "auto" else config.compute
+    return replace(config, mesh=mesh, accumulate=accumulate, batch_size=batch, compute=compute, **remat)

@@ -1,0 +1,128 @@
+"""Training a backbone from scratch: a UNet together with its English text encoder."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from bdm_jax.data.loader import MixturePart
+from bdm_jax.diffusion.schedule import DiscreteSchedule, TimestepBias
+from bdm_jax.errors import UserError
+from bdm_jax.images.decode import decode_image, resize_to_cover
+from bdm_jax.latents.moments import record_key
+from bdm_jax.models.config import CLIPTextConfig, UNetConfig
+from bdm_jax.models.functional import abstract, init
+from bdm_jax.paths import TOKENIZERS
+from bdm_jax.systems.components import Component, load_component
+from bdm_jax.systems.families import FAMILIES
+from bdm_jax.systems.pipeline import BridgePipeline
+from bdm_jax.text.tokenizer import Tokenizer
+from bdm_jax.training.objectives.captions import Captions
+from bdm_jax.training.objectives.denoising import Denoising
+from bdm_jax.training.objectives.objective import ReadSizes, Row, Sizes, Training, Trees, read_sizes
+from bdm_jax.training.objectives.preview import draw_records, export_pipeline
+from bdm_jax.training.objectives.remat import Remat
+from bdm_jax.training.objectives.system import BACKBONE, SystemObjective, WholeNetworks
+from bdm_jax.training.sets import Sets
+
+
+@dataclass(frozen=True)
+class BackboneTask:
+    """Train a UNet together with its English text encoder, on latents of a ready autoencoder, or on pixels.
+
+    vae: a folder with a `vae` component; None trains on pixels, images resized to the UNet's sample_size.
+    caption_dropout: share of captions replaced by "", so that guidance works. timestep_bias: "later" trains noisy steps
+    more, as diffusers' --timestep_bias_strategy does. min_snr: weight the loss by min(SNR, min_snr) in terms of x0
+    (arXiv 2303.09556), None not at all. offset_noise: how much of the noise is one number per sample and channel.
+    zero_snr: the last step is pure noise (arXiv 2305.08891). remat: "blocks" keeps only the inputs of resnets and
+    transformers and computes the rest again for the gradient.
+    """
+
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    text_encoder: CLIPTextConfig = field(default_factory=CLIPTextConfig)
+    vae: Path | None = Path("runs/emoji-vae/export/vae")
+    tokenizer: Path = TOKENIZERS / "english"
+    prediction_type: Literal["epsilon", "v_prediction"] = "v_prediction"
+    zero_snr: bool = False
+    timestep_bias: TimestepBias = "none"
+    min_snr: float | None = None
+    offset_noise: float = 0.0
+    remat: Remat = "none"
+    caption_dropout: float = 0.1
+    style_in_caption: bool = False
+    guidance: float = 3.0
+    language: str = "en"
+
+    @property
+    def schedule(self) -> DiscreteSchedule:
+        """The noise schedule that the backbone will have."""
+        return DiscreteSchedule(prediction_type=self.prediction_type, rescale_betas_zero_snr=self.zero_snr)
+
+    def sizes(self, read: ReadSizes = read_sizes) -> Sizes:
+        """Those that are trained, and the autoencoder's sizes; no weights are read."""
+        own = {"unet": self.unet, "text_encoder": self.text_encoder}
+        return own if self.vae is None else {**own, "vae": read("vae", self.vae)}
+
+    def objective(self, sizes: Sizes) -> SystemObjective:
+        """The loss."""
+        return SystemObjective(
+            sizes,
+            {name: abstract(sizes[name]) for name in ("unet", "text_encoder")},
+            WholeNetworks(sizes),
+            Denoising(self.schedule, sizes.get("vae"), self.timestep_bias, self.offset_noise, self.min_snr),
+            length=self.text_encoder.max_position_embeddings,
+            remat=self.remat,
+        )
+
+    def start(self, sets: Sets, run: Path, seed: int, dtype: jnp.dtype) -> Training:
+        """Fresh UNet and text encoder; the autoencoder is loaded and frozen."""
+        # fp32 on any device: it is written out again unchanged
+        vae = None if self.vae is None else load_component(self.vae, "float32")
+        parts = self._pixels(sets) if vae is None else sets.latents(vae, run)
+        params = {"unet": init(self.unet, seed), "text_encoder": init(self.text_encoder, seed + 1)}
+        texts = Captions(
+            Tokenizer.from_pretrained(self.tokenizer), self.language, self.caption_dropout, self.style_in_caption
+        )
+        sizes = {"unet": self.unet, "text_encoder": self.text_encoder} | ({} if vae is None else {"vae": vae.config})
+        pipeline = partial(_pipeline, self, vae, texts.tokenizer)
+        side = None if vae is not None else self.unet.sample_size
+        return Training(
+            self.objective(sizes),
+            params,
+            {},
+            parts,
+            partial(sample, texts, BACKBONE, side=side),
+            partial(export_pipeline, pipeline),
+            partial(draw_records, pipeline, texts),
+        )
+
+    def _pixels(self, sets: Sets) -> list[MixturePart]:
+        if self.unet.in_channels != 3 or self.unet.out_channels != 3:
+            raise UserError(
+                f"task.vae=None trains on pixels: task.unet needs 3 channels in and out, not {self.unet.in_channels} "
+                f"and {self.unet.out_channels}"
+            )
+        return sets.images()
+
+
+def sample(texts: Captions, source: str, record: dict, rng: np.random.Generator, side: int | None = None) -> Row:
+    """A record with `moments` -> one sample; or, of its image brought to `side` x `side` pixels."""
+    ids = {source: texts.ids(record, rng)}
+    if side is None:
+        return {"moments": record["moments"], "texts": ids}
+    image = decode_image(record["image"], name=record_key(record))
+    return {"image": resize_to_cover(image, (side, side)), "texts": ids}
+
+
+def _pipeline(task: BackboneTask, vae: Component | None, tokenizer: Tokenizer, params: Trees) -> BridgePipeline:
+    """The system that these parameters make."""
+    parts = {
+        "unet": Component(task.unet, params["unet"]),
+        "text_encoder": Component(task.text_encoder, params["text_encoder"]),
+        "tokenizer": tokenizer,
+        **({} if vae is None else {"vae": vae}),
+    }
+    return BridgePipeline(FAMILIES["sd15"], parts, task.schedule, guidance=task.guidance)

@@ -1,0 +1,141 @@
+"""The loss of a whole text-to-image system, whatever of it is trained: its texts through their encoders, perhaps
+through the branch and a ControlNet, the UNet's error at a random noise level (arXiv 2309.00952, figure 1).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bdm_jax.models.config import CLIPTextConfig, Config, UNetConfig
+from bdm_jax.models.functional import abstract, bind
+from bdm_jax.models.unet.conditioning import Conditioning
+from bdm_jax.training.objectives.denoising import Denoising
+from bdm_jax.training.objectives.objective import Batch, Row, Shapes, Sizes, Trees
+from bdm_jax.training.objectives.remat import Remat, param_dtype, rematerialise
+
+BACKBONE, BRANCH = "backbone", "branch"  # text sources
+NETWORKS = {BACKBONE: ("unet", "text_encoder"), BRANCH: ("unet", "branch", "branch_text_encoder")}  # in a step
+TEXT_ENCODER = {BACKBONE: "text_encoder", BRANCH: "branch_text_encoder"}
+
+Residuals = Callable[[jax.Array, jax.Array, Conditioning], Any]  # noisy (B,h,w,C), t (B,), text -> UNet residuals
+
+
+class Binding(Protocol):
+    """How a network is made of what is trained and what is frozen."""
+
+    def __call__(self, name: str, params: Trees, frozen: dict) -> nnx.Module:
+        """The network of that name."""
+
+
+@dataclass(frozen=True)
+class WholeNetworks:
+    """Every network has a tree of its own, trained or frozen."""
+
+    sizes: Sizes
+
+    def __call__(self, name: str, params: Trees, frozen: dict) -> nnx.Module:
+        return bind(self.sizes[name], params[name] if name in params else frozen[name])
+
+
+@dataclass(frozen=True)
+class SystemObjective:
+    """The denoising loss of a backbone that reads English (source "backbone") or of a backbone with the prompt "" and a
+    branch that reads another language (source "branch").
+
+    sizes: of the networks in a step. trained: shapes of what is trained, by the names of its trees. network: how the
+    networks are made of it. empty: shapes of the backbone's states of the prompt "", for a branch. length: tokens of a
+    text. pad: the token that is masked, None to attend to all.
+    """
+
+    sizes: Sizes
+    trained: dict[str, Any]
+    network: Binding
+    denoising: Denoising
+    source: str = BACKBONE
+    empty: Conditioning | None = None
+    length: int = 77
+    pad: int | None = None
+    remat: Remat = "none"
+
+    def loss(self, params: Trees, frozen: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `Objective`."""
+        x, t, target = self.denoising.noised(batch, key)
+        prediction = self.predict(params, frozen, batch["texts"][self.source], x, t)
+        return self.denoising.error(prediction, target, t), {}
+
+    def shapes(self) -> Shapes:
+        """See `Objective`."""
+        frozen = {name: abstract(self.sizes[name]) for name in NETWORKS[self.source] if name not in self.trained}
+        return self.trained, {**frozen, **({} if self.empty is None else {"empty": self.empty})}
+
+    def row(self, size: int) -> Row:
+        """See `Objective`."""
+        ids = jax.ShapeDtypeStruct((self.length,), jnp.int32)
+        return {**self.denoising.row(size), "texts": {self.source: ids}}
+
+    def predict(
+        self,
+        params: Trees,
+        frozen: dict,
+        ids: jax.Array,
+        x: jax.Array,
+        t: jax.Array,
+        residuals: Residuals | None = None,
+    ) -> jax.Array:
+        """Noisy latents (B,h,w,C) fp32 at t (B,) with texts (B,S) -> what the UNet predicts, (B,h,w,C).
+
+        residuals: what is added to the bare backbone's skips and middle.
+        """
+        x = x.astype(param_dtype(params["unet"] if "unet" in params else frozen["unet"]))
+        text = self._read(params, frozen, ids, x)
+        if self.source == BACKBONE:
+            unet = self.bound("unet", params, frozen)
+            return unet(x, t, text, None if residuals is None else residuals(x, t, text))
+        empty = jax.tree.map(lambda states: jnp.broadcast_to(states, (len(x), *states.shape[1:])), frozen["empty"])
+        unet, branch = (self.bound(name, params, frozen) for name in ("unet", "branch"))
+        return unet(x, t, self._with_sizes(empty, "unet", x), branch(x, t, text))
+
+    def bound(self, name: str, params: Trees, frozen: dict) -> nnx.Module:
+        """The network of that name, as it is computed with."""
+        remat = "none" if name.endswith("text_encoder") else self.remat
+        return rematerialise(self.network(name, params, frozen), remat)
+
+    def _read(self, params: Trees, frozen: dict, ids: jax.Array, x: jax.Array) -> Conditioning:
+        reader = "unet" if self.source == BACKBONE else "branch"
+        name, mask = TEXT_ENCODER[self.source], () if self.pad is None else (ids != self.pad,)
+        encoder = self.bound(name, params, frozen)
+        if not self.sizes[reader].has_addition:
+            return Conditioning(encoder(ids, *mask).astype(x.dtype), *mask)
+        states, pooled = _with_pooled(self.sizes[name], encoder, ids, *mask)
+        text = Conditioning(states.astype(x.dtype), *mask, pooled=pooled.astype(x.dtype))
+        return self._with_sizes(text, reader, x)
+
+    def _with_sizes(self, text: Conditioning, reader: str, x: jax.Array) -> Conditioning:
+        """With SDXL's size ids (arXiv 2307.01952, section 2.2), where the reader wants them: an image that was neither
+        scaled nor cropped.
+        """
+        if not self.sizes[reader].has_addition:
+            return text
+        factor = 1 if self.denoising.vae is None else self.denoising.vae.factor
+        height, width = (side * factor for side in x.shape[1:3])
+        ids = jnp.asarray((height, width, 0, 0, height, width), jnp.float32)
+        return replace(text, time_ids=jnp.broadcast_to(ids, (len(x), 6)))
+
+
+def empty_text(unet: UNetConfig, length: int) -> Conditioning:
+    """Shapes of what this UNet reads of the prompt "", `length` tokens."""
+    tokens = jax.ShapeDtypeStruct((1, length, unet.text_dim), jnp.float32)
+    pooled = jax.ShapeDtypeStruct((1, unet.pooled_dim), jnp.float32) if unet.has_addition else None
+    return Conditioning(tokens, pooled=pooled)
+
+
+def _with_pooled(config: Config, encoder: nnx.Module, ids: jax.Array, *mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """States (B,S,D) and the pooled output (B,P): CLIP's own, BERT's state of [CLS]."""
+    if isinstance(config, CLIPTextConfig):
+        return tuple(encoder.outputs(ids, *mask))
+    states = encoder(ids, *mask)
+    return states, states[:, 0]
