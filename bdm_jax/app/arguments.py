@@ -1,4 +1,4 @@
-"""What sample.py is told: flags, a file of prompts, the settings inside a picture. All of it is checked without JAX."""
+"""The command line of sample.py: flags, a file of prompts, settings inside an image; all of it is checked without JAX."""
 
 import tempfile
 import warnings
@@ -47,44 +47,44 @@ _SEEDS = tyro.constructors.PrimitiveConstructorSpec(
 
 @dataclass(frozen=True)
 class Arguments:
-    """Draw pictures for Chinese prompts: PNG files in the output folder, with their settings inside.
+    """Draw images for Chinese prompts: PNG files in the output folder, with their settings inside.
 
-    Several pictures also make a contact sheet. A picture depends on its prompts, seed and settings only.
+    Several images also make a contact sheet. An image depends on its prompts, seed and settings only.
     """
 
     prompt: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT ...")] = ()
-    """What to draw, in the branch's language; each prompt makes its own pictures."""
+    """What to draw, in the branch's language; each prompt makes its own images."""
     negative: str = ""
-    """What to keep away from, in the branch's language."""
+    """Negative prompt, in the branch's language."""
     english: str = ""
-    """Told to the backbone as well, in English; the paper's way is to leave it empty."""
+    """English prompt for the backbone; empty in the paper."""
     english_negative: str = ""
-    """What the backbone keeps away from, in English."""
+    """Negative prompt for the backbone, in English."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Prompts from a .txt, .csv or .jsonl file, or BDM_870.json; started again, the run goes on where it was."""
+    """Prompts from a .txt, .csv or .jsonl file, or BDM_870.json; rerunning resumes."""
     seed: Annotated[tuple[int, ...], _SEEDS] = (0,)
-    """Seeds of each prompt's pictures: one, a range, or a list."""
+    """Seeds of each prompt's images: one, a range, or a list."""
     count: int = 1
-    """Pictures per prompt, with seeds SEED, SEED+1, ..."""
+    """Images per prompt, with seeds SEED, SEED+1, ..."""
     image: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """A picture to begin from."""
+    """Initial image (image-to-image)."""
     mask: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """White where the image is drawn anew; of the image's size."""
+    """White where the image is repainted (inpainting); of the image's size."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="PNG")] = None
-    """Repeat a picture that was drawn here: its settings are the defaults of all others."""
+    """Regenerate an image of ours: its settings become the defaults of all other flags."""
     out: Path = Path("out")
-    """Folder for the pictures."""
+    """Output folder."""
     batch_size: int = 8
-    """Pictures drawn at a time; changes their speed only."""
+    """Images per batch; affects speed only."""
     preview_every: int = 0
-    """Show the pictures on their way in OUT/preview.png, every so many steps; 0 for never."""
+    """Write intermediate images to OUT/preview.png every N steps; 0 for never."""
     settings: Sampling = Sampling()
     parts: Parts = Parts()
 
     def requests(self) -> tuple[list[Request], list[int] | None]:
-        """What is asked for, picture by picture, and for prompts from a file the numbers of their rows.
+        """The requests, image by image, and for prompts from a file the numbers of their rows.
 
-        Raises UserError for what cannot be, as far as it can be known without a model.
+        Raises UserError for what is not valid, as far as that is known without a model.
         """
         common = Request("", self.negative, self.english, self.english_negative, 0, self.image, self.mask)
         if self.prompts is None:
@@ -103,13 +103,11 @@ class Arguments:
 def parse(given: Sequence[str]) -> tuple[Arguments, list[Request], list[int] | None]:
     """A command line -> arguments, requests, and for prompts from a file the numbers of their rows.
 
-    Raises UserError, in one line, for what cannot be; SystemExit after --help.
+    Raises UserError, in one line, for what is not valid; SystemExit after --help.
     """
     earlier = command_line.parse(_From, _without_help(given), return_unknown_args=True)[0].from_
     values = {} if earlier is None else read_settings(earlier)
-    arguments = command_line.parse(
-        Arguments, given, default=_defaults(values), prog=command_line.called("sample.py")
-    )
+    arguments = command_line.parse(Arguments, given, default=_defaults(values), prog=command_line.called("sample.py"))
     _check(arguments, {flag.partition("=")[0] for flag in given if flag.startswith("--")})
     check(arguments.settings)
     requests, rows = arguments.requests()
@@ -130,7 +128,7 @@ def _without_help(given: Sequence[str]) -> list[str]:
 
 
 def _defaults(values: dict[str, Any]) -> Arguments:
-    """The arguments that would draw a picture of these settings; its images are only named in them."""
+    """The arguments that would draw an image with these settings; they only name its input images."""
     if not values:
         return Arguments()
     request, settings = restore(values)
@@ -189,7 +187,7 @@ def _check_requests(arguments: Arguments, requests: Sequence[Request], given: Se
 
 
 def _compare(arguments: Arguments, values: dict[str, Any]) -> None:
-    """What --from cannot bring back: images are asked for, other models and images are noted."""
+    """What --from cannot restore: input images are required, other models and images are noted."""
     for name, read in (("image", read_image), ("mask", read_mask)):
         file, sha256 = getattr(arguments, name), values.get(f"{name}_sha256")
         if sha256 and file is None:

@@ -33,8 +33,8 @@ def step(
     values = {key: value for key, value in to_json(configs[1]).items() if key != "bdm_branch"}
     branch = ControlNetModel.from_config(values).requires_grad_(train)
     t, english, chinese = torch.full((len(x),), 500).to(_device()), _tensor(english), _tensor(chinese)
-    picture = _tensor(np.zeros((len(x), 3, 8 * x.shape[1], 8 * x.shape[2]), x.dtype))
-    # BDM's branch has no picture: the embedding of its place must not count.
+    image = _tensor(np.zeros((len(x), 3, 8 * x.shape[1], 8 * x.shape[2]), x.dtype))
+    # BDM's branch has no image: the embedding of its place must not count.
     hint = _tensor(np.zeros((len(x), configs[1].block_out_channels[0], *x.shape[1:3]), x.dtype))
     branch.controlnet_cond_embedding = _constant(hint)
     unet = _placed(UNet2DConditionModel.from_config(to_json(configs[0])).requires_grad_(False), dtype)
@@ -45,7 +45,7 @@ def step(
         latents = _nchw(x, layout)
         mixed = torch.autocast(_device(), getattr(torch, dtype), enabled=train and dtype != "float32")
         with torch.set_grad_enabled(train), mixed:
-            skips, mid = branch(latents, t, chinese, picture, return_dict=False)
+            skips, mid = branch(latents, t, chinese, image, return_dict=False)
             out = unet(latents, t, english, down_block_additional_residuals=skips, mid_block_additional_residual=mid)
             if train:
                 branch.zero_grad()

@@ -1,6 +1,6 @@
 """Does the model draw what the prompt says? `python -m bdm_jax.evaluate --model assets/demo --count 200`.
 
-The paper's claim (arXiv 2309.00952, section 4) measured at the scale of the bundled set: each picture is searched for
+The paper's claim (arXiv 2309.00952, section 4) measured at the scale of the bundled set: each image is searched for
 among the artwork of all concepts of one style, by the cosine of EfficientNet-Lite0 features; it is right when the
 nearest artwork is that of its prompt. Five figures:
 
@@ -11,7 +11,7 @@ nearest artwork is that of its prompt. Five figures:
   ceiling           the artwork itself, through the VAE and back
 
 Features are the network's last 7 x 7 map averaged over 3 x 3 regions, so that the arrangement counts too ("where is the
-hand of the clock"); the accuracy with the plain average over the whole map is reported beside it (`pooled`).
+hand of the clock"); the accuracy with features pooled over the whole map is reported beside it (`pooled`).
 """
 
 import sys
@@ -55,9 +55,9 @@ class EvaluateArgs:
     sampler: str = "dpmpp-2m"
     batch_size: int = 8
     json: Path | None = None
-    """write the figures and every picture's nearest concepts here"""
+    """write the figures and every image's nearest concepts here"""
     sheet: Path | None = None
-    """write a contact sheet here (PNG): artwork, picture, Chinese name"""
+    """write a contact sheet here (PNG): artwork, image, Chinese name"""
 
 
 def evaluate(
@@ -67,7 +67,7 @@ def evaluate(
 
     Args:
         settings: what to measure.
-        features: pictures (H,W,3) uint8 -> (N, regions, channels); EfficientNet-Lite0 where None.
+        features: images (H,W,3) uint8 -> (N, regions, channels); EfficientNet-Lite0 where None.
 
     Returns:
         The report (plain values), the results by figure, the gallery.
@@ -87,7 +87,7 @@ def evaluate(
 
     def draw(name: str, wanted: list[int], language: str) -> SearchResult:
         requests = [request(gallery.rows[i], language, phrased, settings.seed + i) for i in wanted]
-        return gallery.search(wanted, _pictures(pipeline, requests, settings, name, branch=language == "zh"))
+        return gallery.search(wanted, _draw(pipeline, requests, settings, name, branch=language == "zh"))
 
     results = {"ceiling": gallery.search(chosen, round_trip(pipeline.vae, [gallery.artwork[i] for i in chosen]))}
     drawn = {"branch": (chosen, "zh"), "branch_zh_only": (chinese, "zh")}
@@ -117,12 +117,12 @@ def main(args: Sequence[str] | None = None) -> int:
     return command_line.run(command)
 
 
-def _pictures(
+def _draw(
     pipeline: BridgePipeline, requests: list[Request], settings: EvaluateArgs, name: str, branch: bool
 ) -> list[np.ndarray]:
     drawing = Sampling(settings.steps, settings.sampler, settings.guidance, bare=not branch)
-    pictures: Iterable[np.ndarray] = generate(pipeline, requests, drawing, batch_size=settings.batch_size)
-    return list(track(pictures, description=f"{name:17}", total=len(requests)))
+    images: Iterable[np.ndarray] = generate(pipeline, requests, drawing, batch_size=settings.batch_size)
+    return list(track(images, description=f"{name:17}", total=len(requests)))
 
 
 def _report(

@@ -1,8 +1,8 @@
 """What do approximations cost and gain? `python -m bdm_jax.evaluate.approximations --count 96`
 
 Draws Chinese prompts of the bundled set as `bdm_jax.evaluate` does, exactly and with each of the settings, and
-prints for each: how many pictures are right, how far they are from the exact ones (mean absolute difference of values
-of 0 to 255), seconds per picture (the fastest batch's).
+prints for each: how many images are right, how far they are from the exact ones (mean absolute difference of values
+of 0 to 255), seconds per image (the fastest batch's).
 """
 
 import itertools
@@ -41,7 +41,7 @@ _COMPARED = (
 
 @dataclass(frozen=True)
 class ApproximationArgs:
-    """Measure settings against the exact picture."""
+    """Measure settings against the exact image."""
 
     compared: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME=VALUE[,...]")] = _COMPARED
     """Settings of sample.py, each a row of the table."""
@@ -52,15 +52,15 @@ class ApproximationArgs:
     seed: int = 0
     """Of the choice of concepts and of the noise."""
     batch_size: int = 8
-    """Pictures drawn at a time."""
+    """Images drawn at a time."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the figures here."""
     settings: Sampling = field(default_factory=Sampling)
-    """What the exact picture is drawn with."""
+    """What the exact image is drawn with."""
 
 
 def compare(asked: ApproximationArgs, features: Features | None = None) -> list[dict[str, Any]]:
-    """A row for the exact pictures and one for each of `asked.compared`; printed as they come.
+    """A row for the exact images and one for each of `asked.compared`; printed as they come.
 
     Raises UserError or FileError, before anything is drawn, for what cannot be.
     """
@@ -77,10 +77,10 @@ def compare(asked: ApproximationArgs, features: Features | None = None) -> list[
     drawings = {name: draw(models[name], settings=settings) for name, settings in variants.items()}
     rows, exact = [], None
     for name, drawing in drawings.items():
-        pictures, seconds = _timed(drawing, requests, asked.batch_size)
-        exact = pictures if exact is None else exact
-        difference = np.mean([np.abs(a.astype(int) - b).mean() for a, b in zip(pictures, exact, strict=True)])
-        right = gallery.search(wanted, pictures).right
+        images, seconds = _timed(drawing, requests, asked.batch_size)
+        exact = images if exact is None else exact
+        difference = np.mean([np.abs(a.astype(int) - b).mean() for a, b in zip(images, exact, strict=True)])
+        right = gallery.search(wanted, images).right
         rows.append({"settings": name, "right": float(right.mean()), "difference": float(difference)})
         rows[-1] |= {"seconds": seconds, "count": len(right)}
         print(f"{name:36} {right.mean():6.1%} right   {difference:5.2f} of 255 away   {seconds:6.3f} s", flush=True)
@@ -107,14 +107,14 @@ def _settings(text: str, exact: Sampling) -> Sampling:
 
 
 def _timed(drawing, requests: list[Request], batch_size: int) -> tuple[list[np.ndarray], float]:
-    """Pictures, and the seconds that each took."""
-    pictures, marks = [], [time.perf_counter()]
-    for picture in drawing:
-        if len(pictures) % batch_size == 0:
+    """Images, and the seconds that each took."""
+    images, marks = [], [time.perf_counter()]
+    for image in drawing:
+        if len(images) % batch_size == 0:
             marks.append(time.perf_counter())
-        pictures.append(picture)
+        images.append(image)
     fastest = min(after - before for before, after in itertools.pairwise(marks))
-    return pictures, fastest / min(batch_size, len(requests))
+    return images, fastest / min(batch_size, len(requests))
 
 
 if __name__ == "__main__":

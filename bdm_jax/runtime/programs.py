@@ -1,6 +1,6 @@
 """Compiled programs as files: the next process that asks for one neither traces nor compiles it.
 
-JAX's own cache (`compile_cache`) keeps what the compiler made, but each start traces and lowers every program anew to
+JAX's own cache (`compile_cache`) keeps what the compiler made, but each start traces and lowers every program again to
 find it there. A `program` is looked up by what it is called with instead. Its file's name is a digest of everything
 that the machine code depends on: this package's sources, versions, machine, flags, fixed arguments, shapes. Where the
 file is not there but JAX's cache has the program, as after a change of the sources, that one is taken and no file left.
@@ -43,7 +43,7 @@ def keep(folder: Path | None) -> None:
 def program(function: Callable) -> "Program":
     """A pure function (fixed, *arrays) as `jax.jit(function, static_argnums=0)`, kept as `keep` says.
 
-    `fixed` is something frozen whose repr tells all of it.
+    `fixed` is frozen, and its repr has all of it.
     """
     return Program(function)
 
@@ -79,15 +79,15 @@ class Program:
         return len(self._ready) + self.jitted._cache_size()
 
     def _first(self, key: tuple, fixed, arguments) -> tuple[Callable, Any]:
-        """The program and what comes out, from its file or made anew."""
-        told = repr((_surroundings(), self.__module__, self.__qualname__, key))
-        file = _folder / hashlib.sha256(told.encode()).hexdigest()
+        """The program and what comes out, from its file or compiled."""
+        everything = repr((_surroundings(), self.__module__, self.__qualname__, key))
+        file = _folder / hashlib.sha256(everything.encode()).hexdigest()
         if file.is_file():
             try:
                 loaded = _load(file.read_bytes(), arguments)
                 return loaded, jax.block_until_ready(loaded(*arguments))
-            except Exception as error:  # whatever is wrong with a kept file, it can be made anew
-                warnings.warn(f"{file}: not a program that runs here ({error}); made anew", stacklevel=3)
+            except Exception as error:  # whatever is wrong with a kept file, it can be recompiled
+                warnings.warn(f"{file}: not a program that runs here ({error}); recompiled", stacklevel=3)
         lowered, before = self.jitted.lower(fixed, *arguments), _hits[0]
         compiled = lowered.compile()
         if _hits[0] == before:
@@ -157,7 +157,7 @@ def _surroundings() -> str:
 
 
 def _instructions() -> str:
-    """The processor's instruction sets, as far as this system tells them."""
+    """The processor's instruction sets, as far as this system lists them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

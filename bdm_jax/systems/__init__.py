@@ -1,0 +1,1 @@
+"""Whole text-to-image systems: families, components, pipelines."""

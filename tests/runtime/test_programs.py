@@ -141,7 +141,7 @@ def test_a_damaged_file_is_made_anew(folder, given, rng, damage):
     if damage == "flipped":
         content[rng.integers(len(content))] ^= 1 << rng.integers(8)
     file.write_bytes({"empty": b"", "cut": whole[:-1], "flipped": bytes(content), "foreign": b"\x80" * 99}[damage])
-    with pytest.warns(UserWarning, match=f"{file.name}: not a program that runs here .*; made anew"):
+    with pytest.warns(UserWarning, match=f"{file.name}: not a program that runs here .*; recompiled"):
         second, traced = call(given)
     assert traced == 1 and second.tobytes() == first.tobytes()
     with warnings.catch_warnings():
@@ -158,7 +158,7 @@ def test_a_file_that_fails_when_it_runs_is_made_anew(folder, given, monkeypatch)
 
         return run
 
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="a part is missing.*made anew"):
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="a part is missing.*recompiled"):
         patch.setattr(programs, "_load", broken)
         assert call(given)[0].tobytes() == first.tobytes()
     assert call(given)[1] == 0

@@ -1,0 +1,1 @@
+"""The UNet, its branch, and what reads along: ControlNets, adapters, conditioning."""
