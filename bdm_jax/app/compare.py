@@ -80,14 +80,13 @@ def compare(asked: Comparison) -> None:
         check(cell.settings)
     asked.parts.check()
 
-    from bdm_jax.diffusion.samplers import SAMPLERS
+    from bdm_jax.diffusion.samplers import check_sampler
     from bdm_jax.images.pictures import table, write_png
     from bdm_jax.runtime import compile_cache
-    from bdm_jax.sampling.generate import generate
+    from bdm_jax.sampling.generate import generate, resolve
 
     for cell in flat:
-        if cell.settings.sampler not in SAMPLERS:
-            raise unknown("sampler", cell.settings.sampler, SAMPLERS)
+        check_sampler(cell.settings.sampler)
     compile_cache.enable()
     pipeline, controls = asked.parts.load(), asked.parts.load_controls()
     groups: dict[Sampling, list[int]] = {}
@@ -104,7 +103,8 @@ def compare(asked: Comparison) -> None:
         pictures[index] = picture
     grid = [[pictures[row * len(cells[0]) + column] for column in range(len(cells[0]))] for row in range(len(cells))]
     axes = {"x": asked.x, "y": asked.y}
-    settings = {"compare": axes, "settings": describe(asked.request, asked.settings, asked.parts.names())}
+    used = replace(asked.settings, sampler=resolve(pipeline, asked.settings).sampler)
+    settings = {"compare": axes, "settings": describe(asked.request, used, asked.parts.names())}
     labels = [[_label(axis, value) for value in _values(axis)] for axis in (columns, rows)]
     write_png(asked.out, table(grid, *labels), text_chunks(settings), palette=asked.palette)
 

@@ -1,4 +1,4 @@
-"""What a picture's file says about how it was drawn: as JSON, to draw it again, and as web UIs read it. No JAX."""
+"""What an image's file records about how it was drawn: as JSON, to reproduce it, and as web UIs read it. No JAX."""
 
 import dataclasses
 import hashlib
@@ -16,14 +16,16 @@ from PIL import Image
 from bdm_jax.errors import UserError
 from bdm_jax.images.decode import MAX_BYTES, MAX_PIXELS
 from bdm_jax.sampling.settings import Request, Sampling
+from bdm_jax.systems.families import flags
 
 KEY = "bdm_jax"
 PARTS = (
-    *("model", "backbone", "vae", "branch", "text_encoder", "branch_text_encoder", "variant"),
+    *("model", "backbone", *flags(), "variant"),
     *("blend", "lora", "branch_lora", "embedding", "branch_embedding", "control", "adapter", "image_prompt"),
     "text_weights",
 )
 _MAX_JSON = 1 << 20
+_OLD_SAMPLER = "dpmpp-2m"  # of pictures that do not say it: the only default that there was
 _TEXTS = ("prompt", "negative", "english", "english_negative")
 _PIXELS = ("image", "mask")
 _WEB_UI_SAMPLERS = {
@@ -45,7 +47,7 @@ _WEB_UI_SAMPLERS = {
 def describe(
     request: Request, settings: Sampling, parts: Mapping[str, str], digests: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Everything that a picture depends on, as plain JSON values; `restore` is the inverse.
+    """Everything that an image depends on, as plain JSON values; `restore` is the inverse.
 
     Args:
       settings: with the size (that of the first pass) and the guidance that were used, if they are to be kept.
@@ -106,7 +108,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 def filled(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a picture with those that it does not say, being older, as by default (but for its size)."""
-    known = describe(Request(""), Sampling(), {})
+    known = describe(Request(""), Sampling(sampler=_OLD_SAMPLER), {})
     return {field.name: known[field.name] for field in dataclasses.fields(Sampling) if field.name != "size"} | {
         **values
     }
@@ -156,7 +158,7 @@ def web_ui_parameters(values: Mapping[str, Any]) -> str:
     hires = settings.hires > 1
     names = {
         "Steps": settings.steps,
-        "Sampler": _web_ui_sampler(settings.sampler),
+        "Sampler": _web_ui_sampler(settings.sampler or _OLD_SAMPLER),
         "CFG scale": settings.guidance,
         "Seed": values["seed"],
         "Size": f"{values['width']}x{values['height']}",
@@ -222,6 +224,9 @@ def _parse(path: Path, text: Any) -> dict[str, Any]:
     return values
 
 
+_KINDS = {"masked": bool, "sampler": str}  # of settings that are None by default, where they are no number
+
+
 def _setting(name: str, value: Any) -> Any:
     """A value of the kind that the setting of this name has. Raises ValueError."""
     default = getattr(Sampling, name)
@@ -231,7 +236,7 @@ def _setting(name: str, value: Any) -> Any:
         return tuple(_checked(name, item, float) for item in value)
     if default is None and value is None:
         return None
-    return _checked(name, value, bool if name == "masked" else float if default is None else type(default))
+    return _checked(name, value, _KINDS.get(name, float) if default is None else type(default))
 
 
 def _checked(name: str, value: Any, kind: type) -> Any:

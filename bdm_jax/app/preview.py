@@ -37,16 +37,16 @@ def colours(matrix: np.ndarray, latents: np.ndarray) -> np.ndarray:
 
 
 def writer(vae: Component, path: Path) -> Callable[[int, np.ndarray], None]:
-    """A `watch` for `generate` that keeps the foreseen pictures of the batch, side by side, in a PNG."""
+    """An `on_preview` for `generate` that keeps the predicted images of the batch, side by side, in a PNG."""
     matrix = latent_colours(vae)
 
-    def watch(done: int, clean: np.ndarray) -> None:
-        small = np.concatenate(list(colours(matrix, np.nan_to_num(clean))), axis=1)
+    def on_preview(done: int, predicted_x0: np.ndarray) -> None:
+        small = np.concatenate(list(colours(matrix, np.nan_to_num(predicted_x0))), axis=1)
         times = max(1, -(-_HEIGHT // len(small)))
         size = small.shape[1] * times, small.shape[0] * times
         write_png(path, np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)))
 
-    return watch
+    return on_preview
 
 
 def _smooth(rng: np.random.Generator, channels: int, cells: int) -> np.ndarray:

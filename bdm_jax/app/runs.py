@@ -25,7 +25,7 @@ from bdm_jax.paths import atomic_file
 from bdm_jax.plugins.controls import Control
 from bdm_jax.runtime.processes import all_agree, broadcast_from_first, is_first
 from bdm_jax.sampling.batching import default_size
-from bdm_jax.sampling.generate import Progress, generate
+from bdm_jax.sampling.generate import Progress, generate, resolve
 from bdm_jax.sampling.settings import ImageSource as Source
 from bdm_jax.sampling.settings import Request, Sampling
 from bdm_jax.systems.pipeline import BridgePipeline
@@ -100,11 +100,11 @@ def describe_all(
     parts: Mapping[str, str],
     controls: Sequence[Control] = (),
 ) -> list[dict[str, Any]]:
-    """What each request's picture depends on (see `metadata.describe`), with the guidance and size that are used.
+    """What each request's picture depends on (see `metadata.describe`), with the sampler, guidance and size used.
 
     Raises UserError for images that cannot be read.
     """
-    guidance = pipeline.guidance if settings.guidance is None else settings.guidance
+    settings = resolve(pipeline, settings)
     known: dict[tuple[str, Path], tuple[str, tuple[int, ...]]] = {}
     described = []
     for request in requests:
@@ -113,7 +113,7 @@ def describe_all(
         if seen["image"] and settings.size is None:
             size = tuple(side // pipeline.vae.config.factor * pipeline.vae.config.factor for side in seen["image"][1])
         digests = {name: found[0] for name, found in seen.items() if found}
-        described.append(describe(request, replace(settings, guidance=guidance, size=size), parts, digests))
+        described.append(describe(request, replace(settings, size=size), parts, digests))
     return described
 
 
@@ -142,12 +142,12 @@ def draw(
     left = [picture for picture in share if picture.name not in there]
     drawing: Iterator[np.ndarray] = iter(())
     if left:
-        watching = {}
+        shown = {}
         if preview_every and is_first():
-            watching = {"watch": preview.writer(pipeline.vae, run.out / PREVIEW), "watch_every": preview_every}
+            shown = {"on_preview": preview.writer(pipeline.vae, run.out / PREVIEW), "preview_every": preview_every}
         requests = [picture.request for picture in left]
         how = {"controls": run.controls, "batch_size": batch_size, "progress": progress}
-        drawing = generate(pipeline, requests, run.settings, **how, **watching)
+        drawing = generate(pipeline, requests, run.settings, **how, **shown)
     return len(there), _draw(run, share, there, left, drawing)
 
 

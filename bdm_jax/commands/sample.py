@@ -5,14 +5,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING
 
 from bdm_jax.app.arguments import Arguments, parse
 from bdm_jax.command_line import run
-from bdm_jax.errors import unknown
 from bdm_jax.sampling.settings import Request
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -20,9 +20,8 @@ def main(args: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def command() -> None:
-        what = SpinnerColumn(), TextColumn("{task.description}"), BarColumn()
         asked = parse(sys.argv[1:] if args is None else args)
-        with Progress(*what, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        with _progress_bar() as bar:
             files = draw(*asked, bar)
         print(*files, sep="\n")
 
@@ -33,16 +32,15 @@ def main(args: Sequence[str] | None = None) -> int:
         return 130
 
 
-def draw(arguments: Arguments, requests: list[Request], rows: list[int] | None, bar: Progress) -> list[Path]:
+def draw(arguments: Arguments, requests: list[Request], rows: list[int] | None, bar: "Progress") -> list[Path]:
     """Load the model and draw; returns the files written. JAX is imported here, when it is needed."""
     task, marks = bar.add_task("loading", total=None), [time.perf_counter()]
     from bdm_jax.app import runs
-    from bdm_jax.diffusion.samplers import SAMPLERS
+    from bdm_jax.diffusion.samplers import check_sampler
     from bdm_jax.runtime import compile_cache, processes
 
     settings = arguments.settings
-    if settings.sampler not in SAMPLERS:
-        raise unknown("sampler", settings.sampler, SAMPLERS)
+    check_sampler(settings.sampler)
     processes.initialize()
     compile_cache.enable()
     pipeline, controls = arguments.parts.load(), arguments.parts.load_controls()
@@ -66,6 +64,14 @@ def draw(arguments: Arguments, requests: list[Request], rows: list[int] | None, 
     if files:
         print(_times(marks), file=sys.stderr)
     return files
+
+
+def _progress_bar() -> "Progress":
+    from rich.console import Console  # not for --help
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True))
 
 
 def _times(marks: list[float]) -> str:

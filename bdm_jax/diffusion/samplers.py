@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from bdm_jax.diffusion import recipes
 from bdm_jax.diffusion.recipes import MEMORY, Steps
-from bdm_jax.diffusion.schedule import SPACINGS
+from bdm_jax.diffusion.schedule import SPACINGS, Schedule
+from bdm_jax.errors import unknown
 
 
 @jax.tree_util.register_dataclass
@@ -84,6 +85,20 @@ class Samplers(Mapping[str, Sampler]):
 
     def __len__(self) -> int:
         return len(self._samplers)
+
+
+def check_sampler(name: str | None) -> None:
+    """Raises UserError for a name that no sampler has; None is the system's own."""
+    if name is not None and name not in SAMPLERS:
+        raise unknown("sampler", name, SAMPLERS)
+
+
+def system_sampler(name: str, schedule: Schedule) -> str:
+    """A system's default sampler: one that is named with a timestep spacing, as `euler-leading`, has the spacing that
+    the model's schedule says in its place.
+    """
+    base, _, last = name.rpartition("-")
+    return f"{base}-{schedule.timestep_spacing}" if last in SPACINGS else name
 
 
 def canonical(name: str) -> str:

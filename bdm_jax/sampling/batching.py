@@ -12,46 +12,48 @@ from bdm_jax.plugins.controls import Control
 from bdm_jax.plugins.image_prompts import ImagePrompt
 from bdm_jax.sampling.settings import Request, Sampling
 from bdm_jax.systems.pipeline import BridgePipeline
-from bdm_jax.text.encode import Tokens, read
+from bdm_jax.text.readers import Tokens, read
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A request with its ids and their weights, each (2, windows, length): negative prompt, then positive."""
+    """A request with its tokens: for each source, of each text encoder that reads it, (2, windows, length): of the
+    negative prompt, then of the positive.
+    """
 
     request: Request
-    english: Tokens
-    chinese: Tokens | None
+    texts: dict[str, tuple[Tokens, ...]]
     size: tuple[int, int]
 
     @property
     def kind(self) -> tuple:
-        """What jobs of one batch have in common."""
-        windows = len(self.english.ids[0]), 0 if self.chinese is None else len(self.chinese.ids[0])
+        """What the requests of one batch have in common."""
+        windows = tuple(tokens.ids.shape[1] for text in self.texts.values() for tokens in text)
         return windows, self.size, self.request.image is None, self.request.mask is None
 
-    @property
-    def one_english(self) -> bool:
-        return np.array_equal(*self.english.ids) and np.array_equal(*self.english.weights)
+    def same_text(self, source: str) -> bool:
+        """Whether negative and positive prompt of a source are one text."""
+        pairs = [pair for tokens in self.texts[source] for pair in (tokens.ids, tokens.weights)]
+        return all(np.array_equal(*pair) for pair in pairs)
 
 
 def read_jobs(
     pipeline: BridgePipeline, settings: Sampling, controls: Sequence[Control], requests: Sequence[Request]
 ) -> list[PreparedRequest]:
-    """Jobs whose prompts of one language all take as many windows as the longest.
+    """Requests made ready, whose prompts of one source all take as many windows as the longest.
 
     Raises UserError for images that cannot be read, and masks of another size.
     """
-    reference = settings.reference
-    english = [text for request in requests for text in (request.english_negative, request.english)]
-    english = _pairs(read(pipeline.tokenizer, english, reference=reference))
-    chinese = [None] * len(requests)
-    if pipeline.branch is not None:
+    texts = {}
+    for source, reader in pipeline.readers.items():
         masked = pipeline.masked if settings.masked is None else settings.masked
-        texts = [text for request in requests for text in (request.negative, request.prompt)]
-        chinese = _pairs(read(pipeline.branch_tokenizer, texts, reference=reference, masked=masked))
+        prompts = [prompt for request in requests for prompt in _prompts(request, source)]
+        how = {"reference": settings.reference, "masked": masked and source == "branch"}
+        towers = [_pairs(tokens) for tokens in read(reader, pipeline.parts, prompts, **how)]
+        texts[source] = list(zip(*towers, strict=True))
     sizes = [_size(pipeline, settings, controls, request) for request in requests]
-    return [PreparedRequest(*parts) for parts in zip(requests, english, chinese, sizes, strict=True)]
+    each = [{source: own[i] for source, own in texts.items()} for i in range(len(requests))]
+    return [PreparedRequest(*parts) for parts in zip(requests, each, sizes, strict=True)]
 
 
 def batches(jobs: list[PreparedRequest], batch_size: int) -> list[list[PreparedRequest]]:
@@ -60,10 +62,20 @@ def batches(jobs: list[PreparedRequest], batch_size: int) -> list[list[PreparedR
     return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 
-def stack(pairs: list[Tokens], which: slice = slice(0, 2)) -> Tokens:
-    """Tokens (2,n,L) of B samples -> (B*U,n,L) of all, sample by sample."""
-    together = lambda parts: None if parts[0] is None else np.concatenate([part[which] for part in parts])  # noqa: E731
-    return Tokens(*map(together, zip(*pairs, strict=True)))
+def stack(texts: Sequence[tuple[Tokens, ...]], which: slice = slice(0, 2)) -> tuple[Tokens, ...]:
+    """One source's tokens (2,n,L) of B samples -> (B*U,n,L) of all, sample by sample, for each text encoder."""
+    return tuple(_concatenate(tokens, which) for tokens in zip(*texts, strict=True))
+
+
+def _concatenate(tokens: Sequence[Tokens], which: slice) -> Tokens:
+    columns = zip(*tokens, strict=True)
+    return Tokens(*(None if column[0] is None else np.concatenate([x[which] for x in column]) for column in columns))
+
+
+def size_ids(size: tuple[int, int], count: int) -> np.ndarray:
+    """(count,6) fp32, what SDXL is told of an image: its original size, where it was cropped, the size to draw."""
+    height, width = size
+    return np.tile(np.array([height, width, 0, 0, height, width], np.float32), (count, 1))
 
 
 def load(request: Request) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -108,7 +120,15 @@ def _floored(image: np.ndarray, factor: int) -> tuple[int, int]:
     return height, width
 
 
+def _prompts(request: Request, source: str) -> tuple[str, str]:
+    """Negative and positive prompt of a source: the branch's, or the backbone's."""
+    if source == "branch":
+        return request.negative, request.prompt
+    return request.english_negative, request.english
+
+
 def _pairs(tokens: Tokens) -> list[Tokens]:
     """Tokens of 2B prompts -> B times the tokens of two."""
-    halves = lambda x: [None] * (len(tokens.ids) // 2) if x is None else x.reshape(-1, 2, *x.shape[1:])  # noqa: E731
-    return [Tokens(*parts) for parts in zip(*map(halves, tokens), strict=True)]
+    pairs = len(tokens.ids) // 2
+    columns = [[None] * pairs if x is None else x.reshape(-1, 2, *x.shape[1:]) for x in tokens]
+    return [Tokens(*parts) for parts in zip(*columns, strict=True)]

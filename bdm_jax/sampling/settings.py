@@ -10,6 +10,7 @@ import tyro
 
 from bdm_jax.errors import UserError
 
+REFERENCE_SAMPLER = "dpmpp-2m"
 ImageSource = str | Path | np.ndarray  # a file, or (H,W,3) uint8; as a mask (H,W) uint8, 255 where it is drawn anew
 
 
@@ -56,8 +57,8 @@ class Sampling:
 
     steps: int = 25
     """Sampling steps."""
-    sampler: str = "dpmpp-2m"
-    """Sampler; an unknown name shows those there are."""
+    sampler: str | None = None
+    """Sampler, by default the model's own; an unknown name shows those there are."""
     guidance: float | None = None
     """Classifier-free guidance, 1 for none; by default the model's own."""
     english_guidance: float | None = None
@@ -141,7 +142,10 @@ def check(settings: Sampling) -> None:
     if settings.bare:
         _refuse(settings, "a bare backbone has no branch", _BRANCH_SETTINGS)
     if settings.reference:
-        _refuse(settings, "the reference has no such setting", _BEYOND_THE_REFERENCE)
+        why = "the reference has no such setting"
+        if settings.sampler not in (None, REFERENCE_SAMPLER):
+            raise UserError(f"sampler {settings.sampler} has no effect: {why}")
+        _refuse(settings, why, _BEYOND_THE_REFERENCE)
 
 
 _BRANCH_SETTINGS = (
@@ -156,7 +160,6 @@ _BRANCH_SETTINGS = (
     "english_guidance",
 )
 _BEYOND_THE_REFERENCE = (
-    "sampler",
     "english_guidance",
     "guidance_start",
     "guidance_end",

@@ -1,4 +1,9 @@
-"""What steers a picture on its way, row by row of the sampler's table: guidance, the branch's strengths, intervals."""
+"""What changes from row to row of the sampler's table: guidance, the strengths of residuals, intervals, and how the
+rows are cut into calls of the compiled program.
+
+Each kind of guidance is a way of filling a list with one `Guidance` per row: rows with other predictions than their
+neighbours become calls of their own, and nothing below knows why.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -7,104 +12,134 @@ from typing import Literal
 
 import numpy as np
 
+from bdm_jax.diffusion.guidance import scales
 from bdm_jax.diffusion.samplers import Steps
 from bdm_jax.plugins.controls import Control
-from bdm_jax.sampling.denoiser import STEPS_PER_CALL, PredictionPlan, StepTable
+from bdm_jax.sampling.denoiser import BACKBONE, BRANCH, STEPS_PER_CALL, PredictionPlan, ResidualNetwork, StepTable
 from bdm_jax.sampling.settings import Sampling
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What a row combines: predictions, and a weight for each; the weights sum to 1."""
+
+    plan: PredictionPlan
+    weights: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Segment:
     """Rows that one call of `denoise` takes, and the program for them.
 
-    parts:  the predictions that guidance takes.
+    plan: the predictions that guidance combines.
     uses_branch: whether the branch runs in them.
-    reuse:  what is reused between rows; a `key` row makes it, the others take what the last key row made.
+    reuse: what is reused between rows; a row that `fills_cache` makes it, the others take what the last such row made.
     """
 
     rows: range
-    parts: PredictionPlan
+    plan: PredictionPlan
     uses_branch: bool
     reuse: Literal["branch", "deep"] | None = None
-    key: bool = False
+    fills_cache: bool = False
 
 
-POSITIVE = PredictionPlan((0,), (0,))  # no guidance: one prediction, for the positive prompts
+def guidance_rows(settings: Sampling, count: int, one_text: bool, has_branch: bool) -> list[Guidance]:
+    """The guidance of `count` rows: of each source's negative (0) and positive (1) prompt.
 
-
-def guided_parts(settings: Sampling, one_english: bool, has_branch: bool) -> PredictionPlan:
-    """The predictions that guidance takes, by the texts that they read: negative and positive, in both languages.
-
-    `one_english`: negative and positive English prompt are the same; the languages have but one guidance then.
+    `one_text`: the backbone's negative and positive prompt are the same and there is but text 0; the languages have one
+    guidance then. Rows outside the interval of guidance, and a guidance of exactly 1, take the positive prompts alone.
     """
-    if settings.english_guidance is not None and has_branch and not one_english:
-        return PredictionPlan((0, 1, 1), (0, 0, 1))
-    return PredictionPlan((0, 0) if one_english else (0, 1), (0, 1))
+    negative, positive = 0, 0 if one_text else 1
+    scale, english = settings.guidance, settings.english_guidance
+    if english is not None and has_branch and not one_text:
+        plan = PredictionPlan.of({BACKBONE: (negative, positive, positive), BRANCH: (0, 0, 1)})
+        guided = Guidance(plan, (1 - english, english - scale, scale))
+    else:
+        texts = {BACKBONE: (negative, positive), **({BRANCH: (0, 1)} if has_branch else {})}
+        guided = Guidance(PredictionPlan.of(texts), (1 - scale, scale))
+    texts = {BACKBONE: (positive,), **({BRANCH: (1,)} if has_branch else {})}
+    plain = Guidance(PredictionPlan.of(texts), (1.0,))
+    within = _within(count, settings.guidance_start, settings.guidance_end) & ({scale, english} - {None} != {1.0})
+    return [guided if inside else plain for inside in within]
 
 
-def rows(
+def step_table(
     settings: Sampling,
-    table: Steps,
-    parts: PredictionPlan,
-    residuals: int,
+    steps: Steps,
+    guidance: Sequence[Guidance],
+    plan: PredictionPlan,
+    networks: Sequence[ResidualNetwork],
     controls: Sequence[Control],
     adapters: Sequence[Control] = (),
 ) -> StepTable:
-    """The table (N rows), with the guidance and the strengths of the branch's `residuals`, of the ControlNets and of
-    the T2I-Adapters.
+    """The table (N rows) for the rows of one plan, with their guidance, and the strengths of the residual networks
+    (those of the ControlNets in their order) and of the T2I-Adapters.
     """
-    count, texts = len(table.t), len(set(parts.chinese))
-    scales = {1: (), 2: (settings.guidance,), 3: (settings.english_guidance, settings.guidance)}[len(parts.english)]
+    count = len(steps.t)
+    unused = (1.0, *[0.0] * (len(plan) - 1))  # rows of other plans
+    weights = np.array([row.weights if row.plan == plan else unused for row in guidance])
+    of_controls = iter(controls)
+    strengths = {}
+    for network in networks:
+        residuals = len(network.config.skip_channels) + 1
+        if network.name == BRANCH:
+            strengths[network.name] = _branch_strengths(settings, count, len(set(plan[network.source])), residuals)
+        else:
+            strengths[network.name] = np.tile(_strengths(next(of_controls), count)[:, None, None], (1, 1, residuals))
+    acting = [_strengths(adapter, count) for adapter in adapters]
+    acting = np.stack(acting, axis=1) if acting else np.zeros((count, 0))
+    after = np.append(steps.alpha[1:], 1.0), np.append(steps.sigma[1:], 0.0)
+    strengths = {name: column.astype(np.float32) for name, column in strengths.items()}
+    return StepTable(
+        steps, np.float32(scales(weights)), strengths, *(np.asarray(column, np.float32) for column in (acting, *after))
+    )
+
+
+def segments(
+    settings: Sampling, guidance: Sequence[Guidance], preview_every: int, has_branch: bool = True
+) -> list[Segment]:
+    """How the rows are cut into calls of `denoise`.
+
+    Rows with fewer predictions, and rows without the branch, are less work, but a program of their own. Where something
+    is reused for every K rows, the first of each K is a call and a program of its own; a change of predictions or
+    branch begins anew.
+    """
+    count = len(guidance)
+    uses_branch = _branch_rows(settings, count) & has_branch
+    kinds = [(row.plan, bool(uses)) for row, uses in zip(guidance, uses_branch, strict=True)]
+    changes = [0, *(i for i in range(1, count) if kinds[i] != kinds[i - 1]), count]
+    stops, refresh_steps = {*range(0, count, STEPS_PER_CALL), *range(0, count, preview_every), *changes}, set()
+    for begin, end in itertools.pairwise(changes):
+        _, every = _reuse(settings, kinds[begin][1])
+        if every > 1:
+            refresh_steps |= set(range(begin, end, every))
+    stops |= refresh_steps | {min(step + 1, count) for step in refresh_steps}
+    found = []
+    for begin, end in itertools.pairwise(sorted(stops)):
+        plan, uses = kinds[begin]
+        found.append(Segment(range(begin, end), plan, uses, _reuse(settings, uses)[0], begin in refresh_steps))
+    return found
+
+
+def chunk(column: np.ndarray, rows: range) -> np.ndarray:
+    """STEPS_PER_CALL rows of a column from where `rows` begin; after the column's end, any."""
+    return np.resize(column[rows.start : rows.start + STEPS_PER_CALL], (STEPS_PER_CALL, *column.shape[1:]))
+
+
+def _branch_strengths(settings: Sampling, count: int, texts: int, residuals: int) -> np.ndarray:
+    """(count, texts, residuals)"""
     factors = settings.branch_strength * np.asarray(settings.residual_strengths or (1.0,) * residuals)
     strengths = np.tile(factors, (count, texts, 1))
     if settings.guess:
         strengths *= np.logspace(-1, 0, residuals)
         strengths[:, : texts - 1] = 0
     strengths[~_branch_rows(settings, count)] = 0
-    acting = [_acting(controls, count), _acting(adapters, count)]
-    after = np.append(table.alpha[1:], 1.0), np.append(table.sigma[1:], 0.0)
-    columns = (np.tile(scales, (count, 1)), strengths, *acting, *after)
-    return StepTable(table, *(np.asarray(column, np.float32) for column in columns))
+    return strengths
 
 
-def calls(
-    settings: Sampling, count: int, guided: PredictionPlan, watch_every: int, has_branch: bool = True
-) -> list[Segment]:
-    """How `count` rows are cut into calls of `denoise`.
-
-    Rows without guidance take one prediction, and rows whose branch is silent no branch: less work, but a program of
-    its own. A guidance of exactly 1 is none. Where something is reused for every K rows, the first of each K is a call
-    and a program of its own; a change of guidance or branch begins anew.
-    """
-    scales = {settings.guidance, settings.english_guidance} - {None}
-    with_guidance = _within(count, settings.guidance_start, settings.guidance_end) & (scales != {1.0})
-    uses_branch = _branch_rows(settings, count) & has_branch
-    kinds = list(zip(with_guidance.tolist(), uses_branch.tolist(), strict=True))
-    changes = [0, *(i for i in range(1, count) if kinds[i] != kinds[i - 1]), count]
-    stops, keys = {*range(0, count, STEPS_PER_CALL), *range(0, count, watch_every), *changes}, set()
-    for begin, end in itertools.pairwise(changes):
-        _, every = _reuse(settings, kinds[begin][1])
-        if every > 1:
-            keys |= set(range(begin, end, every))
-    stops |= keys | {min(key + 1, count) for key in keys}
-    cut = [range(begin, end) for begin, end in itertools.pairwise(sorted(stops))]
-    found = []
-    for part in cut:
-        guides, spoken = kinds[part[0]]
-        parts = guided if guides else POSITIVE
-        found.append(Segment(part, parts, spoken, _reuse(settings, spoken)[0], part[0] in keys))
-    return found
-
-
-def chunk(column: np.ndarray, part: range) -> np.ndarray:
-    """STEPS_PER_CALL rows of a column from where `part` begins; after the column's end, any."""
-    return np.resize(column[part.start : part.start + STEPS_PER_CALL], (STEPS_PER_CALL, *column.shape[1:]))
-
-
-def _acting(controls: Sequence[Control], count: int) -> np.ndarray:
-    """(count,K): each control's strength, 0 outside its interval."""
-    acting = [control.strength * _within(count, control.start, control.end) for control in controls]
-    return np.stack(acting, axis=1) if acting else np.zeros((count, 0))
+def _strengths(control: Control, count: int) -> np.ndarray:
+    """(count,): a plug-in's strength, 0 outside its interval."""
+    return control.strength * _within(count, control.start, control.end)
 
 
 def _reuse(settings: Sampling, uses_branch: bool) -> tuple[Literal["branch", "deep"] | None, int]:

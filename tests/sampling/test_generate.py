@@ -110,7 +110,7 @@ def test_one_english_prompt_for_both_halves_is_exact(tiny, monkeypatch):
 
 
 def test_bare_backbone(tiny):
-    bare = replace(tiny, branch=None, branch_text_encoder=None, branch_tokenizer=None)
+    bare = tiny.without_bridge()
     expected = pictures(bare, [Request("", english="a cat", english_negative="blurry")])
     for request in (
         Request("a cat", "blurry"),
@@ -123,7 +123,7 @@ def test_bare_backbone(tiny):
 
 def test_zero_branch_is_the_backbone(tiny):
     zero = {k: jnp.zeros_like(v) if k.startswith("controlnet_") else v for k, v in tiny.branch.params.items()}
-    silent = replace(tiny, branch=Component(tiny.branch.config, zero))
+    silent = tiny.replace(branch=Component(tiny.branch.config, zero))
     request = Request("红灯笼", english="a cat", english_negative="blurry")
     assert_same(pictures(silent, [request]), pictures(tiny, [request], bare=True))
 
@@ -183,7 +183,7 @@ def test_settings_that_cannot_be(tiny, settings, message):
 def test_nan_is_an_error_not_a_black_picture(tiny, part):
     config, params = getattr(tiny, part)
     key = "conv_in.bias" if part == "unet" else "decoder.conv_in.bias"
-    broken = replace(tiny, **{part: Component(config, {**params, key: params[key].at[0].set(jnp.nan)})})
+    broken = tiny.replace(**{part: Component(config, {**params, key: params[key].at[0].set(jnp.nan)})})
     with pytest.raises(UserError, match="'红灯笼' came out as NaN"):
         pictures(broken, [Request("红灯笼")])
 

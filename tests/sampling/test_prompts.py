@@ -45,11 +45,16 @@ def test_weights_compile_nothing_anew(tiny):
 def test_reference_pads_a_batch_to_its_longest_prompt_and_drops_the_branchs_weights(tiny):
     long = Request("猫" * 20, "(低:1.5)质量", english="a (cat)")
     short = replace(long, prompt="猫")
-    read = lambda requests, **how: read_jobs(tiny, Sampling(**how), (), requests)  # noqa: E731
+
+    def read(requests, **how):
+        return read_jobs(tiny, Sampling(**how), (), requests)
+
     assert [read([request])[0].kind[0] for request in (long, short)] == [(1, 2), (1, 1)]
     jobs = read([long, short], reference=True)
     assert [job.kind[0] for job in jobs] == [(1, 2)] * 2
-    assert all((job.chinese.weights == 1).all() and (job.english.weights[1] != 1).any() for job in jobs)
+    for job in jobs:
+        (chinese,), (english,) = job.texts["branch"], job.texts["backbone"]
+        assert (chinese.weights == 1).all() and (english.weights[1] != 1).any()
     with_weight, without = (
         pictures(tiny, [Request(prompt), long], reference=True) for prompt in ("(红:1.5)灯笼", "红灯笼")
     )

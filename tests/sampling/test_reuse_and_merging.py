@@ -3,6 +3,7 @@ is off, and less work where it is on.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,10 @@ from bdm_jax.models import functional
 from bdm_jax.models.config import BDM_BRANCH, SD15_UNET
 from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.runtime.costs import flops, pretend_platform
-from bdm_jax.sampling.denoiser import Conditionings, Networks, PredictionPlan, StepCache, denoise
+from bdm_jax.sampling.denoiser import Networks, PredictionPlan, ResidualNetwork, StepCache, denoise
 from bdm_jax.sampling.generate import generate
 from bdm_jax.sampling.settings import Request, Sampling
-from bdm_jax.sampling.steps import POSITIVE, calls, rows
+from bdm_jax.sampling.steps import guidance_rows, segments, step_table
 
 TOLERANCE = 1e-4  # fp32 on both sides, of the largest latent
 REQUEST = Request("红灯笼", "低质量", "film grain", "blurry", seed=5)
@@ -93,20 +94,26 @@ def merge_in(block, size, ratio, monkeypatch):
     monkeypatch.setattr(block.attn1, "forward", attend_merged)
 
 
-GUIDED = PredictionPlan((0, 1), (0, 1))
+def segments_of(settings, count, preview_every=5):
+    settings = replace(settings, guidance=3.0)
+    return segments(settings, guidance_rows(settings, count, False, True), preview_every)
+
+
+GUIDED = PredictionPlan.of({"backbone": (0, 1), "branch": (0, 1)})
+POSITIVE = PredictionPlan.of({"backbone": (1,), "branch": (1,)})
 
 
 def test_evaluations_are_counted(latents):
     """heun asks twice in a step: with 2, the second answer is made with the first one's residuals."""
     assert np.isfinite(latents([REQUEST], sampler="heun", steps=3, branch_every=2)).all()
-    keys = [call.rows for call in calls(Sampling(branch_every=2), 5, GUIDED, 5) if call.key]
-    assert keys == [range(0, 1), range(2, 3), range(4, 5)]
+    found = segments_of(Sampling(branch_every=2), 5)
+    assert [one.rows for one in found if one.fills_cache] == [range(0, 1), range(2, 3), range(4, 5)]
 
 
-def test_calls():
-    """Key rows stand alone; where guidance ends, or the branch, the last key row's features do not fit."""
-    found = calls(Sampling(cache_every=3, guidance_end=0.5, branch_end=0.8), 10, GUIDED, 5)
-    assert [(call.rows, call.parts, call.uses_branch, call.key) for call in found] == [
+def test_segments():
+    """Rows that fill the cache stand alone; where guidance ends, or the branch, what was kept does not fit."""
+    found = segments_of(Sampling(cache_every=3, guidance_end=0.5, branch_end=0.8), 10)
+    assert [(one.rows, one.plan, one.uses_branch, one.fills_cache) for one in found] == [
         (range(0, 1), GUIDED, True, True),
         (range(1, 3), GUIDED, True, False),
         (range(3, 4), GUIDED, True, True),
@@ -116,9 +123,9 @@ def test_calls():
         (range(8, 9), POSITIVE, False, True),
         (range(9, 10), POSITIVE, False, False),
     ]
-    assert {call.reuse for call in found} == {"deep"}
-    silent = calls(Sampling(branch_every=2, branch_end=0.5), 4, GUIDED, 5)
-    assert [(call.uses_branch, call.reuse) for call in silent] == [(True, "branch")] * 2 + [(False, None)]
+    assert {one.reuse for one in found} == {"deep"}
+    silent = segments_of(Sampling(branch_every=2, branch_end=0.5), 4)
+    assert [(one.uses_branch, one.reuse) for one in silent] == [(True, "branch")] * 2 + [(False, None)]
 
 
 @pytest.mark.parametrize("name", OFF)
@@ -161,22 +168,29 @@ def test_a_bare_backbone_can_be_approximated(latents, on):
 
 def test_work_at_full_size():
     """Of a guided step of BDM at 512 px, by its program."""
-    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
-    params = {"unet": functional.abstract(SD15_UNET), "branch": functional.abstract(BDM_BRANCH), "controls": []}
-    bound = {name: (config, params[name]) for name, config in (("unet", SD15_UNET), ("branch", BDM_BRANCH))}
-    english, chinese = Conditioning(array(2, 77, 768)), Conditioning(array(2, 52, 1024))
-    keys = lambda name, cond: jax.eval_shape(  # noqa: E731
-        lambda params, cond: functional.bind(bound[name][0], params).with_keys(cond), bound[name][1], cond
-    )
-    texts = Conditionings(keys("unet", english), keys("branch", chinese), [])
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    configs = {"unet": SD15_UNET, "branch": BDM_BRANCH}
+    params = {name: functional.abstract(config) for name, config in configs.items()}
+
+    def keys(name, cond):
+        return jax.eval_shape(lambda p, c: functional.bind(configs[name], p).with_keys(c), params[name], cond)
+
+    texts = {
+        "unet": keys("unet", Conditioning(array(2, 77, 768))),
+        "branch": keys("branch", Conditioning(array(2, 52, 1024))),
+    }
     state = SamplerState(array(1, 64, 64, 4), array(3, 1, 64, 64, 4))
-    table = rows(Sampling(guidance=7.5), SAMPLERS["dpmpp-2m"](DiscreteSchedule(), 5), GUIDED, 13, [])
+    branch = (ResidualNetwork("branch", BDM_BRANCH, "branch"),)
+    settings, steps = Sampling(guidance=7.5), SAMPLERS["dpmpp-2m"](DiscreteSchedule(), 5)
+    table = step_table(settings, steps, guidance_rows(settings, 5, False, True), GUIDED, branch, [])
 
     def work(earlier=None, **how):
-        networks = Networks(SD15_UNET, BDM_BRANCH, DiscreteSchedule(), GUIDED, **how)
-        run = lambda *given: denoise.__wrapped__(networks, *given)  # noqa: E731
+        run = partial(denoise.__wrapped__, Networks(SD15_UNET, branch, DiscreteSchedule(), GUIDED, **how))
         seeds, count = jax.ShapeDtypeStruct((1,), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
-        given = params, state, seeds, table, count, texts, [], [], array(), None, earlier
+        given = params, state, seeds, table, count, texts, {}, [], array(), None, earlier
         with pretend_platform("none"):  # JAX keeps what it has traced
             left = jax.eval_shape(run, *given)[2]
         return flops(run, *given), left
@@ -186,7 +200,7 @@ def test_work_at_full_size():
     assert isinstance(residuals, StepCache) and key == full
     reused, _ = work(reuse="branch", earlier=residuals)
     key, deep = work(reuse="deep")
-    assert deep.deep.shape == (2, 64, 64, 640) and len(deep.branch) == 3 and key == full
+    assert deep.deep.shape == (2, 64, 64, 640) and len(deep.residuals["branch"]) == 3 and key == full
     cached, _ = work(reuse="deep", earlier=deep)
     merged = {ratio: work(merge=ratio)[0] for ratio in (0.25, 0.5)}
     shares = {name: value / full for name, value in {"branch": reused, "deep": cached, **merged}.items()}
@@ -215,6 +229,6 @@ def test_settings_that_cannot_be(tiny, settings, message):
 
 def test_merging_without_attention_is_refused(tiny):
     config = replace(tiny.unet.config, transformer_layers=(0, 1))
-    other = replace(tiny, unet=tiny.unet._replace(config=config))
+    other = tiny.replace(unet=tiny.unet._replace(config=config))
     with pytest.raises(UserError, match="merge tokens 0.5 has no effect: the first level has no self-attention"):
         generate(other, [REQUEST], Sampling(merge_tokens=0.5))

@@ -37,7 +37,10 @@ def test_strength_of_the_branch_and_of_each_residual(latents, plain, assert_pari
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.5), (0.3, 1.0), (1 / 3, 0.7)])
 def test_start_and_end_of_the_branch(latents, plain, assert_parity, start, end):
     ours = latents([REQUEST], branch_start=start, branch_end=end)
-    gate = lambda i: 0.0 if i / 6 < start or (i + 1) / 6 > end else 1.0  # noqa: E731
+
+    def gate(i):
+        return 0.0 if i / 6 < start or (i + 1) / 6 > end else 1.0
+
     assert_parity(ours, plain(scale=gate), TOLERANCE)
 
 
@@ -78,7 +81,9 @@ def test_no_guidance_takes_the_positive_prompts_alone(latents, plain, assert_par
 
 
 def test_guidance_interval(latents, plain, assert_parity):
-    guide = lambda i, predict: plain.classifier_free(predict, 3.0) if 2 <= i < 5 else predict(1, 1)  # noqa: E731
+    def guide(i, predict):
+        return plain.classifier_free(predict, 3.0) if 2 <= i < 5 else predict(1, 1)
+
     assert_parity(latents([REQUEST], guidance_start=2 / 6, guidance_end=0.9), plain(guide=guide), TOLERANCE)
 
 
@@ -93,7 +98,7 @@ def test_clip_skip(tiny, latents, plain, assert_parity, tmp_path, seed):
     """Layer 2 from the end with the final norm, as web UIs have it (diffusers' clip_skip=1)."""
     config = replace(tiny.text_encoder.config, num_hidden_layers=3)
     tower = Component(config, functional.init(config, seed))
-    pipeline = replace(tiny, text_encoder=tower)
+    pipeline = tiny.replace(text_encoder=tower)
     pipeline.save_pretrained(tmp_path, "float32")
     theirs = transformers.CLIPTextModel.from_pretrained(tmp_path / "text_encoder").eval()
     ids = tokenize(tiny.tokenizer, [REQUEST.english_negative, REQUEST.english])[:, 0].astype(np.int64)
@@ -175,15 +180,15 @@ def test_masked_padding_has_no_effect(tiny, latents):
     key = "embeddings.word_embeddings.embedding"
     key = next(path for path in params if path.endswith(key))
     pad = tiny.branch_tokenizer.pad
-    other = replace(tiny, branch_text_encoder=Component(config, {**params, key: params[key].at[pad].multiply(-3.0)}))
+    other = tiny.replace(branch_text_encoder=Component(config, {**params, key: params[key].at[pad].multiply(-3.0)}))
     np.testing.assert_allclose(latents([REQUEST], other, masked=True), latents([REQUEST], masked=True), atol=1e-5)
     assert np.abs(latents([REQUEST], other) - latents([REQUEST])).max() > 1e-3
-    trained_so = replace(tiny, masked=True)
+    trained_so = tiny.replace(masked=True)
     np.testing.assert_array_equal(latents([REQUEST], trained_so), latents([REQUEST], masked=True))
 
 
 def test_masked_is_kept_with_the_model(tiny, tmp_path):
-    replace(tiny, masked=True).save_pretrained(tmp_path, "float32")
+    tiny.replace(masked=True).save_pretrained(tmp_path, "float32")
     assert type(tiny).from_pretrained(tmp_path).masked and not tiny.masked
 
 
@@ -201,7 +206,10 @@ def test_reference_mode(tiny, torch_nets, latents, plain, assert_parity):
     joined = torch.from_numpy(np.asarray(join(states.reshape(3, 2, *states.shape[1:]).numpy())).copy())
     for i in range(2):
         chinese = joined[[2, i]]
-        patched = lambda ids, chinese=chinese: type("Output", (), {"last_hidden_state": chinese})  # noqa: E731
+
+        def patched(ids, chinese=chinese):
+            return type("Output", (), {"last_hidden_state": chinese})
+
         original, torch_nets["branch_text_encoder"] = torch_nets["branch_text_encoder"], patched
         try:
             theirs = plain(noise=noise[[i]], final_sigmas_type="sigma_min")
@@ -218,10 +226,13 @@ def test_controls_compile_nothing_anew(latents):
     assert denoise.count() == programs
 
 
-def test_foreseen_latents_are_watched(tiny):
+def test_previews_of_the_predicted_latents(tiny):
     seen = []
-    watch = lambda done, clean: seen.append((done, clean.shape, np.isfinite(clean).all()))  # noqa: E731
-    list(generate(tiny, [REQUEST] * 3, Sampling(7), batch_size=2, watch=watch, watch_every=3))
+
+    def on_preview(done, predicted_x0):
+        seen.append((done, predicted_x0.shape, np.isfinite(predicted_x0).all()))
+
+    list(generate(tiny, [REQUEST] * 3, Sampling(7), batch_size=2, on_preview=on_preview, preview_every=3))
     assert seen == [(done, (count, 4, 4, 4), True) for count in (2, 1) for done in (3, 6)]
 
 
@@ -234,7 +245,7 @@ def test_foreseen_latents_are_watched(tiny):
         (dict(branch_start=0.5, branch_end=0.5), "branch start 0.5 is not before branch end 0.5"),
         (dict(guidance_end=1.5), "guidance end 1.5 is outside 0 .. 1"),
         (dict(clip_skip=0), "clip skip 0 is less than 1"),
-        (dict(clip_skip=2), "clip skip 2: the English tower has 1 layers"),
+        (dict(clip_skip=2), "clip skip 2 is outside 1 .. 1"),
         (dict(hires=0.5), "hires 0.5 is outside 1 .. 8"),
         (dict(bare=True, guess=True), "guess True has no effect: a bare backbone has no branch"),
         (dict(reference=True, sampler="ddim"), "sampler ddim has no effect: the reference"),
