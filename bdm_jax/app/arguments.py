@@ -1,4 +1,4 @@
-"""The command line of sample.py: flags, a file of prompts, settings inside an image; all of it is checked without JAX."""
+"""The command line of sample.py: flags, a file of prompts, settings inside an image; checked without JAX."""
 
 import tempfile
 import warnings
