@@ -4,14 +4,11 @@ What is written is of the kind that was read (file, component folder, pipeline f
 this library's layout says so in its header, with the names that its tensors came under, so that the way back is exact.
 """
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 
-from bdm_jax.diffusion import scheduler_config
-from bdm_jax.diffusion.schedule import DiscreteSchedule
 from bdm_jax.errors import FileError, UserError, unknown
 from bdm_jax.formats.detect import NetworkInFile, detect
 from bdm_jax.formats.files import (
@@ -22,10 +19,14 @@ from bdm_jax.formats.files import (
     write_json,
     write_safetensors,
 )
-from bdm_jax.formats.layouts import to_jax as leaf_to_jax
-from bdm_jax.formats.layouts import tree_from_torch, tree_to_torch
-from bdm_jax.formats.tables import CLIP_TEXT, KeyTable, ldm_controlnet, ldm_unet, ldm_vae
-from bdm_jax.formats.weights import SOURCE_KEYS, Weights, read_weights
+from bdm_jax.formats.layouts import leaves, tree_from_torch, tree_to_torch
+from bdm_jax.formats.networks.autoencoders import ldm_vae
+from bdm_jax.formats.networks.clip import CLIP_TEXT
+from bdm_jax.formats.networks.openclip import openclip_text
+from bdm_jax.formats.networks.unet import ldm_controlnet, ldm_unet
+from bdm_jax.formats.open import Found, find
+from bdm_jax.formats.tables import KeyTable
+from bdm_jax.formats.weights import SOURCE_KEYS, FormerName, Weights, names_in_header, read_weights
 from bdm_jax.models.config import (
     CLIPTextConfig,
     Config,
@@ -35,8 +36,9 @@ from bdm_jax.models.config import (
 )
 from bdm_jax.models.functional import abstract
 from bdm_jax.paths import new_folder
-from bdm_jax.systems.components import DTYPES, Found, as_dtype, find, save_component, size_metadata
-from bdm_jax.systems.pipeline import bundled_tokenizer, load_schedule, model_index
+from bdm_jax.systems import families
+from bdm_jax.systems.components import DTYPES, as_dtype, config_of, save_component, size_metadata
+from bdm_jax.systems.folder import INDEX, SCHEDULE, bundled_tokenizer, load_schedule, model_index, scheduler_values
 
 LAYOUTS = ("same", "diffusers", "ldm")
 
@@ -110,30 +112,36 @@ def _jax_file(weights: Weights, path: Path) -> list[Path]:
     if not contents.parts:
         raise UserError(f"{weights.path}: {contents.name}; no network that this library reads")
     tensors: Tensors = {}
-    names: dict[str, str] = {}
+    names: dict[str, FormerName] = {}
     for key, array in weights.tensors.items():
-        ours, array = _ours(key, array, contents.parts)
-        if ours in tensors:
-            raise FileError(f"{weights.path}: holds {ours} under two names, {names[ours]} and {key}")
-        tensors[ours], names[ours] = array, key
+        for ours, part, name in _ours(key, array, contents.parts):
+            if ours in tensors:
+                raise FileError(f"{weights.path}: holds {ours} under two names, {names[ours].key} and {key}")
+            tensors[ours], names[ours] = part, name
     told = {key: value for key, value in weights.metadata.items() if key != "format"}
-    write_safetensors(path, tensors, {**told, "format": "jax", SOURCE_KEYS: json.dumps(names)})
+    write_safetensors(path, tensors, {**told, "format": "jax", SOURCE_KEYS: names_in_header(names)})
     return [path]
 
 
-def _ours(key: str, array: np.ndarray, parts: tuple[NetworkInFile, ...]) -> tuple[str, np.ndarray]:
-    """Our name and layout of one tensor, below its network's kind where the file holds several; else as it is."""
+def _ours(key: str, array: np.ndarray, parts: tuple[NetworkInFile, ...]) -> list[tuple[str, np.ndarray, FormerName]]:
+    """A tensor's leaves in our names and layouts, below their network's kind where the file holds several; of no
+    network as it is.
+    """
     for part in parts:
-        if key.startswith(part.prefix) and (here := part.table.here(key.removeprefix(part.prefix))) is not None:
-            here, array = leaf_to_jax(here, array)
-            return (f"{part.kind}.{here}" if len(parts) > 1 else here), array
-    return (f"{key}:as-it-was" if key.rpartition(".")[2] in ("kernel", "scale", "embedding") else key), array
+        name = key.removeprefix(part.prefix)
+        if key.startswith(part.prefix) and (found := leaves(name, array, part.table)):
+            transposed, below = part.table.keeps_transposed(name), f"{part.kind}." if len(parts) > 1 else ""
+            return [
+                (below + ours, leaf, FormerName(key, index, len(found), transposed))
+                for index, (ours, leaf) in enumerate(found.items())
+            ]
+    plain = key.rpartition(".")[2] not in ("kernel", "scale", "embedding")
+    return [(key if plain else f"{key}:as-it-was", array, FormerName(key))]
 
 
 def _same_file(weights: Weights, path: Path, dtype: str) -> list[Path]:
     told = {key: value for key, value in weights.metadata.items() if key != SOURCE_KEYS}
-    tensors = {weights.names.get(key, key): array for key, array in weights.tensors.items()}
-    write_safetensors(path, as_dtype(tensors, dtype, str(weights.path)), {**told, "format": "pt"})
+    write_safetensors(path, as_dtype(weights.as_before(), dtype, str(weights.path)), {**told, "format": "pt"})
     return [path]
 
 
@@ -175,15 +183,21 @@ def _networks(src: Path) -> dict[str, tuple[Found, Config, Tensors]]:
     else:
         found = {}
         for child in sorted(child for child in src.iterdir() if (child / "config.json").is_file()):
-            found |= {child.name if part.kind == "controlnet" else part.kind: part for part in find(child).values()}
+            found |= {_name(child, part): part for part in find(child).values()}
     networks = {}
     for kind, part in found.items():
-        config = part.config()
+        config = config_of(part)
         tree = tree_from_torch(part.tensors, abstract(config), str(part.path), part.table)
         networks[kind] = part, config, tree
     if not networks:
         raise UserError(f"{src}: neither a component folder (config.json) nor a pipeline folder")
     return networks
+
+
+def _name(folder: Path, part: Found) -> str:
+    """What a network in a component folder is called: as the folder where such a network may stand there."""
+    beside = part.kind in {beside.name for beside in families.BESIDE}
+    return folder.name if beside or part.kind in families.other_kinds(folder.name) else part.kind
 
 
 def _component_folder(folder: Path, network: tuple[Found, Config, Tensors], dtype: str) -> None:
@@ -195,28 +209,34 @@ def _pipeline_folder(folder: Path, src: Path, networks: dict[str, tuple[Found, C
     for kind, network in networks.items():
         _component_folder(folder / kind, network, dtype)
     if src.is_dir():
-        for name in ("tokenizer", "branch_tokenizer", "scheduler"):
+        tokenizers = {name for family in families.FAMILIES.values() for name in family.tokenizers}
+        for name in sorted({*tokenizers, "scheduler"}):
             if (src / name).is_dir():
                 shutil.copytree(src / name, folder / name)
-        if (src / "model_index.json").is_file():
-            shutil.copy(src / "model_index.json", folder)
+        if (src / INDEX).is_file():
+            shutil.copy(src / INDEX, folder)
         return
-    if "text_encoder" in networks and (tokenizer := bundled_tokenizer(networks["text_encoder"][1].vocab_size)):
-        tokenizer.save_pretrained(folder / "tokenizer")
-    schedule = DiscreteSchedule(prediction_type=_prediction(src, networks))
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config.to_json(schedule))
+    family = families.family_of(networks)
+    for tower in family.towers:
+        if tower.encoder in networks:
+            words, pad = networks[tower.encoder][1].vocab_size, family.parts[tower.tokenizer].pad
+            if tokenizer := bundled_tokenizer(words, pad):
+                tokenizer.save_pretrained(folder / tower.tokenizer)
+    schedule = family.schedule_class(prediction_type=_prediction(src, networks))
+    write_json(folder / "scheduler" / SCHEDULE, scheduler_values(family, schedule))
     if "vae" in networks:
-        write_json(folder / "model_index.json", model_index(networks["vae"][1]))
+        configs = {name: config for name, (_, config, _) in networks.items()}
+        write_json(folder / INDEX, model_index(family, configs))
 
 
 def _ldm_file(networks: dict[str, tuple[Found, Config, Tensors]], dst: Path, dtype: str, prediction: str) -> list[Path]:
     tensors: Tensors = {}
     told = {"format": "pt", "modelspec.prediction_type": {"v_prediction": "v"}.get(prediction, prediction)}
-    for part, config, tree in networks.values():
-        prefix, table = _ldm_names(part, config)
+    for name, (part, config, tree) in networks.items():
+        prefix, table = _ldm_names(part, name, config, "text_encoder_2" in networks)
         named = {prefix + key: array for key, array in tree_to_torch(tree, table).items()}
         tensors |= as_dtype(named, dtype, str(part.path))
-        told |= size_metadata(config) | {f"source.{part.kind}": part.path.name}
+        told |= size_metadata(config, name) | {f"source.{name}": part.path.name}
     write_safetensors(dst, tensors, told)
     return [dst]
 
@@ -228,13 +248,15 @@ def _prediction(src: Path, networks: dict[str, tuple[Found, Config, Tensors]]) -
     return (networks["unet"][0].prediction if "unet" in networks else None) or "epsilon"
 
 
-def _ldm_names(part: Found, config: Config) -> tuple[str, KeyTable]:
+def _ldm_names(part: Found, name: str, config: Config, two_towers: bool) -> tuple[str, KeyTable]:
     if isinstance(config, UNetConfig):
         return "model.diffusion_model.", ldm_unet(config.transformer_layers, config.layers_per_block)
     if isinstance(config, VAEConfig):
         return "first_stage_model.", ldm_vae(len(config.block_out_channels), config.layers_per_block)
+    if name == "text_encoder_2" and isinstance(config, CLIPTextConfig):
+        return "conditioner.embedders.1.model.", openclip_text(config.num_hidden_layers)
     if isinstance(config, CLIPTextConfig):
-        return "cond_stage_model.transformer.", CLIP_TEXT
+        return ("conditioner.embedders.0." if two_towers else "cond_stage_model.") + "transformer.", CLIP_TEXT
     if isinstance(config, ControlNetConfig):
         hints = 2 * (len(config.conditioning_embedding_out_channels) - 1)
         return "control_model.", ldm_controlnet(config.transformer_layers, config.layers_per_block, hints)

@@ -18,6 +18,7 @@ from bdm_jax.sampling import generate as module
 from bdm_jax.sampling.generate import generate
 from bdm_jax.sampling.settings import Request, Sampling
 from bdm_jax.systems.components import Component
+from bdm_jax.systems.families import FAMILIES
 from bdm_jax.systems.pipeline import BridgePipeline
 from bdm_jax.text.encode import tokenize
 from bdm_jax.text.tokenizer import Tokenizer
@@ -44,7 +45,8 @@ def tiny(request):
     seed = request.config.option.seed
     parts = {name: Component(config, noisy(functional.init(config, seed), seed)) for name, config in configs.items()}
     schedule = DiscreteSchedule(prediction_type="v_prediction")
-    return BridgePipeline(**parts, tokenizer=english, branch_tokenizer=chinese, schedule=schedule, guidance=3.0)
+    parts |= {"tokenizer": english, "branch_tokenizer": chinese}
+    return BridgePipeline(FAMILIES["sd15"], parts, schedule, guidance=3.0)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """Which networks and plug-ins draw: the flags that name them, reading them, and what a picture says of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -10,7 +10,8 @@ from bdm_jax.app.metadata import PARTS, digest
 from bdm_jax.app.spec import parse_blend, parse_control, parse_embedding, parse_image_prompt, parse_spec
 from bdm_jax.errors import UserError, unknown
 from bdm_jax.images.decode import read_image
-from bdm_jax.paths import DEMO
+from bdm_jax.paths import DEMO, no_such
+from bdm_jax.systems.families import flags
 
 if TYPE_CHECKING:
     from bdm_jax.plugins.controls import Control
@@ -22,21 +23,26 @@ _PICTURED = {"control": parse_control, "adapter": parse_control, "image_prompt":
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Which networks draw."""
-
+class _Model:
     model: Path = DEMO
-    """Model: a pipeline folder, or a single file of UNet, VAE and text tower."""
+    """Model: a pipeline folder, or a single file of UNet, VAE and text encoder."""
     backbone: Path | None = None
     """Another English model in place of the model's own: a pipeline folder or a single file."""
-    vae: Path | None = None
-    """Another autoencoder: a component folder or a file."""
-    branch: Path | None = None
-    """Another branch: a component folder or a file."""
-    text_encoder: Path | None = None
-    """Another English text tower: a component folder or a file."""
-    branch_text_encoder: Path | None = None
-    """Another text tower for the branch: a component folder or a file."""
+
+
+# A flag for each network that the families of systems have.
+_Networks = make_dataclass(
+    "_Networks",
+    [(name, Annotated[Path | None, tyro.conf.arg(help=text)], None) for name, text in flags().items()],
+    bases=(_Model,),
+    frozen=True,
+)
+
+
+@dataclass(frozen=True)
+class Parts(_Networks):
+    """Which networks draw."""
+
     variant: str | None = None
     """Which of a folder's weight files to read, as in fp16."""
     blend: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -44,7 +50,7 @@ class Parts:
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A LoRA for the backbone: FILE[:STRENGTH[:TEXT_STRENGTH]]. May be given again, as all of these."""
     branch_lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A LoRA that changes the branch and its text tower."""
+    """A LoRA that changes the branch and its text encoder."""
     embedding: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A word of textual inversion for the English prompt: FILE, or FILE=TOKEN to give it another name."""
     branch_embedding: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -58,7 +64,7 @@ class Parts:
     """A picture to draw after, by an IP-Adapter: ADAPTER,VISION,PICTURE[,strength=1], VISION a CLIP vision tower."""
 
     text_weights: Literal["int8"] | None = None
-    """Keep the text towers' matrices in eight bits: a quarter of fp32's memory, nearly the same pictures."""
+    """Keep the text encoders' matrices in int8: a quarter of fp32's memory, nearly the same pictures."""
 
     def check(self) -> None:
         """Raises UserError for what is no such flag's value or no file."""
@@ -69,7 +75,7 @@ class Parts:
         ]
         paths += [path for text in self.blend for path in parse_blend(text)[:2] if path is not None]
         if not self.model.exists():
-            raise UserError(f"{self.model}: no such model folder")
+            raise no_such(self.model, "model folder")
         for path in paths:
             if not path.exists():
                 raise UserError(f"{path}: no such file or folder")
@@ -85,17 +91,17 @@ class Parts:
         from bdm_jax.plugins.inversion import load_embeddings
         from bdm_jax.systems.pipeline import BridgePipeline
 
-        networks = {name: getattr(self, name) for name in PARTS[1:7]}
-        pipeline = BridgePipeline.from_pretrained(self.model, **networks)
+        given = {name: getattr(self, name) for name in ("backbone", "variant", *flags())}
+        pipeline = BridgePipeline.from_pretrained(self.model, **given)
         for other, base, weight in map(parse_blend, self.blend):
             pipeline = with_blend(pipeline, other, weight, base)
         for target, specs in (("unet", self.lora), ("branch", self.branch_lora)):
             if specs:
                 pipeline = with_loras(pipeline, [*map(parse_spec, specs)], target if target == "branch" else None)
-        for tower, texts in (("text_encoder", self.embedding), ("branch_text_encoder", self.branch_embedding)):
+        for source, texts in (("backbone", self.embedding), ("branch", self.branch_embedding)):
             if texts:
                 found = [one for text in texts for one in load_embeddings(*parse_embedding(text))]
-                pipeline = with_embeddings(pipeline, found, tower)
+                pipeline = with_embeddings(pipeline, found, source)
         return pipeline.with_int8_text() if self.text_weights else pipeline
 
     def load_controls(self) -> list["Control | ImagePrompt"]:

@@ -7,7 +7,7 @@
 | AUTOMATIC1111 picture | the same as base64 of JSON in the text chunk `sd-ti-embedding`, or in the pixels |
 | original LDM `.pt` | `string_to_token`, `string_to_param`; no name |
 | kohya, SD1 | `{"emb_params": (m,D)}` |
-| kohya, SDXL | `{"clip_l": (m,768), "clip_g": (m,1280)}`: one token for two towers |
+| kohya, SDXL | `{"clip_l": (m,768), "clip_g": (m,1280)}`: one token for two text encoders |
 | diffusers' SDXL script | two files, `learned_embeds` and `learned_embeds_2`, each like diffusers' own |
 
 A bare tensor is read too, and the tokens that cloneofsimo's LoRA files carry beside their layers.
@@ -18,6 +18,7 @@ import json
 import re
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,23 +36,24 @@ _MAX_PIXELS = 2**24
 _MAX_VECTORS = 4096
 _PICTURES = (b"\x89PNG\r\n\x1a\n", b"RIFF")
 _CHUNK = "sd-ti-embedding"
-_LORA = re.compile(r"(unet|text_encoder):\d+:(up|down)")
-_TOWERS = ("clip_l", "clip_g")
+_LORA = re.compile(r"\w+:\d+:(up|down)")
 
 
 class Inversion(NamedTuple):
     """One embedding of a file.
 
     name: what the file calls it; None where it does not say.
-    vectors: tower -> (m, D) float32. The tower is "" where the file knows only one, else clip_l or clip_g.
+    vectors: text encoder -> (m, D) float32. It is "" where the file knows only one, else clip_l or clip_g.
     """
 
     name: str | None
     vectors: dict[str, np.ndarray]
 
 
-def read_embeddings(path: str | Path) -> list[Inversion]:
+def read_embeddings(path: str | Path, encoders: Sequence[str] = ()) -> list[Inversion]:
     """All embeddings of a file: one, but for files of several tokens.
+
+    `encoders`: what files for several text encoders call them (`systems.families.embedding_names`).
 
     Raises FileError for a file without any, for anything in it that is not known, for vectors that are empty, not
     numbers or not finite, and for what `read_checkpoint` and `read_safetensors` refuse.
@@ -66,20 +68,21 @@ def read_embeddings(path: str | Path) -> list[Inversion]:
     if size > _MAX_FILE:
         raise FileError(f"{path}: {size} bytes, too large for an embedding; at most {_MAX_FILE} are read")
     if head.startswith(_PICTURES):
-        return _inversions(path, _in_picture(path))
-    return _inversions(path, read_checkpoint(path) if is_checkpoint(path) else dict(read_safetensors(path)))
+        return _inversions(path, _in_picture(path), encoders)
+    value = read_checkpoint(path) if is_checkpoint(path) else dict(read_safetensors(path))
+    return _inversions(path, value, encoders)
 
 
-def _inversions(path: Path, value: Any) -> list[Inversion]:
+def _inversions(path: Path, value: Any, encoders: Sequence[str]) -> list[Inversion]:
     if isinstance(value, np.ndarray):
         return [Inversion(None, {"": _vectors(path, "the tensor", value)})]
     if not isinstance(value, dict) or not value:
         raise FileError(f"{path}: no embedding, but {'nothing' if value == {} else f'a {type(value).__name__}'}")
     if "string_to_param" in value:
         return [_web_ui(path, value)]
-    if any(tower in value for tower in _TOWERS):
-        _only(path, value, _TOWERS)
-        return [Inversion(None, {tower: _vectors(path, tower, value[tower]) for tower in _TOWERS if tower in value})]
+    if any(name in value for name in encoders):
+        _only(path, value, encoders)
+        return [Inversion(None, {name: _vectors(path, name, value[name]) for name in encoders if name in value})]
     names = [name for name in value if not (isinstance(name, str) and _LORA.fullmatch(name))]
     if not names:
         raise FileError(f"{path}: a LoRA file without tokens of its own")

@@ -7,7 +7,7 @@ module is looked up among all the spellings of those that a network has.
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,15 @@ import numpy as np
 
 from bdm_jax.errors import FileError
 from bdm_jax.formats.files import Tensors, read_json, shown
+from bdm_jax.formats.networks.unet import ldm_unet
 from bdm_jax.formats.pickles import is_checkpoint, read_checkpoint
-from bdm_jax.formats.tables import ldm_unet
 from bdm_jax.formats.weights import read_weights
 
 # What a folder's file is called: by peft, by diffusers.
 _FILES = ("adapter_model", "pytorch_lora_weights")
 _PEFT_CONFIG = "adapter_config.json"
 
-# What keys begin with -> the network; None: the file does not say. The longer ones first.
-_NETWORKS = (
-    ("lora_branch_te_", "branch_text_encoder"),
-    ("lora_branch_", "branch"),
-    ("lora_unet_", "unet"),
-    ("lora_te1_", "text_encoder"),
-    ("lora_te_", "text_encoder"),
-    ("lycoris_", None),
-    ("branch_text_encoder.", "branch_text_encoder"),
-    ("branch.", "branch"),
-    ("unet.", "unet"),
-    ("text_encoder.", "text_encoder"),
-)
+_LYCORIS = "lycoris_"  # the file does not say which network
 
 # What keys end with -> the part of a change. peft puts the adapter's name into some of them.
 _HALVES = {"down": r"(lora_down|lora_A(\.default)?|(lora\.|lora_linear_layer\.)?down)\.weight"}
@@ -62,7 +50,7 @@ _UNET_PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 _FOREIGN = (
     ("Flux", r".*(double_blocks|single_blocks|single_transformer_blocks)[._].*"),
     ("Stable Diffusion 3 or Flux", r"(.*[._])?joint_blocks[._].*|lora_te3_.*|(lora_)?transformer[._].*"),
-    ("SDXL", r"lora_te2_.*|text_encoder_2\..*|(.*[._])?(label_emb|add_embedding)[._].*"),
+    ("SDXL", r"(.*[._])?(label_emb|add_embedding)[._].*"),
     (
         "SDXL",
         r".*(input_blocks|output_blocks|down_blocks|up_blocks|mid_block|middle_block).*transformer_blocks[._][1-9].*",
@@ -101,8 +89,10 @@ class LoraFile:
     settings: dict[str | None, dict[str, Any]] = field(default_factory=dict)
 
 
-def read_lora(path: str | Path) -> LoraFile:
+def read_lora(path: str | Path, networks: Mapping[str, str]) -> LoraFile:
     """Read the names of a LoRA file or folder; no tensor is copied.
+
+    `networks`: what the keys of a network begin with -> the network (`systems.families.lora_prefixes`).
 
     Raises FileError for a file that cannot be read, says something twice, or needs more than its tensors to apply.
     """
@@ -120,19 +110,20 @@ def read_lora(path: str | Path) -> LoraFile:
         return LoraFile(path, {}, {_network_of(path): _paired(path, pairs)})
     weights = read_weights(path)
     settings |= _diffusers_settings(path, weights.metadata)
-    return _sorted(path, weights.tensors, weights.metadata, settings)
+    return _sorted(path, weights.tensors, weights.metadata, settings, {**networks, _LYCORIS: None})
 
 
-def module_names(network: str, modules: Iterable[str]) -> dict[str, str]:
+def module_names(modules: Iterable[str]) -> dict[str, str]:
     """Every spelling that files use for the modules of a network (its names here) -> the module."""
     modules = sorted(modules)
-    table = ldm_unet(*_levels(modules)) if network in ("unet", "branch") else None
+    table = ldm_unet(*_levels(modules)) if any(name.startswith("down_blocks.") for name in modules) else None
+    clip = any(name.startswith("text_model.") for name in modules)
     names: dict[str, str] = {}
     for module in modules:
         spellings = [module]
         if table is not None:
-            spellings.append(table.there(module))
-        elif network == "text_encoder":
+            spellings.append(table.to_theirs(module))
+        elif clip:
             spellings += [module.removeprefix("text_model.")]
         else:
             spellings += [f"text_model.{module}", f"bert.{module}"]
@@ -141,11 +132,11 @@ def module_names(network: str, modules: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def numbered_modules(network: str, modules: Iterable[str]) -> list[str]:
+def numbered_modules(modules: Iterable[str]) -> list[str]:
     """The modules of a network in the order in which cloneofsimo's trainer met, and so numbered, them.
 
     A UNet's: blocks down, up, middle; within one the self-attention, the first linear layer (GEGLU), the
-    cross-attention. A text tower's: k, v, q, out, the order in which transformers declares them; the files themselves
+    cross-attention. A text encoder's: k, v, q, out, the order in which transformers declares them; the files themselves
     agree: 0 and 2 of each layer, like 1 and 3, have nearly equal norms, and 3 alone reads another input.
     """
     order = {name: i for i, name in enumerate(("attn1", "ff", "attn2"))}
@@ -159,8 +150,7 @@ def numbered_modules(network: str, modules: Iterable[str]) -> list[str]:
         ]
 
     targets = r".*\.transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.0\.proj)"
-    if network.endswith("text_encoder"):
-        targets = r".*\.self_attn\.(q|k|v|out)_proj"
+    targets += r"|.*\.self_attn\.(q|k|v|out)_proj"
     return sorted((module for module in modules if re.fullmatch(targets, module)), key=rank)
 
 
@@ -173,19 +163,21 @@ def family(modules: Iterable[str], inputs: Mapping[str, int]) -> str | None:
     return next((_CONTEXT_WIDTHS[width] for width in widths if width in _CONTEXT_WIDTHS), None)
 
 
-def _sorted(path: Path, tensors: Tensors, metadata: Mapping[str, str], settings) -> LoraFile:
+def _sorted(
+    path: Path, tensors: Tensors, metadata: Mapping[str, str], settings, networks: Mapping[str, str | None]
+) -> LoraFile:
     parts: dict[LoraKey, np.ndarray] = {}
     numbered: dict[str, dict[int, dict[str, np.ndarray]]] = {}
     tokens: Tensors = {}
-    unknown = []
+    unknown, prefixes = [], sorted(networks.items(), key=lambda item: -len(item[0]))
     for key, array in tensors.items():
-        number = re.fullmatch(r"(unet|text_encoder|branch|branch_text_encoder):(\d{1,5}):(up|down)", key)
+        number = re.fullmatch(r"(\w+):(\d{1,5}):(up|down)", key)
         bundled = re.fullmatch(r"bundle_emb\.(.+)\.(string_to_param\.\*|emb_params)", key)
         if number:
             numbered.setdefault(number[1], {}).setdefault(int(number[2]), {})[number[3]] = array
         elif metadata.get(key) == "<embed>" or bundled:
             tokens[bundled[1] if bundled else key] = array
-        elif (part := _part(key)) is None:
+        elif (part := _part(key, prefixes)) is None:
             unknown.append(key)
         elif part in parts:
             raise FileError(f"{path}: holds {part.part} of {shown(part.module)} under two names")
@@ -197,9 +189,10 @@ def _sorted(path: Path, tensors: Tensors, metadata: Mapping[str, str], settings)
     return LoraFile(path, parts, numbered, tokens, tuple(unknown), settings)
 
 
-def _part(key: str) -> LoraKey | None:
+def _part(key: str, prefixes: Sequence[tuple[str, str | None]]) -> LoraKey | None:
+    """`prefixes`: the longer ones first."""
     key = _without_peft(key)
-    prefix, network = next((item for item in _NETWORKS if key.startswith(item[0])), ("", None))
+    prefix, network = next((item for item in prefixes if key.startswith(item[0])), ("", None))
     rest = _without_peft(key.removeprefix(prefix))
     for pattern, part in _PARTS:
         if found := pattern.fullmatch(rest):
@@ -226,7 +219,7 @@ def _levels(modules: Iterable[str]) -> tuple[list[bool], int]:
 
 
 def _network_of(path: Path) -> str:
-    """cloneofsimo's trainer writes `NAME.pt` for the UNet and `NAME.text_encoder.pt` for the text tower."""
+    """cloneofsimo's trainer writes `NAME.pt` for the UNet and `NAME.text_encoder.pt` for the text encoder."""
     return "text_encoder" if "text_encoder" in path.name else "unet"
 
 

@@ -1,4 +1,4 @@
-"""Plug-ins of the LoRA family: files that change the weights of a UNet, a text tower or a branch a little.
+"""Plug-ins of the LoRA family: files that change the weights of a UNet, a text encoder or a branch a little.
 
     lora = load_lora("style.safetensors", networks)             # networks: name -> flat tree of parameters or shapes
     changed = apply(networks, [(lora, 0.8, 0.5)])               # new trees; `networks` are what they were
@@ -29,10 +29,7 @@ from bdm_jax.formats.layouts import to_jax, to_torch
 from bdm_jax.formats.lora import LoraFile, family, module_names, numbered_modules, read_lora
 from bdm_jax.models.functional import Params
 from bdm_jax.plugins.deltas import Delta, change, make, make_ia3
-
-# The networks that a plug-in may change, in the order in which one is looked for where a file does not say which.
-TARGETS = ("unet", "text_encoder", "branch", "branch_text_encoder")
-_COUNTERPARTS = {"unet": "branch", "text_encoder": "branch_text_encoder"}
+from bdm_jax.systems import families
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["deltas", "tokens"], meta_fields=["path", "left_out"])
@@ -42,7 +39,7 @@ class LoRA:
 
     Attributes:
       deltas: network -> parameter path -> change; the factors in the file's dtypes, memory-mapped.
-      tokens: embeddings that were trained along with it, by word (see bdm_jax/plugins/inversion.py).
+      tokens: embeddings that were trained along with it, by word (see plugins/inversion.py).
       path: the file.
       left_out: what of a UNet's plug-in the branch has no module for.
     """
@@ -58,10 +55,10 @@ def load_lora(path: str | Path, networks: Mapping[str, Mapping[str, Any]], targe
 
     Args:
       path: a safetensors, .bin or .pt file, a peft folder, or a folder with `pytorch_lora_weights`.
-      networks: those of `TARGETS` that there are: parameter path -> array, or anything with a shape
+      networks: those of `families.lora_networks()` that there are: parameter path -> array, or anything with a shape
         (`functional.abstract`), in our names and layouts.
-      target: "branch" has what was made for the UNet and its text tower change the branch and its own; modules that a
-        branch lacks (a UNet's decoder, an English tower) are left out with a warning that counts them.
+      target: "branch" has what was made for the UNet and its text encoder change the branch and its own; modules that
+        a branch lacks (a UNet's decoder, an English text encoder) are left out with a warning that counts them.
 
     Raises UserError or FileError in one line: a key that belongs to nothing here or has another shape, parts that are
     missing, doubled or not finite, or the family that the file is for, if another.
@@ -71,10 +68,11 @@ def load_lora(path: str | Path, networks: Mapping[str, Mapping[str, Any]], targe
         raise UserError(f"{path}: no such LoRA file or folder")
     if target not in (None, "unet", "branch"):
         raise unknown("LoRA target", target, ("unet", "branch"))
-    if strange := [name for name in networks if name not in TARGETS]:
-        raise unknown("network for a LoRA", strange[0], TARGETS)
-    names = {name: module_names(name, {key.rpartition(".")[0] for key in tree}) for name, tree in networks.items()}
-    file = read_lora(path)
+    targets = families.lora_networks()
+    if strange := [name for name in networks if name not in targets]:
+        raise unknown("network for a LoRA", strange[0], targets)
+    names = {name: module_names({key.rpartition(".")[0] for key in tree}) for name, tree in networks.items()}
+    file = read_lora(path, families.lora_prefixes())
     found, left_out = _resolved(file, names, networks, target)
     deltas: dict[str, dict[str, Delta]] = defaultdict(dict)
     misfits = []
@@ -102,7 +100,7 @@ def load_lora(path: str | Path, networks: Mapping[str, Mapping[str, Any]], targe
 def apply(
     networks: Mapping[str, Params], uses: Sequence[tuple[LoRA, float | jax.Array, float | jax.Array]]
 ) -> dict[str, Params]:
-    """The networks with plug-ins, each (plug-in, strength, strength in the text tower), as new trees.
+    """The networks with plug-ins, each (plug-in, strength, strength in the text encoders), as new trees.
 
     All changes are taken from the original weights and summed in fp32, in an order of the plug-ins' own, so that theirs
     in `uses` makes no difference; the sum is rounded to the weight's dtype once and lies where the weight lay. A weight
@@ -117,7 +115,7 @@ def apply(
     for network, tree in networks.items():
         changes: dict[str, list[tuple[Delta, Any]]] = defaultdict(list)
         for lora, strength, text_strength in ordered:
-            value = text_strength if network.endswith("text_encoder") else strength
+            value = text_strength if families.tokenizer_of(network) else strength
             if isinstance(value, jax.core.Tracer) or value != 0:
                 for key, delta in lora.deltas.get(network, {}).items():
                     changes[key].append((delta, value))
@@ -138,7 +136,7 @@ def _changed(key: str, weight: Any, changes: list[tuple[Delta, Any]]) -> Any:
         result, *others = (change(delta, original, strength, xp) for delta, strength in changes)
     for value in (*others, original):
         result += value  # in place on the host: new pages are what a merge waits for
-    result = to_jax(name, result)[1]
+    result = to_jax(name, result, embedding=key.endswith(".embedding"))[1]
     if traced:
         return result.astype(weight.dtype)
     with np.errstate(over="ignore"):
@@ -159,17 +157,21 @@ def _resolved(file: LoraFile, names, networks, target: str | None) -> tuple[_Fou
     strangers = list(file.unknown)
     parts = [(part.network, part.module, part.part, array) for part, array in file.tensors.items()]
     for network, modules in file.numbered.items():
-        order = numbered_modules(network, set(names.get(network, {}).values()))
+        order = numbered_modules(set(names.get(network, {}).values()))
         if network in names and sorted(modules) != list(range(len(order))):
             raise FileError(f"{file.path}: {len(modules)} numbered modules for the {len(order)} of this {network}")
         for number, halves in modules.items():
             spelling = order[number] if network in names else f"{network}:{number}"
             parts += [(network, spelling, part, array) for part, array in halves.items()]
     for said, spelling, part, array in parts:
-        made_for = said or next((name for name in TARGETS if spelling in names.get(name, {})), "unet")
-        network = _COUNTERPARTS.get(made_for, made_for) if target == "branch" else made_for
+        targets = families.lora_networks()
+        made_for = said or next((name for name in targets if spelling in names.get(name, {})), targets[0])
+        network = families.mirror(made_for) if target == "branch" else made_for
         if network not in names:
             _refuse_family(file, networks)
+            if network not in families.family_of(networks).parts:
+                titles = [family.title for family in families.FAMILIES.values() if network in family.parts]
+                raise FileError(f"{file.path}: a LoRA for {' or '.join(titles)}, which this system is not")
             raise FileError(f"{file.path}: changes a {network}, which is not here")
         if module := names[network].get(spelling):
             _, known = found.setdefault((network, module), (spelling, {}))
@@ -279,7 +281,7 @@ def _refuse_family(file: LoraFile, networks: Mapping[str, Mapping[str, Any]]) ->
     ours = {leaf.shape[0] for tree in networks.values() for key, leaf in tree.items() if "attn2.to_k." in key}
     inputs = {module: array.shape[1] for module, array in factors.items() if array.shape[1] not in ours}
     if name := family([*modules, *file.unknown], inputs):
-        raise FileError(f"{file.path}: a LoRA for {name}; this library has the networks of SD1.x")
+        raise FileError(f"{file.path}: a LoRA for {name}, which this system is not")
 
 
 def _few(items: Sequence[str], few: int = 3) -> str:

@@ -1,6 +1,6 @@
-"""Text towers with their matrices in eight bits, for machines whose memory is short.
+"""Text encoders with their matrices in int8, for machines whose memory is short.
 
-A matrix is kept as integers with a scale for each of its outputs, a table of embeddings with one for each word (qwix);
+A matrix is kept as integers with a scale for each of its outputs, a table of embeddings with one for each token (qwix);
 `functional.bind` makes numbers of them again inside the program that reads them.
 """
 
@@ -15,14 +15,14 @@ _MATRIX = re.compile(r"(?:^|\.)(kernel|embedding)$")
 
 
 def to_int8(component: Component) -> Component:
-    """A text tower in a quarter of fp32's memory; norms and biases stay as they are.
+    """A text encoder in a quarter of fp32's memory; norms and biases stay as they are.
 
     Raises UserError where qwix is not installed.
     """
     try:
         import qwix
     except ImportError as error:
-        raise UserError(f'weights in eight bits need {error.name}: pip install -e ".[int8]"') from error
+        raise UserError(f'int8 weights need {error.name}: pip install -e ".[int8]"') from error
 
     def kept(path, value):
         match = _MATRIX.search(path)

@@ -1,1 +1,1 @@
-"""From prompts to `Conditioning`: tokenizers, windows for long prompts, text towers."""
+"""From prompts to `Conditioning`: tokenizers, windows for long prompts, text encoders."""

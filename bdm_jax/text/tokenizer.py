@@ -1,4 +1,4 @@
-"""Prompts to token ids: CLIP's byte-pair and BERT's Chinese tokenizers behind one small class."""
+"""Prompts to token ids: CLIP's byte-pair, BERT's Chinese and T5's tokenizers behind one small class."""
 
 import copy
 import re
@@ -9,11 +9,11 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from transformers import BertTokenizer, CLIPTokenizer
+from transformers import BertTokenizer, CLIPTokenizer, T5TokenizerFast
 
 from bdm_jax.errors import UserError
 from bdm_jax.formats.files import read_json
-from bdm_jax.text.windows import cut, split
+from bdm_jax.text.windows import WindowFormat
 
 
 class PromptWarning(UserWarning):
@@ -24,6 +24,7 @@ class PromptWarning(UserWarning):
 _KINDS = {
     "CLIPTokenizer": (CLIPTokenizer, (("tokenizer.json",), ("vocab.json", "merges.txt")), 77),
     "BertTokenizer": (BertTokenizer, (("tokenizer.json",), ("vocab.txt",)), 52),
+    "T5Tokenizer": (T5TokenizerFast, (("tokenizer.json",), ("spiece.model",)), 256),
 }
 # Letters and digits of scripts that set blanks between words; Chinese, Japanese and Korean do not, or glue parts on.
 _LETTER = r"[^\W\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]"
@@ -34,24 +35,38 @@ class Tokenizer:
     """One language's tokenizer.
 
     Attributes:
+      format: what its windows look like.
       length: tokens in a window, both ends included (77 for CLIP, 52 for Chinese-CLIP).
-      start, end, pad: ids around and after the content.
+      start, end, pad: ids around and after the content; start or end None where it has none (T5, ChatGLM).
       byte_pairs: CLIP's kind, which spells anything; a list of words (BERT's, Chinese) otherwise.
     """
 
-    def __init__(self, tokenizer: CLIPTokenizer | BertTokenizer, length: int):
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer | BertTokenizer | T5TokenizerFast,
+        length: int,
+        prefix: Sequence[int] | None = None,
+    ):
+        """`prefix`: ids at the start in place of the tokenizer's own start token (ChatGLM's [gMASK] sop)."""
         self._tokenizer = tokenizer
-        self.length = length
-        self.start = _first(tokenizer.bos_token_id, tokenizer.cls_token_id)
+        start = _first(tokenizer.bos_token_id, tokenizer.cls_token_id)
         self.end = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
         self.pad = _first(tokenizer.pad_token_id, self.end)
-        self.byte_pairs = not isinstance(tokenizer, BertTokenizer)
+        if self.pad is None:
+            raise UserError("the tokenizer lacks its end and padding tokens")
+        prefix = tuple(() if start is None else (start,)) if prefix is None else tuple(prefix)
+        self.start = prefix[0] if prefix else None
+        suffix = () if self.end is None else (self.end,)
+        self.format = WindowFormat(length, prefix, suffix, self.pad, tokenizer.padding_side == "left")
+        self.byte_pairs = isinstance(tokenizer, CLIPTokenizer)
         self._added: dict[str, tuple[int, ...]] = {}
         self._pattern: re.Pattern | None = None
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, length: int | None = None) -> "Tokenizer":
+    def from_pretrained(cls, folder: str | Path, length: int | None = None, pad: str | None = None) -> "Tokenizer":
         """Read a tokenizer folder in transformers' layout; windows of `length` tokens, or of as many as it says.
+
+        `pad`: the token that fills windows, if not the folder's own (SDXL's second text encoder: "!").
 
         Raises UserError that names what the folder lacks.
         """
@@ -67,12 +82,13 @@ class Tokenizer:
         make, choices, usual = _KINDS[kind.removesuffix("Fast")]
         if not any(all((folder / name).is_file() for name in names) for names in choices):
             raise UserError(f"{folder}: no vocabulary; expected {' or '.join('+'.join(names) for names in choices)}")
-        tokenizer = make.from_pretrained(folder, local_files_only=True)
+        tokenizer = make.from_pretrained(folder, local_files_only=True, **({} if pad is None else {"pad_token": pad}))
         if length is None:
             length = int(tokenizer.model_max_length) if tokenizer.model_max_length < _NO_WINDOW else usual
-        if length < 3:
+        found = cls(tokenizer, length)
+        if found.format.room < 1:
             raise UserError(f"{path}: model_max_length {length} leaves no room for a prompt")
-        return cls(tokenizer, length)
+        return found
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `from_pretrained` here and transformers' read.
@@ -87,6 +103,11 @@ class Tokenizer:
             self._tokenizer.save_pretrained(folder)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
+
+    @property
+    def length(self) -> int:
+        """Tokens in a window."""
+        return self.format.length
 
     @property
     def vocab_size(self) -> int:
@@ -149,7 +170,7 @@ class Tokenizer:
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """One window per text: (B, length) int32, padded. Warns with PromptWarning where a text is cut off."""
-        contents = (cut([ids], self.length) for ids in self.content(texts))
+        contents = (self.format.cut([ids]) for ids in self.content(texts))
         rows = [self.fit(text, content, 1) for text, content in zip(texts, contents, strict=True)]
         return np.concatenate(rows) if rows else np.zeros((0, self.length), np.int32)
 
@@ -163,7 +184,7 @@ class Tokenizer:
             words = _short(self._words(lost), 200)
             message = f"the prompt {_short(text)!r} has {kept + len(lost)} tokens, {kept} are read; cut off: {words!r}"
             warnings.warn(message, PromptWarning, stacklevel=2)
-        return split(contents, windows, self.length, self.start, self.end, self.pad)
+        return self.format.fill(contents, windows)
 
     def _parts(self, text: str) -> list:
         """A text's parts: plain texts at even places, and between them the ids of added tokens."""
@@ -198,11 +219,8 @@ class Tokenizer:
             warnings.warn(message, PromptWarning, stacklevel=3)
 
 
-def _first(*ids: int | None) -> int:
-    found = next((id_ for id_ in ids if id_ is not None), None)
-    if found is None:
-        raise UserError("the tokenizer lacks its start, end or padding token")
-    return found
+def _first(*ids: int | None) -> int | None:
+    return next((id_ for id_ in ids if id_ is not None), None)
 
 
 def _whole(token: str) -> str:

@@ -159,7 +159,7 @@ def test_bad_input_is_one_line_and_status_2(run, tiny_folder, tmp_path, argument
 
 def test_nan_is_one_line_and_no_black_picture(run, tiny, tmp_path):
     vae = Component(tiny.vae.config, {name: value * np.nan for name, value in tiny.vae.params.items()})
-    replace(tiny, vae=vae).save_pretrained(tmp_path / "nan", "float32")
+    tiny.replace(vae=vae).save_pretrained(tmp_path / "nan", "float32")
     status, out, err = run("红灯笼", "--model", "nan", "--steps", 2)
     assert status == 2 and out == "" and "error: the picture for '红灯笼' came out as NaN" in err
     assert "Traceback" not in err and not list((tmp_path / "out").iterdir())

@@ -107,7 +107,7 @@ def test_sdxl(vectors, tmp_path):
     """kohya's one file has both towers' vectors; diffusers' second file is like its first, but wider."""
     save_file({"clip_l": vectors, "clip_g": torch.ones(3, 2 * WIDTH)}, tmp_path / "style.safetensors")
     save_file({"<birb>": torch.ones(3, 2 * WIDTH)}, tmp_path / "learned_embeds_2.safetensors")
-    (both,) = read_embeddings(tmp_path / "style.safetensors")
+    (both,) = read_embeddings(tmp_path / "style.safetensors", ("clip_l", "clip_g"))
     assert both.name is None
     assert {tower: rows.shape for tower, rows in both.vectors.items()} == {
         "clip_l": (3, WIDTH),

@@ -90,7 +90,7 @@ def test_added_words_cannot_be_saved_and_nothing_is_written(tiny, rng, tmp_path)
 
 def test_blends(tiny, tiny_folder, tmp_path):
     """Of the tiny backbone and one that is twice as large in every number."""
-    doubled = replace(tiny, unet=tiny.unet._replace(params={k: 2 * v for k, v in tiny.unet.params.items()}))
+    doubled = tiny.replace(unet=tiny.unet._replace(params={k: 2 * v for k, v in tiny.unet.params.items()}))
     doubled.save_pretrained(tmp_path, "float32")
     path = "conv_in.kernel"
     own = np.asarray(tiny.unet.params[path])
@@ -106,6 +106,6 @@ def test_blends(tiny, tiny_folder, tmp_path):
 
 
 def test_blend_with_what_does_not_fit(tiny, tiny_folder):
-    narrow = replace(tiny, text_encoder=tiny.text_encoder._replace(params={"a": np.zeros(3, np.float32)}))
+    narrow = tiny.replace(text_encoder=tiny.text_encoder._replace(params={"a": np.zeros(3, np.float32)}))
     with pytest.raises(UserError, match="networks of other sizes cannot be blended"):
         with_blend(narrow, tiny_folder, 0.5)

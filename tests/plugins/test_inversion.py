@@ -16,7 +16,7 @@ from bdm_jax.errors import UserError
 from bdm_jax.models import functional
 from bdm_jax.models.config import CLIPTextConfig, RobertaConfig, UNetConfig
 from bdm_jax.paths import TOKENIZERS
-from bdm_jax.plugins.inversion import Embedding, add_embeddings, load_embeddings
+from bdm_jax.plugins.inversion import Embedding, add_embeddings, for_encoders, load_embeddings
 from bdm_jax.systems.components import Component
 from bdm_jax.text.encode import encode, read
 from bdm_jax.text.tokenizer import Tokenizer
@@ -215,7 +215,7 @@ def test_the_real_file(english, clip):
         pytest.skip(f"{file} is not here")
     (found,) = load_embeddings(file)
     assert found.token == "<birb-style>" and found.vectors.shape == (1, 768)
-    with pytest.raises(UserError, match="<birb-style>: vectors of width 768 .SD1.x. for a text tower of width 32"):
+    with pytest.raises(UserError, match="<birb-style>: vectors of width 768 .SD1.x. for a text encoder of width 32"):
         add_embeddings(english, clip[1], [found])
 
 
@@ -234,8 +234,23 @@ def test_vectors_take_the_type_of_the_table(english, clip, made):
 
 def test_files_that_do_not_fit(tmp_path):
     save_file({"clip_l": torch.ones(1, 768), "clip_g": torch.ones(1, 1280)}, tmp_path / "xl.safetensors")
-    with pytest.raises(UserError, match="an SDXL embedding, for two text towers"):
-        load_embeddings(tmp_path / "xl.safetensors")
+    (both,) = load_embeddings(tmp_path / "xl.safetensors")
+    assert {name: rows.shape for name, rows in both.vectors.items()} == {
+        "text_encoder": (1, 768),
+        "text_encoder_2": (1, 1280),
+    }
+    with pytest.raises(UserError, match="an SDXL embedding, for text_encoder, text_encoder_2; here is no text_encoder_2"):
+        for_encoders([both], {"text_encoder": 768})
+    halves = for_encoders([both], {"text_encoder": 768, "text_encoder_2": 1280})
+    assert {name: [(one.token, one.vectors.shape) for one in own] for name, own in halves.items()} == {
+        "text_encoder": [("xl", (1, 768))],
+        "text_encoder_2": [("xl", (1, 1280))],
+    }
+    one, other = Embedding("<a>", np.ones((2, 768))), Embedding("<a>", np.ones((3, 1280)))  # diffusers' two files
+    halves = for_encoders([other, one], {"text_encoder": 768, "text_encoder_2": 1280})
+    assert [len(own[0].vectors) for own in halves.values()] == [2, 3]
+    with pytest.raises(UserError, match="<a>.: has no vectors for the text_encoder_2"):
+        for_encoders([one], {"text_encoder": 768, "text_encoder_2": 1280})
     save_file({"clip_l": torch.ones(1, 768)}, tmp_path / "one.safetensors")
     assert load_embeddings(tmp_path / "one.safetensors")[0].token == "one"
     save_file({"<a>": torch.ones(1, 768), "<b>": torch.ones(1, 768)}, tmp_path / "two.safetensors")
@@ -247,9 +262,9 @@ def test_files_that_do_not_fit(tmp_path):
 @pytest.mark.parametrize(
     ("embeddings", "message"),
     [
-        ([("<a>", np.ones((1, 1024)))], "<a>: vectors of width 1024 .SD2.x or Chinese.* for a text tower of width 32"),
+        ([("<a>", np.ones((1, 1024)))], "<a>: vectors of width 1024 .SD2.x or Chinese.* for a text encoder of width 32"),
         ([("<a>", np.ones((1, 1280)))], "width 1280 .SDXL"),
-        ([("<a>", np.ones((2, 33)))], "width 33 for a text tower of width 32"),
+        ([("<a>", np.ones((2, 33)))], "width 33 for a text encoder of width 32"),
         ([("<a>", np.ones(WIDTH))], r"<a>: vectors of shape \(32,\); expected \(N, 32\)"),
         ([("<a>", np.ones((0, WIDTH)))], r"of shape \(0, 32\)"),
         ([("<a>", np.full((1, WIDTH), np.nan))], "not finite in float32"),
@@ -267,7 +282,7 @@ def test_what_is_refused_is_named(embeddings, message, english, clip):
 
 
 def test_only_text_towers_have_words(english, made):
-    with pytest.raises(UserError, match="for text towers, not for a UNetConfig"):
+    with pytest.raises(UserError, match="for text encoders, not for a UNetConfig"):
         add_embeddings(english, Component(UNetConfig(), {}), [made(*SINGLE)])
 
 

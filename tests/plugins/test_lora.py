@@ -365,7 +365,7 @@ FAMILIES = {
 def test_made_for_another_model(name, load, pair):
     module, (out, inputs), family = FAMILIES[name]
     tensors = pair() | up_down(module, (out, 2), (2, inputs))
-    with pytest.raises(FileError, match=f"a LoRA for {family}; this library has the networks of SD1.x"):
+    with pytest.raises(FileError, match=f"a LoRA for {family}, which this system is not"):
         load(tensors)
 
 

@@ -17,7 +17,7 @@ from transformers import CLIPTextModel
 from bdm_jax.formats.files import write_json, write_safetensors
 from bdm_jax.formats.layouts import to_torch, tree_to_torch
 from bdm_jax.formats.lora import module_names, numbered_modules
-from bdm_jax.formats.tables import ldm_unet
+from bdm_jax.formats.networks.unet import ldm_unet
 from bdm_jax.models import functional
 from bdm_jax.models.config import (
     BDM_BRANCH,
@@ -35,7 +35,7 @@ from bdm_jax.plugins.lora import apply, load_lora
 REAL = Path(__file__).parents[3] / "shared" / "data" / "lora" / "cloneofsimo"
 TOLERANCE = 2e-6  # of a weight's largest value: the same product in fp32, measured at 1e-7 to 4e-7
 
-ENCODER = dict(block_out_channels=(8, 16), attention_levels=(True, False), num_heads=2, norm_num_groups=4)
+ENCODER = dict(block_out_channels=(8, 16), transformer_layers=(1, 0), num_heads=2, norm_num_groups=4)
 TEXT = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
 CONFIGS = {
     "unet": UNetConfig(**ENCODER, layers_per_block=1, cross_attention_dim=16),
@@ -110,7 +110,7 @@ def kohya(factors, prefixes, spell=lambda network, module: module):
 
 
 def ldm(network, module):
-    return ldm_unet((True, False), 1).there(module) if network in ("unet", "branch") else module
+    return ldm_unet((1, 0), 1).to_theirs(module) if network in ("unet", "branch") else module
 
 
 def attention_only(factors):
@@ -302,7 +302,7 @@ COMPVIS = {
 
 def test_compvis_names(full_size):
     """By the table in kohya's and diffusers' converters, for SD1.5's levels of three blocks."""
-    names = module_names("unet", {key.rpartition(".")[0] for key in full_size["unet"]})
+    names = module_names({key.rpartition(".")[0] for key in full_size["unet"]})
     assert {theirs: names[theirs] for theirs in COMPVIS} == COMPVIS
 
 
@@ -319,7 +319,7 @@ def test_what_kohya_trains_by_default_at_full_size(compvis, full_size, tmp_path)
                 shape = to_torch(f"{module}.kernel", np.broadcast_to(0, full_size[network][f"{module}.kernel"].shape))[
                     1
                 ].shape
-                name = table.there(module) if compvis and network == "unet" else module
+                name = table.to_theirs(module) if compvis and network == "unet" else module
                 name = BACKBONE[network] + name.replace(".", "_")
                 tensors[f"{name}.lora_up.weight"] = np.zeros((shape[0], 1, *shape[2:]), np.float16)
                 tensors[f"{name}.lora_down.weight"] = np.zeros((1, *shape[1:]), np.float16)
@@ -337,7 +337,7 @@ def test_numbers_follow_the_order_of_declaration(torch_networks):
     _, text = torch_networks
     theirs = [name for name, part in text.named_modules() if re.fullmatch(r".*self_attn\.\w+_proj", name)]
     tree = functional.abstract(CONFIGS["text_encoder"])
-    assert numbered_modules("text_encoder", modules_of(tree)) == [f"text_model.{name}" for name in theirs]
+    assert numbered_modules(modules_of(tree)) == [f"text_model.{name}" for name in theirs]
 
 
 def test_numbers_of_a_unet(torch_networks):
@@ -347,12 +347,12 @@ def test_numbers_of_a_unet(torch_networks):
     blocks = [name for name, _ in unet.named_modules() if re.fullmatch(r".*transformer_blocks\.\d+", name)]
     inner = [f"attn1.to_{x}" for x in ("q", "k", "v", "out.0")] + ["ff.net.0.proj"]
     inner += [f"attn2.to_{x}" for x in ("q", "k", "v", "out.0")]
-    ours = numbered_modules("unet", modules_of(functional.abstract(CONFIGS["unet"])))
+    ours = numbered_modules(modules_of(functional.abstract(CONFIGS["unet"])))
     assert ours == [f"{block}.{name}" for block in blocks for name in inner]
 
 
 def test_numbered_file(networks, factors, tmp_path):
-    known = {name: numbered_modules(name, modules_of(networks[name])) for name in ("unet", "text_encoder")}
+    known = {name: numbered_modules(modules_of(networks[name])) for name in ("unet", "text_encoder")}
     tensors, chosen = {"<s1>": np.ones(16, np.float32)}, {}
     for network, modules in known.items():
         for i, module in enumerate(modules):
@@ -368,7 +368,7 @@ def test_numbered_file(networks, factors, tmp_path):
 def test_lists_of_pairs(networks, factors, tmp_path):
     """cloneofsimo's first format: a list (up, down, up, down, ...) by torch.save, one file per network."""
     for network, name in (("unet", "a.pt"), ("text_encoder", "a.text_encoder.pt")):
-        known = numbered_modules(network, modules_of(networks[network]))
+        known = numbered_modules(modules_of(networks[network]))
         chosen = {(network, module): factors[network, module] for module in known}
         pairs = [torch.from_numpy(array) for up, down, _ in chosen.values() for array in (up, down)]
         torch.save(pairs, tmp_path / name)
@@ -419,7 +419,7 @@ def test_every_spelling_at_full_size_is_one_module(full_size):
     """No two modules of a network are spelled alike once dots are underscores."""
     for network, tree in full_size.items():
         modules = {key.rpartition(".")[0] for key in tree}
-        names = module_names(network, modules)
+        names = module_names(modules)
         assert set(names.values()) == modules
         spelled = {}
         for name, module in names.items():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from bdm_jax.convert.__main__ import main
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -14,7 +15,8 @@ from bdm_jax.app.arguments import Parts
 from bdm_jax.app.parts import load_control, load_image_prompt
 from bdm_jax.errors import FileError, UserError
 from bdm_jax.formats.layouts import tree_to_torch
-from bdm_jax.formats.tables import original_t2i_adapter
+from bdm_jax.formats.networks.t2i_adapter import original_t2i_adapter
+from bdm_jax.formats.open import find
 from bdm_jax.models.config import T2IAdapterConfig
 from bdm_jax.plugins import image_prompts
 from bdm_jax.plugins.controls import Control
@@ -22,8 +24,7 @@ from bdm_jax.plugins.image_prompts import ImagePrompt
 from bdm_jax.sampling.denoiser import denoise
 from bdm_jax.sampling.generate import generate
 from bdm_jax.sampling.settings import Request, Sampling
-from bdm_jax.systems.components import find, load_component
-from convert.__main__ import main
+from bdm_jax.systems.components import load_component
 
 TOLERANCE = 1e-4  # fp32 on both sides, of the largest latent
 SIZE = (32, 48)

@@ -66,12 +66,12 @@ def test_both_towers_and_once_only(tmp_path):
     assert not any(map(functional.is_int8, pipeline.unet.params.values()))
     again = pipeline.with_int8_text()
     assert all(again.text_encoder.params[path] is value for path, value in pipeline.text_encoder.params.items())
-    with pytest.raises(UserError, match="a text_encoder in eight bits cannot be saved"):
+    with pytest.raises(UserError, match="a text_encoder in int8 cannot be saved"):
         pipeline.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 
 def test_without_qwix(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
-    with pytest.raises(UserError, match=r'weights in eight bits need qwix: pip install -e "\.\[int8\]"'):
+    with pytest.raises(UserError, match=r'int8 weights need qwix: pip install -e "\.\[int8\]"'):
         to_int8(Component(TOWERS["clip"], functional.init(TOWERS["clip"], 0)))

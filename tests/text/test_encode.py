@@ -15,7 +15,7 @@ from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPTe
 from bdm_jax.models.config import CLIPTextConfig, RobertaConfig
 from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.paths import TOKENIZERS
-from bdm_jax.text.encode import encode, encode_ids, read, tokenize, weigh
+from bdm_jax.text.encode import encode, encode_ids, encode_windows, read, tokenize, weigh
 from bdm_jax.text.tokenizer import PromptWarning, Tokenizer
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
@@ -84,7 +84,7 @@ def english():
 @pytest.mark.filterwarnings("ignore::bdm_jax.text.tokenizer.PromptWarning")
 def test_chinese_windows(chinese, characters, windows, last):
     """Where the end token of the last window is; a full window has it in its last place."""
-    (ids,), (weights,), _ = read(chinese, ["猫" * characters])
+    (ids,), (weights,), *_ = read(chinese, ["猫" * characters])
     assert ids.shape == weights.shape == (windows, 52) and (weights == 1).all()
     assert ids[:, 0].tolist() == [101] * windows and ids[:-1, -1].tolist() == [102] * (windows - 1)
     assert np.flatnonzero(ids[-1] == 102).tolist() == [last] and not ids[-1, last + 1 :].any()
@@ -100,30 +100,30 @@ def test_english_windows(english, words, windows):
 
 
 def test_an_empty_window_is_an_empty_text_and_weighs_nothing(chinese):
-    ids, weights, _ = read(chinese, ["（猫：2）", "猫" * 51])
+    ids, weights, *_ = read(chinese, ["（猫：2）", "猫" * 51])
     assert ids[0].tolist() == [[101, 4344, 102] + [0] * 49, [101, 102] + [0] * 50]
     assert weights[0].tolist() == [[1, 2] + [1] * 50, [1] * 52]
 
 
 def test_segments_are_tokenized_on_their_own(chinese, english):
-    ids, weights, _ = read(chinese, ["(红:1.5)灯[笼]"])
+    ids, weights, *_ = read(chinese, ["(红:1.5)灯[笼]"])
     assert ids[0, 0, :5].tolist() == [101, 5273, 4128, 5021, 102]
     np.testing.assert_allclose(weights[0, 0, :6], [1, 1.5, 1, 1 / 1.1, 1, 1], rtol=1e-6)
     assert weights.dtype == np.float32 and ids.dtype == np.int32
-    ids, weights, _ = read(english, ["photo(graph:1.2)", r"photo\(graph\)"])
+    ids, weights, *_ = read(english, ["photo(graph:1.2)", r"photo\(graph\)"])
     one, two, whole = english.content(["photo", "graph", "photo(graph)"])
     assert ids[0, 0, 1:3].tolist() == one + two and weights[0, 0, :4].tolist() == [1, 1, np.float32(1.2), 1]
     assert ids[1, 0, 1 : 1 + len(whole)].tolist() == whole and (weights[1] == 1).all()
 
 
 def test_weights_go_with_their_tokens_into_the_next_window(chinese):
-    ids, weights, _ = read(chinese, ["猫" * 49 + "(红灯:1.5)"])
+    ids, weights, *_ = read(chinese, ["猫" * 49 + "(红灯:1.5)"])
     assert (ids[0, 0, 50], weights[0, 0, 50], weights[0, 0, 51]) == (5273, 1.5, 1)
     assert (ids[0, 1, 1], weights[0, 1, 1], weights[0, 1, 2]) == (4128, 1.5, 1)
 
 
 def test_break_begins_a_window(chinese, english):
-    ids, weights, _ = read(chinese, ["红BREAK(灯BREAK 笼:2) BREAK", "猫"])
+    ids, weights, *_ = read(chinese, ["红BREAK(灯BREAK 笼:2) BREAK", "猫"])
     assert ids[0, :, :3].tolist() == [[101, 5273, 102], [101, 4128, 102], [101, 5021, 102]]
     assert weights[0, :, 1].tolist() == [1, 2, 2]
     assert ids[1, 1:, :2].tolist() == [[101, 102]] * 2
@@ -136,7 +136,7 @@ def test_weighted_chinese_prompts_hold_no_unknown_token(chinese):
     prompts = ["（红：1.3）灯笼，[[雪夜]]，(屋檐下的(狗):0.8) BREAK ［猫］", r"\(红\)灯笼"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ids, weights, _ = read(chinese, prompts)
+        ids, weights, *_ = read(chinese, prompts)
     assert 100 not in ids and (weights[0] != 1).any()
     shown = chinese._tokenizer.convert_ids_to_tokens(ids[1, 0, 1:7].tolist())
     assert shown == ["(", "红", ")", "灯", "笼", "[SEP]"]
@@ -152,10 +152,10 @@ def test_characters_without_a_token_are_named_once_with_the_whole_prompt(chinese
 
 def test_reference(chinese, english):
     """Chinese weights are parsed, then dropped; full-width brackets are text; English weights count."""
-    ids, weights, _ = read(chinese, ["(红:1.5)灯笼", "（红）BREAK"], reference=True)
+    ids, weights, *_ = read(chinese, ["(红:1.5)灯笼", "（红）BREAK"], reference=True)
     assert ids[0, 0, :5].tolist() == [101, 5273, 4128, 5021, 102] and (weights == 1).all()
     assert chinese._tokenizer.convert_ids_to_tokens(ids[1, 0, 1:5].tolist()) == ["（", "红", "）", "break"]
-    ids, weights, _ = read(english, ["Batman: Dark Knight (Poster)"], reference=True)
+    ids, weights, *_ = read(english, ["Batman: Dark Knight (Poster)"], reference=True)
     assert weights[0, 0, :7].tolist() == [1, 1, 1, 1, 1, np.float32(1.1), 1]
 
 
@@ -217,7 +217,7 @@ def test_weights_through_the_tower(language, randomised, torch_params):
     params = {key: value + 0.5 if key.endswith("LayerNorm.bias") else value for key, value in params.items()}
     plain = SHORT[language]
     cond = encode(tokenizer, config, params, [f"({plain}:1.5)", plain])
-    ids, weights, _ = read(tokenizer, [f"({plain}:1.5)", plain])
+    ids, weights, *_ = read(tokenizer, [f"({plain}:1.5)", plain])
     states = np.asarray(encode_ids(config, params, ids).tokens)
     np.testing.assert_allclose(cond.tokens, by_formula(states, weights), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(cond.tokens[1], states[1])
@@ -229,7 +229,7 @@ def test_weights_compile_nothing_anew(randomised, torch_params):
     tokenizer = Tokenizer.from_pretrained(TOKENIZERS / "chinese")
     _, config, params = tower("chinese", tokenizer, randomised, torch_params)
     encode(tokenizer, config, params, ["(红:1.5)灯笼"])
-    programs = encode_ids.count(), weigh._cache_size()
+    programs = encode_windows.count(), weigh._cache_size()
     for prompt in ("红灯笼", "[雪]山", "((猫))", "(狗:-1)"):
         encode(tokenizer, config, params, [prompt])
-    assert (encode_ids.count(), weigh._cache_size()) == programs
+    assert (encode_windows.count(), weigh._cache_size()) == programs

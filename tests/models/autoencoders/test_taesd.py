@@ -19,6 +19,7 @@ from bdm_jax.sampling.batching import default_size
 from bdm_jax.sampling.generate import generate
 from bdm_jax.sampling.settings import Request, Sampling
 from bdm_jax.systems.components import Component
+from bdm_jax.systems.families import FAMILIES
 from bdm_jax.systems.pipeline import BridgePipeline
 from bdm_jax.text.tokenizer import Tokenizer
 
@@ -128,7 +129,8 @@ def test_pipeline_with_a_tiny_vae(seed, tmp_path):
         ),
     }
     parts = {name: Component(config, functional.init(config, seed)) for name, config in configs.items()}
-    BridgePipeline(**parts, tokenizer=tokenizer, schedule=DiscreteSchedule()).save_pretrained(tmp_path, "float32")
+    system = BridgePipeline(FAMILIES["sd15"], {**parts, "tokenizer": tokenizer}, DiscreteSchedule())
+    system.save_pretrained(tmp_path, "float32")
     theirs = StableDiffusionPipeline.from_pretrained(tmp_path, local_files_only=True)
     assert isinstance(theirs.vae, AutoencoderTiny)
 

@@ -1,0 +1,321 @@
+"""Whole systems, one row each: their parts, who reads which text, schedule, defaults, what diffusers calls them.
+
+This is the one place that lists the parts of systems by name: loading and saving, plug-ins, metadata and flags read
+their lists from it. Adding a system is adding a row (docs/architecture.md). Knows no JAX, so that a command line can be
+checked before it is loaded.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pkgutil import resolve_name
+from typing import Any
+
+from bdm_jax.models.config import (
+    BranchConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ControlNetConfig,
+    RobertaConfig,
+    T2IAdapterConfig,
+    TinyVAEConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from bdm_jax.text.towers import Reader, Tower
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network or a tokenizer of a system, under the name that its folder has.
+
+    Attributes:
+      name: of its folder, and of the pipeline's attribute.
+      configs: the config classes that may stand there; none for a tokenizer.
+      kinds: what else a network is called, by itself in a file, that may stand there (see `formats.detect`).
+      entry: (library, class) in model_index.json; None for what diffusers' pipelines do not have.
+      lora: what the keys of this network begin with in LoRA files in kohya's names, the one that is written first.
+      embedding: what files of textual inversion for several text encoders call this one.
+      pad: of a tokenizer that comes with no system of its own: the token that fills windows, if not its usual one.
+      mirrors: of a bridge's part: the backbone's part whose plug-ins may change this one in its place.
+      flag: help of the flag that names another in its place; "" for none.
+    """
+
+    name: str
+    configs: tuple[type, ...] = ()
+    kinds: tuple[str, ...] = ()
+    entry: tuple[str, str] | None = None
+    lora: tuple[str, ...] = ()
+    embedding: str | None = None
+    pad: str | None = None
+    mirrors: str | None = None
+    flag: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: a kind of system.
+
+    Attributes:
+      name: the key in `FAMILIES`.
+      title: what people call it.
+      backbone: the parts that there must be, in the order in which they are listed and loaded.
+      bridge: the parts that a branch adds: all of them or none.
+      readers: who reads which text; one whose parts are not there reads nothing.
+      schedule: class of the noise schedule, or "module:class" where importing it would load JAX; its defaults are the
+        system's.
+      sampler, guidance: the defaults.
+      pipeline_class, scheduler_class: diffusers' names of the system and of its usual scheduler.
+      index: what else model_index.json holds.
+    """
+
+    name: str
+    title: str
+    backbone: tuple[Part, ...]
+    readers: tuple[Reader, ...]
+    pipeline_class: str
+    scheduler_class: str = "DDIMScheduler"
+    bridge: tuple[Part, ...] = ()
+    schedule: str | type = "bdm_jax.diffusion.schedule:DiscreteSchedule"
+    sampler: str = "dpmpp-2m"
+    guidance: float = 7.5
+    index: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """All by name, the backbone's first."""
+        return {part.name: part for part in (*self.backbone, *self.bridge)}
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Names of the parts that are networks."""
+        return tuple(name for name, part in self.parts.items() if part.configs)
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """Names of the parts that are not."""
+        return tuple(name for name, part in self.parts.items() if not part.configs)
+
+    @property
+    def backbone_names(self) -> tuple[str, ...]:
+        """Names of the parts that there must be."""
+        return tuple(part.name for part in self.backbone)
+
+    @property
+    def bridge_names(self) -> tuple[str, ...]:
+        """Names of the parts that a branch adds."""
+        return tuple(part.name for part in self.bridge)
+
+    @property
+    def towers(self) -> tuple[Tower, ...]:
+        """The text encoders with their tokenizers, of all readers."""
+        return tuple(tower for reader in self.readers for tower in reader.towers)
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Names of the text encoders."""
+        return tuple(tower.encoder for tower in self.towers)
+
+    @property
+    def lora_networks(self) -> tuple[str, ...]:
+        """Names of the networks that plug-ins of the LoRA family may change."""
+        return tuple(name for name, part in self.parts.items() if part.lora)
+
+    @property
+    def zero_empty(self) -> bool:
+        """Whether an empty prompt of the backbone is zeros, unless a folder says otherwise."""
+        return any(reader.zero_empty for reader in self.readers)
+
+    def reader(self, source: str) -> Reader:
+        """The reader of a text. Raises KeyError for a text that the system does not have."""
+        found = {reader.source: reader for reader in self.readers}
+        return found[source]
+
+    def tower(self, encoder: str) -> Tower:
+        """How a text encoder is used. Raises KeyError for another part."""
+        return {tower.encoder: tower for tower in self.towers}[encoder]
+
+    def mirror(self, name: str) -> str:
+        """The bridge's part that stands for a part of the backbone; the part itself where there is none."""
+        return next((part.name for part in self.bridge if part.mirrors == name), name)
+
+    @property
+    def schedule_class(self) -> type:
+        """The class of its noise schedule; imports it."""
+        return resolve_name(self.schedule) if isinstance(self.schedule, str) else self.schedule
+
+
+_DIFFUSERS, _TRANSFORMERS = "diffusers", "transformers"
+_UNET = Part("unet", (UNetConfig,), entry=(_DIFFUSERS, "UNet2DConditionModel"), lora=("lora_unet_",))
+_VAE = Part(
+    "vae",
+    (VAEConfig, TinyVAEConfig),
+    entry=(_DIFFUSERS, "AutoencoderKL"),
+    flag="Another autoencoder: a component folder or a file.",
+)
+_CLIP = Part(
+    "text_encoder",
+    (CLIPTextConfig,),
+    entry=(_TRANSFORMERS, "CLIPTextModel"),
+    lora=("lora_te_", "lora_te1_"),
+    embedding="clip_l",
+    flag="Another English text encoder: a component folder or a file.",
+)
+_CLIP_TOKENIZER = Part("tokenizer", entry=(_TRANSFORMERS, "CLIPTokenizer"))
+_BRANCH = Part(
+    "branch",
+    (BranchConfig,),
+    kinds=("controlnet",),  # 360's branch calls itself a ControlNet
+    lora=("lora_branch_",),
+    mirrors="unet",
+    flag="Another branch: a component folder or a file.",
+)
+_CHINESE = Part(
+    "branch_text_encoder",
+    (RobertaConfig,),
+    lora=("lora_branch_te_",),
+    mirrors="text_encoder",
+    flag="Another text encoder for the branch: a component folder or a file.",
+)
+_CHINESE_TOKENIZER = Part("branch_tokenizer")
+_BIGG = Part(
+    "text_encoder_2",
+    (CLIPTextConfig,),
+    kinds=("text_encoder",),
+    entry=(_TRANSFORMERS, "CLIPTextModelWithProjection"),
+    lora=("lora_te2_",),
+    embedding="clip_g",
+    flag="Another second English text encoder (SDXL): a component folder or a file.",
+)
+
+SD15 = Family(
+    "sd15",
+    "SD1.x",
+    backbone=(_UNET, _VAE, _CLIP, _CLIP_TOKENIZER),
+    bridge=(_BRANCH, _CHINESE, _CHINESE_TOKENIZER),
+    readers=(
+        Reader("backbone", (Tower("text_encoder", "tokenizer"),)),
+        Reader("branch", (Tower("branch_text_encoder", "branch_tokenizer"),)),
+    ),
+    pipeline_class="StableDiffusionPipeline",
+    index={
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+    },
+)
+SDXL = Family(
+    "sdxl",
+    "SDXL",
+    backbone=(
+        *(_UNET, _VAE, _CLIP, _BIGG, _CLIP_TOKENIZER),
+        Part("tokenizer_2", entry=(_TRANSFORMERS, "CLIPTokenizer"), pad="!"),
+    ),
+    readers=(
+        Reader(
+            "backbone",
+            (
+                Tower("text_encoder", "tokenizer", layer=2, final_norm=False),
+                Tower("text_encoder_2", "tokenizer_2", layer=2, final_norm=False, pooled=True),
+            ),
+            zero_empty=True,
+        ),
+    ),
+    pipeline_class="StableDiffusionXLPipeline",
+    scheduler_class="EulerDiscreteScheduler",
+    sampler="euler-leading",
+    guidance=5.0,
+    index={"feature_extractor": [None, None], "image_encoder": [None, None]},
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in (SD15, SDXL)}
+
+# Networks that are no part of a system and are used beside one.
+BESIDE = (
+    Part("controlnet", (ControlNetConfig,)),
+    Part("t2i_adapter", (T2IAdapterConfig,)),
+    Part("image_encoder", (CLIPVisionConfig,)),
+)
+
+
+def parts() -> Iterator[Part]:
+    """Every part of every family, and those beside: each name once, as the first family has it."""
+    found = {}
+    for family in FAMILIES.values():
+        for name, part in family.parts.items():
+            found.setdefault(name, part)
+    yield from (*found.values(), *BESIDE)
+
+
+def part(name: str) -> Part:
+    """The part of that name. Raises KeyError for a name that no family has."""
+    return {part.name: part for part in parts()}[name]
+
+
+def other_kinds(name: str | None) -> tuple[str, ...]:
+    """What else a network is called in a file that may stand in the place of a part of that name."""
+    return next((part.kinds for part in parts() if part.name == name), ())
+
+
+def names() -> frozenset[str]:
+    """Names of all parts of all families."""
+    return frozenset(name for family in FAMILIES.values() for name in family.parts)
+
+
+def in_bridge(name: str) -> bool:
+    """Whether a part of that name is one that a branch adds."""
+    return any(name in family.bridge_names for family in FAMILIES.values())
+
+
+def tokenizer_of(encoder: str) -> str | None:
+    """The tokenizer of a text encoder; None for what is none."""
+    towers = (tower for family in FAMILIES.values() for tower in family.towers)
+    return next((tower.tokenizer for tower in towers if tower.encoder == encoder), None)
+
+
+def kind_of(config: Any) -> str:
+    """The first part in whose place a network of these sizes may stand. Raises KeyError where there is none."""
+    for part in parts():
+        if isinstance(config, part.configs):
+            return part.name
+    raise KeyError(type(config).__name__)
+
+
+def family_of(names: Iterable[str], pipeline_class: str | None = None) -> Family:
+    """The family of a set of parts: the one that diffusers calls so, or else the one that they are most of.
+
+    Parts that no family has count for none.
+    """
+    names = set(names)
+    for family in FAMILIES.values():
+        if family.pipeline_class == pipeline_class:
+            return family
+    known = {family.name: names & family.parts.keys() for family in FAMILIES.values()}
+    missing = {family.name: sum(part.name not in names for part in family.backbone) for family in FAMILIES.values()}
+    return max(FAMILIES.values(), key=lambda family: (len(known[family.name]), -missing[family.name]))
+
+
+def flags() -> dict[str, str]:
+    """The networks that a command may name others for -> the flag's help."""
+    return {part.name: part.flag for part in parts() if part.flag}
+
+
+def mirror(name: str) -> str:
+    """The bridge's part whose plug-ins may be those of a part of the backbone; the part itself where there is none."""
+    return next((part.name for part in parts() if part.mirrors == name), name)
+
+
+def lora_networks() -> tuple[str, ...]:
+    """Networks that plug-ins of the LoRA family may change, in the order in which a nameless one is looked for."""
+    return tuple(part.name for part in parts() if part.lora)
+
+
+def embedding_names() -> dict[str, str]:
+    """What files of textual inversion for several text encoders call them -> the part."""
+    return {part.embedding: part.name for part in parts() if part.embedding}
+
+
+def lora_prefixes() -> dict[str, str]:
+    """What the keys of LoRA files begin with -> the network: kohya's names, and diffusers' (the part's own)."""
+    changed = [part for part in parts() if part.lora]
+    kohya = {prefix: part.name for part in changed for prefix in part.lora}
+    return kohya | {f"{part.name}.": part.name for part in changed}

@@ -1,0 +1,235 @@
+"""Systems on disk: a diffusers-style pipeline folder, single files, parts from elsewhere in place of a system's own."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bdm_jax.diffusion import scheduler_config
+from bdm_jax.diffusion.schedule import Schedule
+from bdm_jax.errors import UserError, unknown
+from bdm_jax.formats.files import read_json
+from bdm_jax.formats.open import Found, find, pick_network
+from bdm_jax.models.config import to_json
+from bdm_jax.paths import TOKENIZERS, no_such
+from bdm_jax.systems import families
+from bdm_jax.systems.components import Component, config_of, load_found
+from bdm_jax.systems.families import Family
+from bdm_jax.text.tokenizer import Tokenizer
+
+SCHEDULE, INDEX = "scheduler_config.json", "model_index.json"
+_GUIDANCE, _MASKED, _ZERO_EMPTY = "_bdm_guidance", "_bdm_masked", "force_zeros_for_empty_prompt"
+# For text encoders that come without their tokenizer: vocabulary -> (bundled folder, tokens in a window).
+_BUNDLED = {49408: (TOKENIZERS / "clip", 77), 21128: (TOKENIZERS / "chinese", 52)}
+
+
+@dataclass(frozen=True)
+class FoundSystem:
+    """What a pipeline folder, a component folder or a file holds.
+
+    Attributes:
+      networks: by name, not yet in memory.
+      tokenizers: folder by name; None stands for the bundled one that fits the text encoder.
+      schedule: the noise schedule, None where nothing says it.
+      prediction: what the UNet predicts, where a single file says it.
+      pipeline_class: diffusers' name of the system.
+      settings: guidance, masked, zero_empty, those that are said.
+    """
+
+    networks: dict[str, Found] = field(default_factory=dict)
+    tokenizers: dict[str, Path | None] = field(default_factory=dict)
+    schedule: Schedule | None = None
+    prediction: str | None = None
+    pipeline_class: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def family(self) -> Family:
+        """The row that it is of."""
+        return families.family_of([*self.networks, *self.tokenizers], self.pipeline_class)
+
+
+def find_system(model: Path, variant: str | None = None) -> FoundSystem:
+    """Everything in a pipeline folder, a component folder or a file."""
+    if not model.exists():
+        raise no_such(model, "model folder")
+    if model.is_file() or (model / "config.json").is_file():
+        return _in_file(model, variant)
+    networks, tokenizers = {}, {}
+    for part in families.parts():
+        folder = model / part.name
+        if part.name in families.names() and folder.is_dir():
+            if part.configs:
+                networks[part.name] = pick_network(find(folder, variant), folder, part.name, part.kinds)
+            else:
+                tokenizers[part.name] = folder
+    schedule = load_schedule(model / "scheduler") if (model / "scheduler").is_dir() else None
+    if not networks and not tokenizers and schedule is None:
+        raise _not_whole(model, families.SD15.backbone_names)
+    return FoundSystem(networks, tokenizers, schedule, **_read_index(model / INDEX))
+
+
+def find_parts(
+    model: Path, backbone: Path | None, networks: Mapping[str, Path], variant: str | None = None
+) -> FoundSystem:
+    """A system with another backbone, and with other networks by name, in place of its own.
+
+    Of a backbone all that it has is taken, with its tokenizers and its guidance. A text encoder brings its tokenizer.
+    """
+    found = find_system(model, variant)
+    if backbone is not None:
+        found = _with_backbone(found, find_system(backbone, variant))
+    known = [part.name for part in families.parts() if part.configs and part.name in families.names()]
+    for name, path in networks.items():
+        if name not in known:
+            raise unknown("part of a system", name, known)
+        part = pick_network(find(path, variant), path, name, families.other_kinds(name))
+        beside = _tokenizer_beside(name, path)
+        found = replace(found, networks={**found.networks, name: part}, tokenizers={**found.tokenizers, **beside})
+    return found
+
+
+def load_parts(
+    model: Path, found: FoundSystem, dtype: str | None
+) -> tuple[Family, dict[str, Component | Tokenizer], Schedule]:
+    """Read all that was found into memory. Raises UserError, naming `model`, where a part is missing."""
+    family, tokenizers = found.family, dict(found.tokenizers)
+    for tower in family.towers:
+        if tower.encoder in found.networks and tokenizers.get(tower.tokenizer, "") is None:
+            words = config_of(found.networks[tower.encoder]).vocab_size
+            tokenizers[tower.tokenizer] = bundled_tokenizer(words, family.parts[tower.tokenizer].pad)
+    schedule = found.schedule
+    if schedule is None and found.prediction is not None:
+        schedule = family.schedule_class(prediction_type=found.prediction)
+    there = {**found.networks, **tokenizers, "scheduler": schedule}
+    names = (*family.backbone_names, "scheduler")
+    names += family.bridge_names if any(name in there for name in family.bridge_names) else ()
+    if missing := [name for name in names if there.get(name) is None]:
+        raise _not_whole(model, missing)
+    parts: dict[str, Component | Tokenizer] = {}
+    for name in names:
+        part = there[name]
+        if isinstance(part, Found):
+            parts[name] = load_found(part, dtype)
+        elif name != "scheduler":
+            parts[name] = part if isinstance(part, Tokenizer) else Tokenizer.from_pretrained(part)
+    return family, parts, schedule
+
+
+def model_index(
+    family: Family,
+    configs: Mapping[str, Any],
+    guidance: float | None = None,
+    masked: bool = False,
+    zero_empty: bool | None = None,
+) -> dict[str, Any]:
+    """model_index.json of a system whose networks have these configs; to diffusers, names with _ are nothing."""
+    zero_empty = family.zero_empty if zero_empty is None else zero_empty
+    entries = dict(family.index)
+    for name, part in family.parts.items():
+        if part.entry is not None:
+            library, cls = part.entry
+            values = to_json(configs[name]) if name in configs else {}
+            entries[name] = [library, values.get("_class_name", cls)]
+    return {
+        "_class_name": family.pipeline_class,
+        _GUIDANCE: family.guidance if guidance is None else guidance,
+        **({_MASKED: True} if masked else {}),
+        **({_ZERO_EMPTY: zero_empty} if family.zero_empty or zero_empty else {}),
+        **dict(sorted({**entries, "scheduler": ["diffusers", family.scheduler_class]}.items())),
+    }
+
+
+def scheduler_values(family: Family, schedule: Schedule) -> dict[str, Any]:
+    """scheduler_config.json of a system's schedule, under the name of the scheduler that diffusers reads it with."""
+    own = getattr(schedule, "to_json", None)
+    values = own() if own else scheduler_config.to_json(schedule)
+    return {**values, "_class_name": family.scheduler_class} if type(schedule) is family.schedule_class else values
+
+
+def load_schedule(folder: Path) -> Schedule:
+    """The noise schedule of a `scheduler` folder. Raises UserError or FileError that names its file.
+
+    It is of the class of the family that has such a scheduler, where that class reads it itself.
+    """
+    values = read_json(folder / SCHEDULE)
+    name, read = values.get("_class_name"), scheduler_config.from_json
+    for family in families.FAMILIES.values():
+        if family.scheduler_class == name:
+            read = getattr(family.schedule_class, "from_json", read)
+    try:
+        return read(values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / SCHEDULE}: {error}") from error
+
+
+def bundled_tokenizer(words: int, pad: str | None = None) -> Tokenizer | None:
+    """The tokenizer of a text encoder with that many tokens, for encoders that come without; None where none fits.
+
+    `pad`: the token that fills its windows, where it is another than the tokenizer's own.
+    """
+    if words not in _BUNDLED:
+        return None
+    folder, length = _BUNDLED[words]
+    return Tokenizer.from_pretrained(folder, length, pad)
+
+
+def _in_file(model: Path, variant: str | None) -> FoundSystem:
+    found = find(model, variant)
+    encoders = {name: tokenizer for name in found if (tokenizer := families.tokenizer_of(name)) is not None}
+    prediction = found["unet"].prediction if "unet" in found else None
+    if prediction is None and encoders:  # a whole SD1.x or SDXL model that says nothing predicts epsilon
+        prediction = "epsilon"
+    backbone = {name: tokenizer for name, tokenizer in encoders.items() if not families.in_bridge(name)}
+    return FoundSystem(found, dict.fromkeys(backbone.values()), prediction=prediction)
+
+
+def _with_backbone(found: FoundSystem, other: FoundSystem) -> FoundSystem:
+    networks = {name: part for name, part in other.networks.items() if not families.in_bridge(name)}
+    tokenizers = {name: part for name, part in other.tokenizers.items() if not families.in_bridge(name)}
+    settings = {name: value for name, value in found.settings.items() if name == "masked"}
+    settings |= {name: value for name, value in other.settings.items() if name != "masked"}
+    schedule, prediction = found.schedule, found.prediction
+    if other.schedule is not None or other.prediction is not None:
+        schedule, prediction = other.schedule, other.prediction
+    return FoundSystem(
+        {**found.networks, **networks},
+        {**found.tokenizers, **tokenizers},
+        schedule,
+        prediction,
+        other.pipeline_class or found.pipeline_class,
+        settings,
+    )
+
+
+def _tokenizer_beside(encoder: str, path: Path) -> dict[str, Path | None]:
+    """The tokenizer that a text encoder's folder holds or has beside it; None (a bundled one) where it has none."""
+    name = families.tokenizer_of(encoder)
+    if name is None:
+        return {}
+    files = ("tokenizer.json", "vocab.txt", "vocab.json")
+    inside = path.is_dir() and any((path / file).is_file() for file in files)
+    beside = path.parent / name if path.name == encoder else path / name
+    return {name: path if inside else beside if beside.is_dir() else None}
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """A folder that others made has no settings of its own, perhaps not even the file."""
+    values = read_json(path) if path.is_file() else {}
+    kinds = {
+        "guidance": (_GUIDANCE, int | float, "a number"),
+        "masked": (_MASKED, bool, "true or false"),
+        "zero_empty": (_ZERO_EMPTY, bool, "true or false"),
+    }
+    settings = {}
+    for name, (key, kind, what) in kinds.items():
+        if key in values:
+            value = values[key]
+            if not isinstance(value, kind) or (name == "guidance" and isinstance(value, bool)):
+                raise UserError(f"{path}: {key}={value!r} is not {what}")
+            settings[name] = float(value) if name == "guidance" else value
+    return {"pipeline_class": values.get("_class_name"), "settings": settings}
+
+
+def _not_whole(model: Path, missing) -> UserError:
+    return UserError(f"{model}: not a whole model folder; missing: {', '.join(missing)}")

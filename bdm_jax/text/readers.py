@@ -1,0 +1,115 @@
+"""A system's texts: read by one text encoder or by several, whose states are joined (see `towers` for how)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bdm_jax.errors import UserError
+from bdm_jax.models.unet.conditioning import Conditioning
+from bdm_jax.text import encode as one
+from bdm_jax.text.encode import Tokens
+from bdm_jax.text.towers import Reader, Tower
+
+Parts = Mapping[str, Any]  # a system's parts by name: networks as (config, params), and tokenizers
+
+__all__ = ["Parts", "Reader", "Tokens", "Tower", "check", "encode", "read"]
+
+
+def read(
+    reader: Reader, parts: Parts, prompts: Sequence[str], *, reference: bool = False, masked: bool = False
+) -> tuple[Tokens, ...]:
+    """Prompts -> tokens of each of the reader's towers; see `text.encode.read` for the arguments.
+
+    Where states are joined on width, a tower that needs fewer windows than another gets as many, of empty texts.
+    """
+    how = {"reference": reference, "masked": masked}
+    tokenizers = [parts[tower.tokenizer] for tower in reader.towers]
+    tokens = [one.read(tokenizer, prompts, **how) for tokenizer in tokenizers]
+    if reader.join == "width":
+        most = max(row.ids.shape[1] for row in tokens)
+        for i, tokenizer in enumerate(tokenizers):
+            if tokens[i].ids.shape[1] < most:
+                tokens[i] = one.read(tokenizer, prompts, windows=most, **how)
+    return tuple(tokens)
+
+
+def encode(
+    reader: Reader, parts: Parts, tokens: Sequence[Tokens], *, clip_skip: int = 1, reference: bool = False
+) -> Conditioning:
+    """Tokens of each tower -> the reader's text: states (B, S, D), pooled (B, P) where a tower gives it.
+
+    Args:
+      clip_skip: whose states to take: 1 the layer that the reader names, 2 the one before it, and so on.
+      reference: rescale weighted states unguarded (see `text.encode.weigh`).
+    """
+    conds = []
+    for tower, own in zip(reader.towers, tokens, strict=True):
+        window = parts[tower.tokenizer].format
+        cond = one.encode_tokens(
+            *parts[tower.encoder],
+            own,
+            layer=tower.layer + clip_skip - 1,
+            final_norm=tower.final_norm,
+            pooled=tower.pooled,
+            start=len(window.start),
+            end=len(window.end),
+            reference=reference,
+        )
+        conds.append(_without_empty(cond, own, parts[tower.tokenizer]) if reader.zero_empty else cond)
+    return conds[0] if len(conds) == 1 else _joined(conds, reader.join)
+
+
+def check(reader: Reader, parts: Parts) -> None:
+    """Raises UserError for parts that cannot be joined as the reader says."""
+    if reader.join == "width":
+        what, sizes = "tokens in a window", {t.tokenizer: parts[t.tokenizer].format.room for t in reader.towers}
+    else:
+        what, sizes = "text width", {t.encoder: parts[t.encoder].config.hidden_size for t in reader.towers}
+    (first, size), *others = sizes.items()
+    for name, other in others:
+        if other != size:
+            raise UserError(f"{first} and {name} cannot be joined on {reader.join}: {what} {size} and {other}")
+
+
+def width(reader: Reader, parts: Parts) -> int:
+    """Channels of the states that the reader gives."""
+    widths = [parts[tower.encoder].config.hidden_size for tower in reader.towers]
+    return sum(widths) if reader.join == "width" else widths[0]
+
+
+def pooled_width(reader: Reader, parts: Parts) -> int:
+    """Channels of the pooled vector that the reader gives; 0 without."""
+    configs = [parts[tower.encoder].config for tower in reader.towers if tower.pooled]
+    return sum(getattr(config, "projection_dim", None) or config.hidden_size for config in configs)
+
+
+def layers(reader: Reader, parts: Parts) -> int:
+    """How many layers the states may be taken from: the most that `clip_skip` may be."""
+    return min(parts[tower.encoder].config.num_hidden_layers + 1 - tower.layer for tower in reader.towers)
+
+
+def _without_empty(cond: Conditioning, tokens: Tokens, tokenizer) -> Conditioning:
+    """Zeros in place of the states of texts without content."""
+    blank = tokenizer.format.fill([], tokens.ids.shape[1])
+    empty = (np.asarray(tokens.ids) == blank).all(axis=(1, 2))
+    if not empty.any():
+        return cond
+    kept = jnp.asarray(~empty)
+    cond = replace(cond, tokens=jnp.where(kept[:, None, None], cond.tokens, 0))
+    return cond if cond.pooled is None else replace(cond, pooled=jnp.where(kept[:, None], cond.pooled, 0))
+
+
+def _joined(conds: Sequence[Conditioning], join: str) -> Conditioning:
+    tokens = jnp.concatenate([cond.tokens for cond in conds], axis=-1 if join == "width" else 1)
+    masks = [cond.mask for cond in conds]
+    if join == "width" or all(mask is None for mask in masks):
+        mask = masks[0]
+    else:
+        given = zip(masks, conds, strict=True)
+        masks = [jnp.ones(cond.tokens.shape[:2], bool) if mask is None else mask for mask, cond in given]
+        mask = jnp.concatenate(masks, axis=1)
+    pooled = [cond.pooled for cond in conds if cond.pooled is not None]
+    return Conditioning(tokens, mask, **({"pooled": jnp.concatenate(pooled, axis=-1)} if pooled else {}))
