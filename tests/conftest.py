@@ -81,8 +81,10 @@ def torch_params():
     Keys that begin with `drop` are left out; `prefix` is put before keys that lack it (transformers 5 names the CLIP
     text tower's parameters without the `text_model.` that every file carries).
     """
+    from bdm_jax.formats.detect import table_for
     from bdm_jax.formats.layouts import tree_from_torch
     from bdm_jax.models import functional
+    from bdm_jax.models.config import to_json
 
     def carry(module, config, *, drop="\0", prefix=""):
         tensors = {
@@ -90,7 +92,8 @@ def torch_params():
             for name, tensor in module.state_dict().items()
             if not name.startswith(drop) and not name.endswith(("position_ids", "token_type_ids"))
         }
-        return tree_from_torch(tensors, functional.abstract(config), type(module).__name__)
+        table = table_for(to_json(config))
+        return tree_from_torch(tensors, functional.abstract(config), type(module).__name__, table)
 
     return carry
 

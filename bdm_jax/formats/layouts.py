@@ -1,4 +1,4 @@
-"""PyTorch's array layouts and JAX's: a rename and a transpose per kind of leaf, and the exact way back.
+"""PyTorch's array layouts and JAX's: a rename and a transpose per kind of leaf, perhaps a split, and the way back.
 
 Here convolutions are HWIO and dense layers (in, out), under `kernel`; the weight of a norm is `scale`, of an embedding
 table `embedding`. PyTorch has OIHW and (out, in), and calls them all `weight`.
@@ -15,19 +15,20 @@ from bdm_jax.errors import FileError
 from bdm_jax.formats.files import Tensors, shown
 from bdm_jax.formats.tables import PLAIN, KeyTable
 
-_EMBEDDING = re.compile(r"(^|\.)\w*_embeddings?\.weight$")
 _TO_JAX = {2: (1, 0), 3: (2, 1, 0), 4: (2, 3, 1, 0)}
 _TO_TORCH = {2: (1, 0), 3: (2, 1, 0), 4: (3, 2, 0, 1)}
 
 
-def to_jax(key: str, array: np.ndarray) -> tuple[str, np.ndarray]:
-    """One leaf from PyTorch's name and layout to ours; the array may be a view."""
+def to_jax(key: str, array: np.ndarray, embedding: bool = False) -> tuple[str, np.ndarray]:
+    """One leaf from PyTorch's name and layout to ours; the array may be a view. `embedding`: a matrix is a table of
+    embeddings.
+    """
     stem = key.removesuffix("weight")
     if stem == key or not stem.endswith("."):
         return key, array
     if array.ndim == 1:
         return stem + "scale", array
-    if array.ndim == 2 and _EMBEDDING.search(key):
+    if array.ndim == 2 and embedding:
         return stem + "embedding", array
     if array.ndim not in _TO_JAX:
         return key, array
@@ -42,6 +43,17 @@ def to_torch(key: str, array: np.ndarray) -> tuple[str, np.ndarray]:
     if leaf == "kernel":
         return f"{stem}.weight", array.transpose(_TO_TORCH[array.ndim])
     return key, array
+
+
+def leaves(key: str, array: np.ndarray, table: KeyTable = PLAIN) -> dict[str, np.ndarray]:
+    """What a file's tensor is here: our names and layouts, views; none for a key that the table ignores.
+
+    Rows of a fused tensor that cannot be shared out evenly come whole under each name: they fit nowhere.
+    """
+    names = table.to_ours(key)
+    even = len(names) > 1 and array.ndim > 0 and len(array) % len(names) == 0
+    pieces = np.split(array, len(names)) if even else [array] * len(names)
+    return dict(_leaf(name, piece, table) for name, piece in zip(names, pieces, strict=True))
 
 
 @dataclass(frozen=True)
@@ -61,14 +73,11 @@ def fit(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any], table: K
     found: Tensors = {}
     ignored, twice = [], []
     for key, array in tensors.items():
-        here = table.here(key)
-        if here is None:
+        parts = leaves(key, array, table)
+        if not parts:
             ignored.append(key)
-            continue
-        here, array = to_jax(here, array)
-        if here in found:
-            twice.append(here)
-        found[here] = _as_wanted(array, expected.get(here))
+        twice += [name for name in parts if name in found]
+        found |= {name: _as_wanted(part, expected.get(name)) for name, part in parts.items()}
     wrong = [key for key in expected if key in found and found[key].shape != tuple(expected[key].shape)]
     return Fit(
         tree={key: found[key] for key in expected if key in found and key not in wrong},
@@ -108,14 +117,31 @@ def tree_from_torch(
 
 
 def tree_to_torch(params: Mapping[str, Any], table: KeyTable = PLAIN) -> Tensors:
-    """A flat tree of arrays of ours in PyTorch's layouts and a file's names, as NumPy arrays (views where possible)."""
-    tensors: Tensors = {}
+    """A flat tree of arrays of ours in PyTorch's layouts and a file's names, as NumPy arrays (views where possible).
+
+    Raises KeyError for a tree that has only some of the parts of a tensor that is one in the file.
+    """
+    torch: Tensors = {}
     for key, array in params.items():
         ours, array = to_torch(key, np.asarray(array))
         if array.ndim == 2 and re.fullmatch(table.convolutions, ours):
             array = array[..., None, None]
-        tensors[table.there(ours)] = array
+        if array.ndim == 2 and re.fullmatch(table.transposed, ours):
+            array = array.T
+        torch[ours] = array
+    tensors: Tensors = {}
+    for ours, array in torch.items():
+        theirs = table.to_theirs(ours)
+        if theirs not in tensors:
+            parts = table.parts(theirs)
+            tensors[theirs] = np.concatenate([torch[part] for part in parts]) if parts else array
     return tensors
+
+
+def _leaf(name: str, array: np.ndarray, table: KeyTable) -> tuple[str, np.ndarray]:
+    if array.ndim == 2 and re.fullmatch(table.transposed, name):
+        array = array.T
+    return to_jax(name, array, embedding=re.fullmatch(table.embeddings, name) is not None)
 
 
 def _as_wanted(array: np.ndarray, wanted: Any) -> np.ndarray:

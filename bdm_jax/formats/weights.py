@@ -2,8 +2,12 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from bdm_jax.errors import FileError
 from bdm_jax.formats.files import (
@@ -21,6 +25,19 @@ from bdm_jax.formats.pickles import is_checkpoint, state_dict
 
 _INDEX = re.compile(r"\.index(\.\w+)?\.json$")
 SOURCE_KEYS = "bdm_jax.names"  # in the header of a file in this library's layout: {our name: the name before}
+
+
+class FormerName(NamedTuple):
+    """What a tensor was called before it came into this library's layout: it was the `part`th of `parts` equal parts of
+    the rows of the tensor `key`, which held its matrix as (in, out) where it is `transposed`.
+    """
+
+    key: str
+    part: int = 0
+    parts: int = 1
+    transposed: bool = False
+
+
 _TAESD_FILES = ("taesd_encoder", "taesd_decoder")
 # Names of weights in a component folder, the safe format first.
 _STEMS = tuple(name.removesuffix(".safetensors") for name in (DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS))
@@ -44,7 +61,26 @@ class Weights:
     path: Path
     tensors: Tensors
     metadata: dict[str, str]
-    names: dict[str, str] = field(default_factory=dict)
+    names: dict[str, FormerName] = field(default_factory=dict)
+
+    def as_before(self) -> Tensors:
+        """The tensors under the names that they had before they came into this library's layout, and fused as then.
+
+        Raises FileError that names a fused tensor of which a part is missing.
+        """
+        before: dict[str, dict[int, np.ndarray]] = {}
+        counts: dict[str, int] = {}
+        for key, array in self.tensors.items():
+            name = self.names.get(key, FormerName(key))
+            before.setdefault(name.key, {})[name.part] = array.T if name.transposed else array
+            counts[name.key] = name.parts
+        for key, parts in before.items():
+            if sorted(parts) != list(range(counts[key])):
+                raise FileError(f"{self.path}: {shown(key)} was one tensor of {counts[key]} parts, not all are here")
+        return {
+            key: parts[0] if len(parts) == 1 else np.concatenate([parts[i] for i in sorted(parts)])
+            for key, parts in before.items()
+        }
 
 
 def read_weights(path: str | Path, variant: str | None = None) -> Weights:
@@ -78,18 +114,29 @@ def is_taesd(path: Path) -> bool:
 def _from_jax(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Weights:
     """The tensors of a file in this library's layout, in PyTorch's, under our names with `weight` at their end."""
     try:
-        before = json.loads(metadata.get(SOURCE_KEYS, "{}"))
-        assert all(isinstance(name, str) for name in before.values())
-    except (ValueError, AttributeError, AssertionError, RecursionError) as error:
+        before = {key: _former_name(value) for key, value in json.loads(metadata.get(SOURCE_KEYS, "{}")).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FileError(f"{path}: {SOURCE_KEYS} in its header is not a table of names") from error
     torch, names = {}, {}
     for key, array in tensors.items():
         name, torch_array = to_torch(key, array)
         torch[name] = torch_array
-        names[name] = before.get(key, name)
-    if len(set(names.values())) < len(tensors):
+        names[name] = before.get(key, FormerName(name))
+    if len({(name.key, name.part) for name in names.values()}) < len(tensors):
         raise FileError(f"{path}: two tensors had the same name")
     return Weights(path, torch, metadata, names)
+
+
+def names_in_header(names: Mapping[str, FormerName]) -> str:
+    """What a file in this library's layout keeps under `SOURCE_KEYS`."""
+    return json.dumps({key: name.key if name == FormerName(name.key) else list(name) for key, name in names.items()})
+
+
+def _former_name(value: Any) -> FormerName:
+    name = FormerName(value) if isinstance(value, str) else FormerName(*value)
+    if [type(part) for part in name] != [str, int, int, bool] or not 0 <= name.part < name.parts:
+        raise ValueError(f"{value!r} is no name")
+    return name
 
 
 def _file_in(folder: Path, variant: str | None) -> Path:

@@ -7,11 +7,13 @@ import torch
 
 from bdm_jax.formats.detect import detect
 from bdm_jax.formats.layouts import tree_to_torch
-from bdm_jax.formats.tables import CLIP_TEXT, ldm_controlnet, ldm_unet, ldm_vae
+from bdm_jax.formats.networks.autoencoders import ldm_vae
+from bdm_jax.formats.networks.clip import CLIP_TEXT
+from bdm_jax.formats.networks.unet import ldm_controlnet, ldm_unet
 from bdm_jax.models import config as configs
 from bdm_jax.models.functional import abstract
 
-LEVELS, LAYERS = configs.SD15_UNET.attention_levels, configs.SD15_UNET.layers_per_block
+LEVELS, LAYERS = configs.SD15_UNET.transformer_layers, configs.SD15_UNET.layers_per_block
 
 
 def shapes(config, table=None, prefix=""):

@@ -10,11 +10,15 @@ import transformers
 from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPTextModel
 
 from bdm_jax.errors import FileError
+from bdm_jax.formats.detect import table_for
 from bdm_jax.formats.layouts import to_jax, to_torch, tree_from_torch, tree_to_torch
-from bdm_jax.formats.tables import BRANCH, CHINESE_TEXT, CLIP_TEXT, PLAIN, table_for
+from bdm_jax.formats.networks.bert import CHINESE_TEXT
+from bdm_jax.formats.networks.clip import CLIP_TEXT
+from bdm_jax.formats.networks.unet import BRANCH
+from bdm_jax.formats.tables import PLAIN
 from bdm_jax.models import config, functional
 
-ENCODER = dict(block_out_channels=(16, 32), attention_levels=(True, False), num_heads=2, norm_num_groups=8)
+ENCODER = dict(block_out_channels=(16, 32), transformer_layers=(1, 0), num_heads=2, norm_num_groups=8)
 CONFIGS = {
     "unet": config.UNetConfig(**ENCODER, cross_attention_dim=24),
     "branch": config.BranchConfig(**ENCODER, cross_attention_dim=40),
@@ -56,7 +60,7 @@ def test_there_and_back_is_exact(name, dtype):
     table = table_for(config.to_json(CONFIGS[name]))
     tree = tree_from_torch(tensors, functional.abstract(CONFIGS[name]), name, table)
     back = tree_to_torch(tree)
-    kept = {table.here(key): value for key, value in tensors.items() if table.here(key)}
+    kept = {ours: value for key, value in tensors.items() for ours in table.to_ours(key)}
     assert back.keys() == kept.keys()
     for key, value in kept.items():
         assert back[key].dtype == value.dtype and back[key].tobytes() == value.tobytes(), key
@@ -77,7 +81,7 @@ def test_there_and_back_is_exact(name, dtype):
 )
 def test_leaf_kinds(key, shape, ours, our_shape, rng):
     array = rng.standard_normal(shape)
-    name, value = to_jax(key, array)
+    name, value = to_jax(key, array, embedding="_embedding" in key and "time" not in key)
     assert (name, value.shape) == (ours, our_shape)
     back, original = to_torch(name, value)
     assert back == key and np.array_equal(original, array)
@@ -101,14 +105,17 @@ def test_wrong_keys_are_named_and_counted():
 
 
 def test_tables():
-    assert CLIP_TEXT.here("embeddings.token_embedding.weight") == "text_model.embeddings.token_embedding.weight"
-    assert CLIP_TEXT.here("text_model.final_layer_norm.bias") == "text_model.final_layer_norm.bias"
-    assert CLIP_TEXT.here("text_model.embeddings.position_ids") is None
-    assert CHINESE_TEXT.here("text_model.encoder.layer.0.output.dense.bias") == "encoder.layer.0.output.dense.bias"
+    assert CLIP_TEXT.to_ours("embeddings.token_embedding.weight") == ("text_model.embeddings.token_embedding.weight",)
+    assert CLIP_TEXT.to_ours("text_model.final_layer_norm.bias") == ("text_model.final_layer_norm.bias",)
+    assert CLIP_TEXT.to_ours("text_projection.weight") == ("text_projection.weight",)
+    assert CLIP_TEXT.to_theirs("text_projection.weight") == "text_projection.weight"
+    assert CLIP_TEXT.to_ours("text_model.embeddings.position_ids") == ()
+    bias = "encoder.layer.0.output.dense.bias"
+    assert CHINESE_TEXT.to_ours(f"text_model.{bias}") == (bias,)
     for ignored in ("pooler.dense.weight", "text_model.pooler.dense.bias", "vision_model.x", "text_projection.weight"):
-        assert CHINESE_TEXT.here(ignored) is None
-    assert BRANCH.here("controlnet_cond_embedding.conv_in.weight") is None
-    assert BRANCH.here("controlnet_down_blocks.0.weight") == "controlnet_down_blocks.0.weight"
+        assert CHINESE_TEXT.to_ours(ignored) == ()
+    assert BRANCH.to_ours("controlnet_cond_embedding.conv_in.weight") == ()
+    assert BRANCH.to_ours("controlnet_down_blocks.0.weight") == ("controlnet_down_blocks.0.weight",)
     assert table_for({"_class_name": "ControlNetModel"}) is PLAIN
 
 

@@ -9,16 +9,16 @@ from diffusers.loaders import single_file_utils as theirs
 from bdm_jax.formats.detect import detect
 from bdm_jax.formats.files import write_json, write_safetensors
 from bdm_jax.formats.layouts import tree_from_torch, tree_to_torch
-from bdm_jax.formats.tables import CLIP_TEXT, OLD_VAE, ldm_controlnet, ldm_unet, ldm_vae
+from bdm_jax.formats.networks.autoencoders import OLD_VAE, ldm_vae
+from bdm_jax.formats.networks.clip import CLIP_TEXT
+from bdm_jax.formats.networks.unet import ldm_controlnet, ldm_unet
 from bdm_jax.models import config as configs
 from bdm_jax.models.functional import abstract
 
 UNETS = {
-    "sd15 plan": dict(block_out_channels=(8, 16, 16, 16), attention_levels=(True, True, True, False)),
-    "two levels": dict(block_out_channels=(8, 16), attention_levels=(False, True), layers_per_block=1),
-    "attention everywhere": dict(
-        block_out_channels=(8, 8, 16), attention_levels=(True, True, True), layers_per_block=3
-    ),
+    "sd15 plan": dict(block_out_channels=(8, 16, 16, 16), transformer_layers=(1, 1, 1, 0)),
+    "two levels": dict(block_out_channels=(8, 16), transformer_layers=(0, 1), layers_per_block=1),
+    "attention everywhere": dict(block_out_channels=(8, 8, 16), transformer_layers=(1, 1, 1), layers_per_block=3),
 }
 SIZES = dict(num_heads=2, norm_num_groups=4, cross_attention_dim=12)
 
@@ -46,7 +46,7 @@ def values(config):
 def test_ldm_unet_is_what_diffusers_converts(name, rng):
     config = configs.UNetConfig(**UNETS[name], **SIZES)
     tree = drawn(config, rng)
-    ldm = tree_to_torch(tree, ldm_unet(config.attention_levels, config.layers_per_block))
+    ldm = tree_to_torch(tree, ldm_unet(config.transformer_layers, config.layers_per_block))
     prefixed = as_torch({f"model.diffusion_model.{key}": array for key, array in ldm.items()})
     same(tree_to_torch(tree), theirs.convert_ldm_unet_checkpoint(prefixed, values(config)))
 
@@ -55,7 +55,7 @@ def test_ldm_unet_is_what_diffusers_converts(name, rng):
 def test_original_controlnet_is_what_diffusers_converts(name, rng):
     config = configs.ControlNetConfig(**UNETS[name], **SIZES)
     tree = drawn(config, rng)
-    original = tree_to_torch(tree, ldm_controlnet(config.attention_levels, config.layers_per_block))
+    original = tree_to_torch(tree, ldm_controlnet(config.transformer_layers, config.layers_per_block))
     prefixed = as_torch({f"control_model.{key}": array for key, array in original.items()})
     same(tree_to_torch(tree), theirs.convert_controlnet_checkpoint(prefixed, values(config)))
 
@@ -100,7 +100,7 @@ def test_every_name_comes_back(name, rng):
     ):
         config = cls(**UNETS[name], **SIZES)
         tree = drawn(config, rng)
-        file = tree_to_torch(tree, make(config.attention_levels, config.layers_per_block))
+        file = tree_to_torch(tree, make(config.transformer_layers, config.layers_per_block))
         (part,) = detect({prefix + key: array.shape for key, array in file.items()}).parts
         same(tree_from_torch(file, abstract(config), name, part.table), tree)
         told = configs.from_json({**part.config, "attention_head_dim": 2, "norm_num_groups": 4})

@@ -34,6 +34,20 @@ UNETS = {
         ),
         (3, 11, 10),
     ),
+    # SDXL's plan: depth and heads per level, dense projections, pooled text and size ids added to the time embedding.
+    "sdxl-plan": (
+        UNetConfig(
+            block_out_channels=(16, 24, 32),
+            transformer_layers=(0, 1, 2),
+            num_heads=(2, 3, 4),
+            cross_attention_dim=20,
+            norm_num_groups=4,
+            use_linear_projection=True,
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 10,
+        ),
+        (2, 8, 12),
+    ),
 }
 
 
@@ -44,14 +58,23 @@ class Inputs:
     latents: np.ndarray
     t: np.ndarray
     tokens: np.ndarray
+    pooled: np.ndarray | None = None
+    time_ids: np.ndarray | None = None
 
     @property
     def cond(self):
-        return Conditioning(self.tokens)
+        return Conditioning(self.tokens, pooled=self.pooled, time_ids=self.time_ids)
 
     def torch(self):
         latents = torch.from_numpy(np.ascontiguousarray(np.moveaxis(self.latents, -1, 1)))
         return latents, torch.from_numpy(self.t), torch.from_numpy(self.tokens)
+
+    def added(self):
+        """The keyword in which diffusers takes the pooled text and the size ids."""
+        if self.pooled is None:
+            return {}
+        parts = {"text_embeds": self.pooled, "time_ids": self.time_ids}
+        return {"added_cond_kwargs": {name: torch.from_numpy(part) for name, part in parts.items()}}
 
 
 @pytest.fixture(params=UNETS)
@@ -71,11 +94,15 @@ def inputs(rng):
     """A function from (config, latents' size, tokens) to random Inputs, a different timestep for each sample."""
 
     def draw(config, size, length=7):
-        batch = size[0]
+        batch, added = size[0], {}
+        if config.has_addition:
+            added["pooled"] = rng.standard_normal((batch, config.pooled_dim), dtype=np.float32)
+            added["time_ids"] = rng.integers(0, 1025, (batch, 6)).astype(np.float32)
         return Inputs(
             latents=rng.standard_normal((*size, config.in_channels), dtype=np.float32),
             t=rng.integers(0, 1000, batch).astype(np.int32),
-            tokens=rng.standard_normal((batch, length, config.cross_attention_dim), dtype=np.float32),
+            tokens=rng.standard_normal((batch, length, config.text_dim), dtype=np.float32),
+            **added,
         )
 
     return draw

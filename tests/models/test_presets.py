@@ -4,21 +4,37 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import nn
-from transformers import ChineseCLIPTextConfig, CLIPTextModel
+from transformers import ChineseCLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers import CLIPTextConfig as HFCLIPTextConfig
 from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPTextModel
 
 from bdm_jax.models import functional
 from bdm_jax.models.config import (
     BDM_BRANCH,
+    BDM_SDXL_BRANCH,
     CHINESE_CLIP_H_TEXT,
     CLIP_L_TEXT,
+    KOLORS_UNET,
+    OPENCLIP_BIGG_TEXT,
     SD15_CONTROLNET,
     SD15_UNET,
     SD15_VAE,
+    SDXL_UNET,
+    branch_config,
 )
 
 WIDTHS = (320, 640, 1280, 1280)
+SDXL = dict(
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    attention_head_dim=(5, 10, 20),
+    transformer_layers_per_block=(1, 2, 10),
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+)
+SDXL_UP = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 
 # Our preset, the reference network written out by hand (not from our config.json), tensors, parameters.
 # The Chinese tower: bdm.md counts 2,048 more; transformers' own class is the authority.
@@ -68,6 +84,40 @@ PRESETS = {
         196,
         123_060_480,
     ),
+    "sdxl-unet": (
+        SDXL_UNET,
+        lambda: UNet2DConditionModel(**SDXL, up_block_types=SDXL_UP, projection_class_embeddings_input_dim=2816),
+        1680,
+        2_567_463_684,
+    ),
+    "kolors-unet": (
+        KOLORS_UNET,
+        lambda: UNet2DConditionModel(
+            **SDXL,
+            up_block_types=SDXL_UP,
+            projection_class_embeddings_input_dim=5632,
+            encoder_hid_dim=4096,
+            encoder_hid_dim_type="text_proj",
+        ),
+        1682,
+        2_579_458_820,
+    ),
+    "openclip-bigg-text": (
+        OPENCLIP_BIGG_TEXT,
+        lambda: CLIPTextModelWithProjection(
+            HFCLIPTextConfig(
+                vocab_size=49408,
+                hidden_size=1280,
+                intermediate_size=5120,
+                num_hidden_layers=32,
+                num_attention_heads=20,
+                hidden_act="gelu",
+                projection_dim=1280,
+            )
+        ),
+        517,
+        694_659_840,
+    ),
     "chinese-clip-h-text": (
         CHINESE_CLIP_H_TEXT,
         lambda: ChineseCLIPTextModel(
@@ -99,6 +149,23 @@ def test_preset_has_the_published_tensors(name):
     assert {key: value.shape for key, value in ours.items()} == expected
     assert len(ours) == tensors
     assert functional.count(ours) == parameters
+
+
+def test_bdm_sdxl_branch_has_the_published_size():
+    """An SDXL ControlNet without its hint network, behind two projections without bias (bdm.md, part 5)."""
+    with torch.device("meta"):
+        expected = expected_shapes(ControlNetModel(**SDXL, projection_class_embeddings_input_dim=2816))
+    expected = {key: shape for key, shape in expected.items() if not key.startswith("controlnet_cond_embedding.")}
+    expected |= {
+        "prompt_embeds_projection.kernel": (1792, 2048),
+        "pooled_prompt_embeds_projection.kernel": (1024, 1280),
+    }
+    ours = functional.abstract(BDM_SDXL_BRANCH)
+    assert {key: value.shape for key, value in ours.items()} == expected
+    assert (len(ours), functional.count(ours)) == (830, 1_254_908_416)
+    assert branch_config(SDXL_UNET, 1792, 1024) == BDM_SDXL_BRANCH
+    with pytest.raises(ValueError, match="pooled text"):
+        branch_config(SDXL_UNET, 1792)
 
 
 def test_vae_encoder_has_the_published_size():

@@ -36,7 +36,7 @@ def run_torch(module, x):
     """The ControlNet's residuals for a picture that its zero hint embedding does not see."""
     latents, t, tokens = x.torch()
     picture = torch.rand(latents.shape[0], 3, 8 * latents.shape[2], 8 * latents.shape[3])
-    return module(latents, t, tokens, picture, return_dict=False)
+    return module(latents, t, tokens, picture, return_dict=False, **x.added())
 
 
 def test_residuals_equal_diffusers(unet_case, branch_twin, torch_params, inputs, apply, assert_parity, nhwc):
@@ -63,7 +63,8 @@ def test_branch_and_backbone_equal_diffusers(
     residuals = apply(config, torch_params(branch, config, drop=HINT), chinese.latents, chinese.t, chinese.cond)
     ours = apply(unet_config, torch_params(unet, unet_config), english.latents, english.t, english.cond, residuals)
     skips, mid = run_torch(branch, chinese)
-    expected = unet(*english.torch(), down_block_additional_residuals=skips, mid_block_additional_residual=mid).sample
+    added = {"down_block_additional_residuals": skips, "mid_block_additional_residual": mid, **english.added()}
+    expected = unet(*english.torch(), **added).sample
     assert_parity(ours, nhwc(expected))
 
 

@@ -16,6 +16,6 @@ def test_residuals_equal_diffusers(unet_case, twin, torch_params, inputs, apply,
     x = inputs(config, size)
     hint = rng.random((size[0], 8 * size[1], 8 * size[2], 3), dtype=np.float32)
     ours = apply(config, torch_params(reference, config), x.latents, x.t, x.cond, hint)
-    skips, mid = reference(*x.torch(), torch.from_numpy(hint).permute(0, 3, 1, 2), return_dict=False)
+    skips, mid = reference(*x.torch(), torch.from_numpy(hint).permute(0, 3, 1, 2), return_dict=False, **x.added())
     for mine, theirs in zip((*ours.skips, ours.mid), (*skips, mid), strict=True):
         assert_parity(mine, nhwc(theirs))

@@ -8,7 +8,7 @@ import torch
 from diffusers import T2IAdapter
 
 from bdm_jax.formats.layouts import to_torch, tree_from_torch, tree_to_torch
-from bdm_jax.formats.tables import original_t2i_adapter
+from bdm_jax.formats.networks.t2i_adapter import original_t2i_adapter
 from bdm_jax.models import functional
 from bdm_jax.models.config import T2IAdapterConfig, UNetConfig
 from bdm_jax.models.unet.t2i_adapter import unshuffle

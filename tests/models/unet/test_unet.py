@@ -15,7 +15,7 @@ def test_prediction_equals_diffusers(unet_case, twin, torch_params, inputs, appl
     reference = twin(config)
     x = inputs(config, size)
     ours = apply(config, torch_params(reference, config), x.latents, x.t, x.cond)
-    assert_parity(ours, nhwc(reference(*x.torch()).sample))
+    assert_parity(ours, nhwc(reference(*x.torch(), **x.added()).sample))
 
 
 def test_injected_residuals_equal_diffusers(
@@ -35,10 +35,11 @@ def test_injected_residuals_equal_diffusers(
         tokens,
         down_block_additional_residuals=tuple(nchw(r) for r in residuals.skips),
         mid_block_additional_residual=nchw(residuals.mid),
+        **x.added(),
     ).sample
     ours = apply(config, params, x.latents, x.t, x.cond, residuals)
     assert_parity(ours, nhwc(expected))
-    plain = nhwc(reference(latents, t, tokens).sample)
+    plain = nhwc(reference(latents, t, tokens, **x.added()).sample)
     assert np.abs(np.asarray(ours) - plain).max() > 1e-2 * np.abs(plain).max()
 
 
