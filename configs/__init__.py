@@ -4,9 +4,12 @@ the cost.
 
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING
 
 from bdm_jax.errors import unknown
-from bdm_jax.training.config import TrainConfig
+
+if TYPE_CHECKING:  # names alone need no JAX
+    from bdm_jax.training.config import TrainConfig
 
 
 def names() -> list[str]:
@@ -14,7 +17,7 @@ def names() -> list[str]:
     return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__) if module.name != "demo")
 
 
-def load(name: str) -> TrainConfig:
+def load(name: str) -> "TrainConfig":
     """The run of that name.
 
     Raises:

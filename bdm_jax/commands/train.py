@@ -19,16 +19,17 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    import tyro
-
     from bdm_jax import configs
-    from bdm_jax.runtime.processes import initialize, is_first
 
     name = command_line.called("train.py")
     if not arguments or arguments[0].startswith("-"):
         print(f"usage: {name} CONFIG [options]\n       {name} CONFIG --explain\n       {name} CONFIG --help")
         print(f"\nconfigs: {', '.join(configs.names())}")
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+    import tyro
+
+    from bdm_jax.runtime.processes import initialize, is_first
+
     only_explain = "--explain" in arguments
     flags = [argument for argument in arguments[1:] if argument != "--explain"]
     default, marks = configs.load(arguments[0]), (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
