@@ -1,5 +1,6 @@
 """What a step costs on a slice: read from the program that is compiled for it, or by arithmetic from another one's."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -24,6 +25,7 @@ from bdm_jax.runtime.sharding import AXES, batch_ways
 from bdm_jax.training.config import TrainConfig
 
 _SWEEP_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+_SETTING = "jax_exec_time_optimization_effort"
 _EFFORT = -1.0  # of the compiler, from -1 to 1
 _NEEDED = re.compile(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm")
 
@@ -191,19 +193,31 @@ def _compiled(lowered: Any, where: Slice, parts: int) -> CompiledStep:
     return program
 
 
+@contextlib.contextmanager
+def _least_effort() -> Iterator[None]:
+    """The compiler at its lowest effort, in versions of JAX that have the setting (0.12 has not)."""
+    usual = getattr(jax.config, _SETTING, None)
+    if usual is None:
+        yield
+        return
+    jax.config.update(_SETTING, _EFFORT)
+    try:
+        yield
+    finally:
+        jax.config.update(_SETTING, usual)
+
+
 def _compile(lowered: Any, parts: int) -> CompiledStep:
     """`parts`: how often the loop over the parts of a batch runs, whose work the compiler's costs have once."""
-    began, effort = time.monotonic(), jax.config.jax_exec_time_optimization_effort
+    began = time.monotonic()
     try:
-        jax.config.update("jax_exec_time_optimization_effort", _EFFORT)
-        compiled = lowered.compile()
+        with _least_effort():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if not (match := _NEEDED.search(str(error))):
             raise
         scale = {"K": 2**10, "M": 2**20, "G": 2**30}[match[2]]
         return CompiledStep(needed=int(float(match[1]) * scale), seconds=time.monotonic() - began)
-    finally:
-        jax.config.update("jax_exec_time_optimization_effort", effort)
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return CompiledStep(
         flops=parts * float(cost["flops"]),
