@@ -113,7 +113,7 @@ def _of_one_family(
     """The parts, with what only the family of the denoising network tells of an autoencoder beside it."""
     denoisers = [part for part in parts if part.kind in ("unet", "controlnet", "branch")]
     family = next((part.family for part in (denoisers or parts)), "")
-    base = next((name for name in autoencoders.SCALING if family.startswith(name)), None)
+    base = next((name for name in autoencoders.FAMILIES if family.startswith(name)), None)
     settled = [
         autoencoders.of_family(part, base, metadata) if part.kind == "vae" and denoisers and base else part
         for part in parts

@@ -39,7 +39,7 @@ FULL = {
         "SD1.x controlnet (original)",
     ),
     "360's branch": (shapes(configs.BDM_BRANCH), {"branch": configs.BDM_BRANCH}, "BDM branch (diffusers)"),
-    "vae": (shapes(configs.SD15_VAE), {"vae": configs.SD15_VAE}, "SD1.x or SD2.x vae (diffusers)"),
+    "vae": (shapes(configs.SD15_VAE), {"vae": configs.SD15_VAE}, "SD1.x, SD2.x or SDXL vae (diffusers)"),
     "clip": (shapes(configs.CLIP_L_TEXT), {"text_encoder": configs.CLIP_L_TEXT}, "CLIP ViT-L/14 text_encoder"),
     "chinese": (
         shapes(configs.CHINESE_CLIP_H_TEXT),
@@ -54,7 +54,7 @@ FULL = {
     "single file": (
         LDM,
         {"unet": configs.SD15_UNET, "vae": configs.SD15_VAE, "text_encoder": configs.CLIP_L_TEXT},
-        "SD1.x unet (ldm), SD1.x or SD2.x vae (ldm), CLIP ViT-L/14 text_encoder (ldm)",
+        "SD1.x unet (ldm), SD1.x vae (ldm), CLIP ViT-L/14 text_encoder (ldm)",
     ),
 }
 

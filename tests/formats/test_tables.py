@@ -1,9 +1,7 @@
 """The tables of other layouts against diffusers' own converters, and there and back by name."""
 
 import diffusers
-import numpy as np
 import pytest
-import torch
 from diffusers.loaders import single_file_utils as theirs
 
 from bdm_jax.formats.detect import detect
@@ -23,27 +21,12 @@ UNETS = {
 SIZES = dict(num_heads=2, norm_num_groups=4, cross_attention_dim=12)
 
 
-def drawn(config, rng):
-    """A random tree for a config, in our names."""
-    return {key: rng.standard_normal(leaf.shape, np.float32) for key, leaf in abstract(config).items()}
-
-
-def as_torch(tensors):
-    return {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in tensors.items()}
-
-
-def same(ours, reference):
-    assert ours.keys() == reference.keys()
-    for key, array in ours.items():
-        np.testing.assert_array_equal(array, np.asarray(reference[key]).reshape(array.shape), err_msg=key)
-
-
 def values(config):
     return {key: value for key, value in configs.to_json(config).items() if key != "bdm_branch"}
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_ldm_unet_is_what_diffusers_converts(name, rng):
+def test_ldm_unet_is_what_diffusers_converts(name, rng, drawn, same, as_torch):
     config = configs.UNetConfig(**UNETS[name], **SIZES)
     tree = drawn(config, rng)
     ldm = tree_to_torch(tree, ldm_unet(config.transformer_layers, config.layers_per_block))
@@ -52,7 +35,7 @@ def test_ldm_unet_is_what_diffusers_converts(name, rng):
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_original_controlnet_is_what_diffusers_converts(name, rng):
+def test_original_controlnet_is_what_diffusers_converts(name, rng, drawn, same, as_torch):
     config = configs.ControlNetConfig(**UNETS[name], **SIZES)
     tree = drawn(config, rng)
     original = tree_to_torch(tree, ldm_controlnet(config.transformer_layers, config.layers_per_block))
@@ -61,7 +44,7 @@ def test_original_controlnet_is_what_diffusers_converts(name, rng):
 
 
 @pytest.mark.parametrize("plan", [((4, 8, 8, 8), 2), ((4, 8), 1), ((4, 4, 8, 8, 8), 3)])
-def test_ldm_vae_is_what_diffusers_converts(plan, rng):
+def test_ldm_vae_is_what_diffusers_converts(plan, rng, drawn, same, as_torch):
     config = configs.VAEConfig(block_out_channels=plan[0], layers_per_block=plan[1], norm_num_groups=4)
     tree = drawn(config, rng)
     ldm = tree_to_torch(tree, ldm_vae(len(plan[0]), plan[1]))
@@ -70,7 +53,7 @@ def test_ldm_vae_is_what_diffusers_converts(plan, rng):
     same(tree_to_torch(tree), theirs.convert_ldm_vae_checkpoint(prefixed, values(config)))
 
 
-def test_ldm_text_tower_is_what_diffusers_converts(rng):
+def test_ldm_text_tower_is_what_diffusers_converts(rng, drawn, same, as_torch):
     config = configs.CLIPTextConfig(
         vocab_size=40, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
     )
@@ -79,7 +62,7 @@ def test_ldm_text_tower_is_what_diffusers_converts(rng):
     same(tree_to_torch(tree), theirs.convert_ldm_clip_checkpoint(as_torch(ldm)))
 
 
-def test_attention_names_before_diffusers_015(rng, tmp_path):
+def test_attention_names_before_diffusers_015(rng, tmp_path, drawn, same):
     """What diffusers reads from a file with the old names is what is read here."""
     config = configs.VAEConfig(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=4)
     tree = drawn(config, rng)
@@ -92,7 +75,7 @@ def test_attention_names_before_diffusers_015(rng, tmp_path):
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_every_name_comes_back(name, rng):
+def test_every_name_comes_back(name, rng, drawn, same):
     """Reading what was written gives the tree, and the file alone tells the plan."""
     for cls, make, prefix in (
         (configs.UNetConfig, ldm_unet, "model.diffusion_model."),

@@ -24,8 +24,10 @@ TAESD = KeyTable(
     )
 )
 
-# What a latent is multiplied by, by the family: shapes do not tell SD1.x's autoencoder from SDXL's.
-SCALING = {"SD1.x": 0.18215, "SD2.x": 0.18215, "SDXL": 0.13025, "Kolors": 0.13025}
+# What the family tells: shapes are the same in SD1.x's autoencoder and SDXL's.
+_OF_SD = {"scaling_factor": 0.18215, "sample_size": 512}
+_OF_SDXL = {"scaling_factor": 0.13025, "sample_size": 1024}
+FAMILIES = {"SD1.x": _OF_SD, "SD2.x": _OF_SD, "SDXL": _OF_SDXL, "Kolors": _OF_SDXL}
 
 KINDS = {"AutoencoderKL": "vae", "AutoencoderTiny": "vae"}
 TABLES: dict[str, KeyTable] = {}
@@ -71,7 +73,7 @@ def of_family(part: NetworkInFile, family: str, metadata: Mapping[str, str]) -> 
     """The autoencoder of a file whose denoising network is of this family; one that is not AutoencoderKL as it is."""
     if part.config.get("_class_name") != "AutoencoderKL" or part.config["latent_channels"] != 4:
         return part
-    config = {**part.config, "scaling_factor": SCALING[family], **recorded(metadata, "vae")}
+    config = {**part.config, **FAMILIES[family], **recorded(metadata, "vae")}
     return replace(part, family=family, config=config)
 
 

@@ -58,7 +58,10 @@ def find_unet(shapes: Shapes, metadata: Mapping[str, str]) -> list[NetworkInFile
         else:
             continue
         ours = in_our_names(shapes, prefix, table)
-        config = {"_class_name": "UNet2DConditionModel", **_encoder(ours), **recorded(metadata, "unet")}
+        config = {"_class_name": "UNet2DConditionModel", **_encoder(ours)}
+        if "addition_embed_type" in config:
+            config["sample_size"] = 128  # of latents at SDXL's and Kolors' 1024 pixels
+        config |= recorded(metadata, "unet")
         config["out_channels"] = ours["conv_out.weight"][0]
         config["up_block_types"] = [name.replace("Down", "Up") for name in reversed(config["down_block_types"])]
         family = _family(config, "UNet") + _BY_INPUTS.get(config["in_channels"], "")

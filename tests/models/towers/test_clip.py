@@ -64,7 +64,7 @@ def test_config_survives_transformers(config):
 def test_layers_and_pooled_output_equal_transformers(
     config, projected, end, randomised, torch_params, assert_parity, rng
 ):
-    """Every layer before the final norm; the pooled output at the first end token or, for old configs, the largest id."""
+    """Every layer before the final norm; the pooled output at the first end token (old configs: the largest id)."""
     end_token = config.eos_token_id if end is None else config.vocab_size - 1
     config = replace(config, projection_dim=20 if projected else None, eos_token_id=end or config.eos_token_id)
     cls = CLIPTextModelWithProjection if projected else CLIPTextModel
