@@ -18,12 +18,12 @@ _SAMPLES, _SIDE = 16, 16  # random latents to fit the matrix to, and how large
 _HEIGHT = 256  # at least so high is a preview
 
 
-def latent_colours(vae: Component, seed: int = 0) -> np.ndarray:
+def latent_colours(vae: Component | None, seed: int = 0) -> np.ndarray:
     """The matrix (C+1,3) that takes a latent and a 1 to the mean colour, 0 to 255, of the pixels it stands for.
 
-    Least squares over a few smooth random latents, which the decoder turns into pictures once.
+    Least squares over a few smooth random latents, which the decoder turns into images once; of pixels, without one.
     """
-    channels, factor = vae.config.latent_channels, vae.config.factor
+    channels, factor = (3, 1) if vae is None else (vae.config.latent_channels, vae.config.factor)
     rng = np.random.default_rng(seed)
     latents = np.stack([_smooth(rng, channels, 2 ** (1 + sample % 3)) for sample in range(_SAMPLES)])
     pixels, _ = decode(vae, latents)
@@ -36,7 +36,7 @@ def colours(matrix: np.ndarray, latents: np.ndarray) -> np.ndarray:
     return np.clip(np.round(_with_one(latents) @ matrix), 0, 255).astype(np.uint8)
 
 
-def writer(vae: Component, path: Path) -> Callable[[int, np.ndarray], None]:
+def writer(vae: Component | None, path: Path) -> Callable[[int, np.ndarray], None]:
     """An `on_preview` for `generate` that keeps the predicted images of the batch, side by side, in a PNG."""
     matrix = latent_colours(vae)
 

@@ -111,7 +111,7 @@ def describe_all(
         seen = {name: _seen(getattr(request, name), name, known) for name in ("image", "mask")}
         size = settings.size or default_size(pipeline, controls)
         if seen["image"] and settings.size is None:
-            size = tuple(side // pipeline.vae.config.factor * pipeline.vae.config.factor for side in seen["image"][1])
+            size = tuple(side // pipeline.factor * pipeline.factor for side in seen["image"][1])
         digests = {name: found[0] for name, found in seen.items() if found}
         described.append(describe(request, replace(settings, size=size), parts, digests))
     return described

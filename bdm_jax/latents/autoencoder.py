@@ -1,4 +1,4 @@
-"""Pictures into latents and back: whole, or large ones in tiles; as much of a batch at a time as memory should hold."""
+"""Images into latents and back: whole, or large ones in tiles; as much of a batch at a time as memory should hold."""
 
 import math
 from functools import partial
@@ -10,31 +10,36 @@ import numpy as np
 
 from bdm_jax.latents.tiles import slices, tiled
 from bdm_jax.models.config import TinyVAEConfig, VAEConfig
-from bdm_jax.models.functional import Params, bind
+from bdm_jax.models.functional import Params, bind, param_dtype
 from bdm_jax.runtime.programs import program
 from bdm_jax.systems.components import Component
 
-# On a device at a time, but for a single picture or tile: four pictures of 512 x 512.
+# On a device at a time, but for a single image or tile: four images of 512 x 512.
 _PIXELS = 2**20
 
 
-def encode(vae: Component, pictures: jax.Array, tile: int = 0) -> np.ndarray:
-    """Pictures (B,H,W,3) uint8 -> clean latents (B,h,w,C) fp32: the mean of the autoencoder's, scaled.
+def encode(vae: Component | None, images: jax.Array, tile: int = 0) -> np.ndarray:
+    """Images (B,H,W,3) uint8 -> clean latents (B,h,w,C) fp32: the mean of the autoencoder's, scaled; without one, the
+    pixels in [-1,1].
 
-    Pictures larger than `tile` pixels a side go in tiles (`tiles.tiled`), an approximation; 0 for none. How many go at
+    Images larger than `tile` pixels a side go in tiles (`tiles.tiled`), an approximation; 0 for none. How many go at
     a time changes nothing.
     """
-    size, scale = pictures.shape[1:3], 1 / vae.config.factor
+    if vae is None:
+        return np.asarray(images, np.float32) / 127.5 - 1.0
+    size, scale = images.shape[1:3], 1 / vae.config.factor
     run = partial(_encode, vae.config, vae.params)
     found = {}
-    for part in _slices(pictures, size, tile):
-        own = pictures[part]
+    for part in _slices(images, size, tile):
+        own = images[part]
         found[part.start] = run(own) if _whole(size, tile) else tiled(partial(_on_tile, run, own), size, tile, scale)
     return _joined(found)
 
 
-def decode(vae: Component, latents: jax.Array, tile: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Latents (B,h,w,C) -> pictures (B,H,W,3) uint8, and whether each has finite values only (B,). As `encode`."""
+def decode(vae: Component | None, latents: jax.Array, tile: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Latents (B,h,w,C) -> images (B,H,W,3) uint8, and whether each has finite values only (B,). As `encode`."""
+    if vae is None:
+        return _to_pictures(np.asarray(latents, np.float32), np)
     factor = vae.config.factor
     height, width = (side * factor for side in latents.shape[1:3])
     run = partial(_images, vae.config, vae.params)
@@ -77,7 +82,7 @@ def _cut(x: jax.Array, size: tuple[int, int], top: int, left: int) -> jax.Array:
 
 @program
 def _encode(config: VAEConfig | TinyVAEConfig, params: Params, pictures: jax.Array) -> jax.Array:
-    images = (pictures.astype(jnp.float32) / 127.5 - 1.0).astype(next(iter(params.values())).dtype)
+    images = (pictures.astype(jnp.float32) / 127.5 - 1.0).astype(param_dtype(params))
     mean, _ = bind(config, params).encode(images)
     return mean.astype(jnp.float32) * config.scaling_factor
 
@@ -90,7 +95,7 @@ def _decode(config: VAEConfig | TinyVAEConfig, params: Params, latents: jax.Arra
 @program
 def _images(config: VAEConfig | TinyVAEConfig, params: Params, latents: jax.Array) -> jax.Array:
     """Latents (B,h,w,C) -> images (B,H,W,3) fp32 in about [-1,1]."""
-    latents = (latents / config.scaling_factor).astype(next(iter(params.values())).dtype)
+    latents = (latents / config.scaling_factor).astype(param_dtype(params))
     return bind(config, params).decode(latents).astype(jnp.float32)
 
 

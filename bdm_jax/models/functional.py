@@ -96,6 +96,11 @@ def cast(params: Params, dtype: jnp.dtype) -> Params:
     return {path: value.astype(dtype) for path, value in params.items()}
 
 
+def param_dtype(params: Params) -> jnp.dtype:
+    """The type of a network's parameters, which is what its inputs must have."""
+    return next(iter(params.values())).dtype
+
+
 def count(params: Params) -> int:
     """Number of parameters."""
     return sum(int(np.prod(value.shape)) for value in params.values())

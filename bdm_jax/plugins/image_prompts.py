@@ -26,7 +26,7 @@ from bdm_jax.models.config import (
     ResamplerConfig,
     UNetConfig,
 )
-from bdm_jax.models.functional import Params, abstract, bind
+from bdm_jax.models.functional import Params, abstract, bind, param_dtype
 from bdm_jax.models.towers.clip import normalised
 from bdm_jax.models.unet.ip_adapter import from_original, image_keys
 from bdm_jax.runtime.programs import program
@@ -91,10 +91,10 @@ def _keys(
     strength: jax.Array,
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     unet, tower, config = configs
-    images = jnp.stack([jnp.zeros_like(picture), picture]).astype(next(iter(vision.values())).dtype)
+    images = jnp.stack([jnp.zeros_like(picture), picture]).astype(param_dtype(vision))
     vectors, states = bind(tower, vision)(images)
     seen = states if isinstance(config, ResamplerConfig) else vectors.at[0].set(0)
-    dtype = next(iter(projection.values())).dtype
+    dtype = param_dtype(projection)
     tokens = bind(config, projection)(seen.astype(dtype))
     made = image_keys(unet, layers, tokens.astype(dtype))  # norms give fp32, which would spread to the backbone
     return {path: (key, strength.astype(value.dtype) * value) for path, (key, value) in made.items()}

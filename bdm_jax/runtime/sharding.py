@@ -101,9 +101,7 @@ def tree_sharding(mesh: Mesh, tree: Mapping[str, Any], *, over_fsdp: bool = True
     """
 
     def of_network(params: Mapping[str, Any]) -> dict[str, NamedSharding]:
-        return {
-            path: parameter_sharding(mesh, path, leaf.shape, over_fsdp=over_fsdp) for path, leaf in params.items()
-        }
+        return {path: parameter_sharding(mesh, path, leaf.shape, over_fsdp=over_fsdp) for path, leaf in params.items()}
 
     return {
         name: of_network(part) if isinstance(part, Mapping) else jax.tree.map(lambda _: replicated(mesh), part)

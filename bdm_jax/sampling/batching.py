@@ -93,7 +93,7 @@ def as_english(request: Request) -> Request:
 
 def default_size(pipeline: BridgePipeline, controls: Sequence[Control | ImagePrompt] = ()) -> tuple[int, int]:
     """(height, width) in pixels of the pictures that the UNet was trained on, or of the first control's map."""
-    factor = pipeline.vae.config.factor
+    factor = pipeline.factor
     if maps := [control.hint for control in controls if isinstance(control, Control)]:
         return _floored(maps[0], factor)
     return (pipeline.unet.config.sample_size * factor,) * 2
@@ -109,7 +109,7 @@ def _size(
         raise UserError("the mask has {} pixels, the image {}: they must be of one size".format(*sizes))
     if settings.size is not None or image is None:
         return settings.size or default_size(pipeline, controls)
-    return _floored(image, pipeline.vae.config.factor)
+    return _floored(image, pipeline.factor)
 
 
 def _floored(image: np.ndarray, factor: int) -> tuple[int, int]:

@@ -89,7 +89,7 @@ def generate(
         requests = [as_english(request) for request in requests]
     check(pipeline, requests, settings)
     settings = resolve(pipeline, settings)
-    factor = pipeline.vae.config.factor
+    factor = pipeline.factor
     maps = [control for control in controls if isinstance(control, Control)]
     prompts = [control for control in controls if isinstance(control, ImagePrompt)]
     for control in maps:
@@ -131,7 +131,7 @@ def check(pipeline: BridgePipeline, requests: Sequence[Request], settings: Sampl
         if request.mask is not None and request.image is None:
             raise UserError("a mask without an image: give the image that it is the mask of")
     check_sampler(settings.sampler)
-    factor = pipeline.vae.config.factor
+    factor = pipeline.factor
     if settings.size is not None and any(side < factor or side % factor for side in settings.size):
         height, width = (max(factor, round(side / factor) * factor) for side in settings.size)
         raise UserError(
@@ -222,7 +222,7 @@ class _Sampler:
         settings, from_image = self.settings, job.request.image is not None
         passes = [_Pass(job.size, self._table(settings.strength if from_image else 1.0), from_image)]
         if settings.hires > 1:
-            factor = self.pipeline.vae.config.factor
+            factor = self.pipeline.factor
             size = tuple(round(side * settings.hires / factor) * factor for side in job.size)
             passes.append(_Pass(size, self._table(settings.hires_strength), True))
         return passes
@@ -272,7 +272,7 @@ class _Sampler:
         `images` are an earlier pass's.
         """
         pipeline, settings = self.pipeline, self.settings
-        factor = pipeline.vae.config.factor
+        factor = pipeline.factor
         shape = (stage.size[0] // factor, stage.size[1] // factor, pipeline.unet.config.in_channels)
         seeds = self._split(np.array([job.request.seed for job in jobs], np.uint32))
         noise = self._split(_torch_noise(jobs, count, shape)) if settings.reference else unit_noise(shape, seeds)

@@ -227,7 +227,14 @@ SDXL = Family(
     guidance=5.0,
     index={"feature_extractor": [None, None], "image_encoder": [None, None]},
 )
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD15, SDXL)}
+PIXELS = Family(
+    "pixels",
+    "a pixel-space system",
+    backbone=(_UNET, _CLIP, _CLIP_TOKENIZER),
+    readers=(Reader("backbone", (Tower("text_encoder", "tokenizer"),)),),
+    pipeline_class="BDMPixelPipeline",  # diffusers has none
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in (SD15, SDXL, PIXELS)}
 
 # Networks that are no part of a system and are used beside one.
 BESIDE = (
@@ -283,15 +290,17 @@ def kind_of(config: Any) -> str:
 def family_of(names: Iterable[str], pipeline_class: str | None = None) -> Family:
     """The family of a set of parts: the one that diffusers calls so, or else the one that they are most of.
 
-    Parts that no family has count for none.
+    Parts that no family has count for none. A system without an autoencoder is known by its class alone: one that lacks
+    its autoencoder must not be taken for it.
     """
     names = set(names)
     for family in FAMILIES.values():
         if family.pipeline_class == pipeline_class:
             return family
-    known = {family.name: names & family.parts.keys() for family in FAMILIES.values()}
-    missing = {family.name: sum(part.name not in names for part in family.backbone) for family in FAMILIES.values()}
-    return max(FAMILIES.values(), key=lambda family: (len(known[family.name]), -missing[family.name]))
+    latent = [family for family in FAMILIES.values() if "vae" in family.parts]
+    known = {family.name: names & family.parts.keys() for family in latent}
+    missing = {family.name: sum(part.name not in names for part in family.backbone) for family in latent}
+    return max(latent, key=lambda family: (len(known[family.name]), -missing[family.name]))
 
 
 def flags() -> dict[str, str]:

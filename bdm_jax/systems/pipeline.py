@@ -79,6 +79,11 @@ class BridgePipeline:
         return {name: self.parts[name] for name in self.family.networks if name in self.parts}
 
     @property
+    def factor(self) -> int:
+        """Pixels per latent, on each side; 1 for a system without an autoencoder, whose latents are pixels."""
+        return 1 if self.vae is None else self.vae.config.factor
+
+    @property
     def tokenizers(self) -> dict[str, Tokenizer]:
         """The tokenizers by name."""
         return {name: self.parts[name] for name in self.family.tokenizers if name in self.parts}

@@ -10,19 +10,21 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 
-import configs
+from bdm_jax import configs
 from bdm_jax.errors import UserError
 from bdm_jax.formats.files import write_json
 from bdm_jax.models.config import (
     BDM_BRANCH,
     CHINESE_CLIP_H_TEXT,
     SD15_UNET,
+    SDXL_UNET,
     RobertaConfig,
     UNetConfig,
     VAEConfig,
@@ -30,15 +32,33 @@ from bdm_jax.models.config import (
 )
 from bdm_jax.models.functional import abstract, bind
 from bdm_jax.models.unet.conditioning import Conditioning
-from bdm_jax.plan import __main__ as plan
-from bdm_jax.plan import shapes
+from bdm_jax.plan import command, estimate, topology
+from bdm_jax.plan.shapes import (
+    activation_bytes,
+    analytic_flops,
+    memory_by_shapes,
+    parse_networks,
+    state_bytes,
+    step_shapes,
+)
 from bdm_jax.runtime.costs import CHIPS, Collective, collectives, flops, roofline
 from bdm_jax.runtime.sharding import AXES
 from bdm_jax.training.config import MeshConfig, TrainConfig
-from bdm_jax.training.objectives.branch import BranchTask, TextTask
+from bdm_jax.training.objectives.branch import BranchTask
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='compiling for a TPU needs libtpu: pip install -e ".[tpu]"'
+)
+
+BF16 = jnp.dtype("bfloat16")
+# Of the size of ChatGLM-6B: 6.1 billion parameters.
+TOWER_6B = RobertaConfig(
+    vocab_size=65024,
+    hidden_size=4096,
+    num_hidden_layers=29,
+    num_attention_heads=32,
+    intermediate_size=16384,
+    max_position_embeddings=512,
 )
 
 PROGRAM = """
@@ -75,6 +95,11 @@ ENTRY %main (a: bf16[4,8]) -> bf16[32,8] {
 """
 
 
+def full(name):
+    """Of a run at full size."""
+    return step_shapes(configs.load(name).task, BF16)
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """A branch's run on networks of a few thousand parameters; their folders hold config.json, no weights."""
@@ -82,7 +107,7 @@ def tiny(tmp_path):
     parts = {
         "unet": UNetConfig(
             block_out_channels=(64, 128),
-            attention_levels=(False, True),
+            transformer_layers=(0, 1),
             layers_per_block=1,
             num_heads=2,
             cross_attention_dim=64,
@@ -101,9 +126,9 @@ def tiny(tmp_path):
 
 
 def test_topologies():
-    found = plan.parse_topology("V5P:4x4x8")
+    found = topology.parse_topology("V5P:4x4x8")
     assert (found.name, found.sizes, found.chips, found.chip.name) == ("v5p:4x4x8", (4, 4, 8), 128, "TPU v5p")
-    assert plan.parse_topology("v5e:16x16").chips == plan.parse_topology("v6e:16x16").chips == 256
+    assert topology.parse_topology("v5e:16x16").chips == topology.parse_topology("v6e:16x16").chips == 256
 
 
 @pytest.mark.parametrize(
@@ -119,7 +144,7 @@ def test_topologies():
 )
 def test_what_is_no_topology(text, message):
     with pytest.raises(UserError, match=message):
-        plan.parse_topology(text)
+        topology.parse_topology(text)
 
 
 def test_roofline_by_hand():
@@ -155,7 +180,10 @@ def test_flops_of_loops_and_kernels():
         return jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     assert flops(convolve, picture) == 2 * 2 * 8 * 8 * 8 * 36
-    looped = lambda x: jax.lax.scan(lambda c, _: (c @ jnp.ones((5, 5)), None), x, None, length=7)[0]  # noqa: E731
+
+    def looped(x):
+        return jax.lax.scan(lambda c, _: (c @ jnp.ones((5, 5)), None), x, None, length=7)[0]
+
     assert flops(looped, jnp.ones((3, 5))) == 7 * 2 * 3 * 5 * 5
 
 
@@ -168,53 +196,126 @@ def test_at_full_size_the_count_is_the_analytic_one():
     branch = flops(lambda p: bind(BDM_BRANCH, p)(x, t, states(1, 52, 1024)), abstract(BDM_BRANCH))
     ids = jnp.zeros((1, 52), jnp.int32)
     tower = flops(lambda p: bind(CHINESE_CLIP_H_TEXT, p)(ids), abstract(CHINESE_CLIP_H_TEXT))
-    step = shapes.analytic_flops(configs.load("bdm-sd15").task)
+    step = analytic_flops(full("bdm-sd15"))
     print(
         f"TFLOP: UNet {unet / 1e12:.4f}, branch {branch / 1e12:.4f}, tower {tower / 1e12:.4f}, step {step / 1e12:.4f}"
     )
     assert unet == pytest.approx(0.803e12, rel=0.01)
     assert branch == pytest.approx(0.268e12, rel=0.01)
     assert step - tower == pytest.approx(2.222e12, rel=0.05)
-    again = shapes.analytic_flops(replace(configs.load("bdm-sd15").task, remat="blocks"))
+    again = analytic_flops(step_shapes(replace(configs.load("bdm-sd15").task, remat="blocks"), BF16))
     assert again == step  # what is computed twice is needed once
 
 
 def test_state_at_full_size():
     """AdamW's state and the average: 16 bytes for each of the branch's 363,141,760 parameters; split, an eighth."""
     config = configs.load("bdm-sd15")
-    whole = shapes.state_bytes(config, AbstractMesh((8, 1, 1), AXES))
-    split = shapes.state_bytes(config, AbstractMesh((1, 8, 1), AXES))
+    whole = state_bytes(config, AbstractMesh((8, 1, 1), AXES), full("bdm-sd15"))
+    split = state_bytes(config, AbstractMesh((1, 8, 1), AXES), full("bdm-sd15"))
     assert whole == 16 * 363_141_760 + 12  # three counters
     assert split == pytest.approx(whole / 8, rel=0.01)
 
 
-def test_a_task_without_a_known_step():
-    with pytest.raises(UserError, match="TextTask: plan knows the steps of"):
-        shapes.analytic_flops(TextTask())
+@pytest.mark.parametrize("name", ["emoji-vae", "emoji-text", "emoji-dreambooth", "emoji-inversion", "emoji-controlnet"])
+def test_every_kind_of_run_has_shapes(name):
+    """Its loss can be traced from configs alone: a scalar, with a gradient of the shape of what is trained."""
+    config = configs.load(name)
+    task = replace(config.task, vae=Path("assets/demo/vae")) if name == "emoji-text" else config.task
+    shapes = step_shapes(task, jnp.dtype("float32"), 128)
+
+    def loss(params, frozen, batch):
+        return shapes.objective.loss(params, frozen, batch, jax.random.key(0))[0]
+
+    found = jax.eval_shape(jax.grad(loss), shapes.trained, shapes.frozen, shapes.batch(2))
+    assert jax.tree.map(lambda leaf: leaf.shape, found) == jax.tree.map(lambda leaf: leaf.shape, shapes.trained)
+
+
+def test_networks_by_preset_or_file(tmp_path):
+    write_json(tmp_path / "config.json", to_json(TOWER_6B))
+    found = parse_networks(("unet=sdxl-unet", f"branch_text_encoder={tmp_path}"))
+    assert found == {"unet": SDXL_UNET, "branch_text_encoder": TOWER_6B}
+    with pytest.raises(UserError, match="did you mean 'sdxl-unet'"):
+        parse_networks(("unet=sdxl-unt",))
+    with pytest.raises(UserError, match="write NAME=PRESET"):
+        parse_networks(("sdxl-unet",))
+
+
+@pytest.mark.parametrize(
+    ("run", "networks"),
+    [("bdm-sd15", ("unet=sdxl-unet", "vae=sdxl-vae")), ("sd15-finetune", ("unet=kolors-unet", "vae=sdxl-vae"))],
+)
+def test_a_frozen_6b_tower_beside_a_2_6b_unet_fits_v5e(tmp_path, capsys, run, networks):
+    """A branch on a frozen SDXL, and a whole UNet of 2.6B trained: with the frozen networks whole on every chip neither
+    would fit 16 GB.
+    """
+    write_json(tmp_path / "config.json", to_json(TOWER_6B))
+    tower = "branch_text_encoder" if run == "bdm-sd15" else "text_encoder"
+    more = ("--networks", *networks, f"{tower}={tmp_path}", "--size", "1024", "--remat", "blocks")
+    asked = [run, "--topology", "v5e:4x4", "--shapes", "--fsdp", "16", "--batch-per-chip", "1", "--accumulate", "1"]
+    out = tmp_path / "plan.json"
+    assert command.main([*asked, *more, "--json", str(out)]) == 0
+    printed, values = capsys.readouterr().out, json.loads(out.read_text())
+    print(printed)
+    assert "fits" in printed and values["total_bytes"] < 16e9
+    frozen = values["memory"]["frozen"]
+    count = sum(x.size for x in abstract(TOWER_6B).values())
+    assert 6e9 < count < 6.5e9 and frozen > 2 * count / 16
+    assert command.main([*asked, *more, "--frozen", "whole", "--json", str(out)]) == 1
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    whole = json.loads(out.read_text())["memory"]["frozen"]
+    assert frozen == pytest.approx(whole / 16, rel=0.01) and whole > 12e9
+
+
+def test_memory_by_shapes_adds_up(tiny):
+    """Frozen trees in bf16; "zero1" keeps the weights whole, "fsdp" a share; rematerialised, fewer activations."""
+    mesh, shapes = AbstractMesh((4, 4, 1), AXES), step_shapes(tiny.task, BF16, 64)
+    zero1 = memory_by_shapes(replace(tiny, compute="bfloat16"), mesh, shapes)
+    assert zero1["weights"] == 2 * shapes.parameters and zero1["state"] == state_bytes(tiny, mesh, shapes)
+    assert zero1["frozen"] == 2 * sum(leaf.size for leaf in jax.tree.leaves(shapes.frozen))
+    fsdp = replace(tiny, compute="bfloat16", mesh=MeshConfig(fsdp=4, strategy="fsdp"))
+    split = memory_by_shapes(fsdp, mesh, shapes)
+    assert split["weights"] < 0.5 * zero1["weights"] and split["frozen"] < 0.5 * zero1["frozen"]
+    again = step_shapes(replace(tiny.task, remat="blocks"), BF16, 64)
+    assert activation_bytes(again, BF16) < 0.6 * activation_bytes(shapes, BF16)
+    assert zero1["activations"] == activation_bytes(shapes, BF16)  # one image a chip
 
 
 @pytest.mark.slow
-def test_nothing_of_the_backbone_is_gathered(tiny, tmp_path):
-    """The step on 2 x 4 virtual CPU devices: what is gathered is the branch, at most once."""
+@pytest.mark.parametrize(("strategy", "frozen"), [("zero1", "auto"), ("fsdp", "split")])
+def test_what_is_gathered(tiny, strategy, frozen):
+    """The step on 2 x 4 virtual CPU devices. zero1: the branch, at most once, nothing of the backbone. fsdp: frozen
+    arrays where they are used, so that a device's arguments are less.
+    """
     code = """
 import json, pickle, sys
-from bdm_jax import costs
+from bdm_jax.plan.shapes import lower, step_shapes
+from bdm_jax.runtime.costs import collectives
 from bdm_jax.runtime.sharding import make_mesh
-from bdm_jax.training import shapes
 config = pickle.loads(bytes.fromhex(sys.argv[1]))
-text = shapes.lower(config, make_mesh(-1, 4), 64).compile().as_text()
-print(json.dumps([[one.kind, one.group, one.bytes] for one in costs.collectives(text)]))
+shapes = step_shapes(config.task, config.compute_dtype(), 64)
+compiled = lower(config, make_mesh(-1, 4), shapes).compile()
+memory = compiled.memory_analysis()
+print(json.dumps([[[one.kind, one.group, one.bytes] for one in collectives(compiled.as_text())],
+    memory.argument_size_in_bytes, memory.temp_size_in_bytes]))
 """
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", code, pickle.dumps(tiny).hex()]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    job, trained, frozen, _ = shapes.abstract_job(tiny.task, jnp.dtype("bfloat16"), 64)
-    branch = sum(leaf.size for leaf in trained["branch"].values())
-    gathered = sum(size for kind, _, size in found if kind == "all-gather")
-    print(f"{found}; branch: {branch:,} parameters, backbone {sum(x.size for x in frozen['unet'].values()):,}")
-    assert 0 < gathered <= 4 * branch
-    assert any(kind in ("all-reduce", "reduce-scatter") for kind, _, _ in found)
+    found = {}
+    for kept in ("whole", frozen):
+        mesh = replace(tiny.mesh, strategy=strategy, frozen=kept)
+        config = replace(tiny, mesh=mesh, compute="bfloat16")
+        command = [sys.executable, "-c", code, pickle.dumps(config).hex()]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        found[kept] = json.loads(done.stdout.splitlines()[-1])
+    shapes = step_shapes(tiny.task, BF16, 64)
+    held = sum(x.size for x in jax.tree.leaves(shapes.frozen))
+    print(f"{found}; branch: {shapes.parameters:,} parameters, frozen {held:,}")
+    gathered = {kept: sum(size for kind, _, size in made[0] if kind == "all-gather") for kept, made in found.items()}
+    assert any(kind in ("all-reduce", "reduce-scatter") for kind, _, _ in found[frozen][0])
+    if strategy == "zero1":
+        assert found[frozen] == found["whole"] and 0 < gathered["whole"] <= 4 * shapes.parameters
+    else:
+        assert found[frozen][1] < found["whole"][1] - held  # of 2 bytes each, three quarters less, but for small ones
+        assert gathered[frozen] - gathered["whole"] <= 2 * 4 * held  # forwards and backwards, fp32 on a CPU
 
 
 @pytest.mark.slow
@@ -222,36 +323,37 @@ print(json.dumps([[one.kind, one.group, one.bytes] for one in costs.collectives(
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x4", "v6e:4x4"])
 def test_a_small_step_compiles_for_a_tpu(tiny, tmp_path, monkeypatch, topology):
     monkeypatch.setenv("BDM_JAX_CACHE", str(tmp_path / "cache"))
-    where = plan.parse_topology(topology)
-    made = plan.make_plan(tiny, where, 64)
+    where = topology.parse_topology(topology)
+    tiny = replace(tiny, compute="bfloat16")
+    shapes = step_shapes(tiny.task, BF16, 64)
+    made = estimate.make_plan(tiny, where, shapes)
     assert made.fits and made.mesh == {"data": 4, "fsdp": 4, "tensor": 1}
     assert made.program.memory["arguments"] > made.state > 0
     assert made.program.flops == pytest.approx(made.counted, rel=0.5)  # one picture; at this size the rest counts too
-    branch = sum(x.size for x in shapes.abstract_job(tiny.task, jnp.dtype("bfloat16"), 64)[1]["branch"].values())
     gathered = sum(one.bytes for one in made.program.collectives if one.kind == "all-gather")
-    assert 0 < gathered <= 2 * branch  # once, in bf16; nothing of the backbone
-    monkeypatch.setattr(plan, "_compile", None)  # the second time it is looked up
-    assert plan.make_plan(tiny, where, 64) == made
+    assert 0 < gathered <= 2 * shapes.parameters  # once, in bf16; nothing of the backbone
+    monkeypatch.setattr(estimate, "_compile", None)  # the second time it is looked up
+    assert estimate.make_plan(tiny, where, shapes) == made
 
 
-def test_reckoning_from_a_compiled_plan(tiny):
+def test_estimates_from_a_compiled_plan(tiny):
     """Twice the pictures: twice the activations, work and HBM traffic; four chips more along data: a longer ring."""
     memory = {"arguments": 9_000_000, "temporaries": 50_000_000, "outputs": 0, "instructions": 1}
-    where = plan.parse_topology("v5e:4x4")
-    state = shapes.state_bytes(tiny, AbstractMesh((4, 4, 1), AXES), 64)
-    program = plan.Program(1e9, 2e9, memory, (Collective("all-reduce", 4, 1, 4, 6),))
-    made = plan.Plan(where, {"data": 4, "fsdp": 4, "tensor": 1}, 16, 1, 10**9, state, program)
-    assert plan.from_json(json.loads(json.dumps(made.to_json(1e9)))) == made
-    same = plan.estimate(tiny, made, where, 4, 1, 64)
+    where = topology.parse_topology("v5e:4x4")
+    shapes = step_shapes(tiny.task, BF16, 64)
+    state = state_bytes(tiny, AbstractMesh((4, 4, 1), AXES), shapes)
+    program = estimate.CompiledStep(1e9, 2e9, memory, (Collective("all-reduce", 4, 1, 4, 6),))
+    made = estimate.Plan(where, {"data": 4, "fsdp": 4, "tensor": 1}, 16, 1, 10**9, state, program)
+    assert estimate.from_json(json.loads(json.dumps(made.to_json(1e9)))) == made
+    same = estimate.estimate(tiny, made, where, 4, 1, shapes)
     assert same.program.memory == pytest.approx(memory, abs=1) and same.time.compute == made.time.compute
-    twice = plan.estimate(tiny, made, plan.parse_topology("v5e:8x8"), 4, 2, 64)
+    twice = estimate.estimate(tiny, made, topology.parse_topology("v5e:8x8"), 4, 2, shapes)
     assert (twice.mesh["data"], twice.batch_size) == (16, 128)
     assert twice.time.compute == 2 * made.time.compute and twice.time.memory == 2 * made.time.memory
     assert twice.time.traffic > same.time.traffic > 0
-    parameters = sum(x.size for x in shapes.abstract_job(tiny.task, jnp.dtype("bfloat16"), 64)[1]["branch"].values())
-    copies = 2 * parameters + 4 * parameters // 4
+    copies = 2 * shapes.parameters + 4 * shapes.parameters // 4
     assert twice.program.memory["temporaries"] == pytest.approx(2 * 50_000_000 - copies, abs=2)
-    assert len(list(plan.sweep(tiny, made, 64))) == 5 * 7
+    assert len(list(estimate.sweep(tiny, made, shapes))) == 5 * 7
 
 
 @pytest.mark.slow
@@ -261,9 +363,9 @@ def test_the_command(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(configs, "load", lambda name: tiny)
     out = tmp_path / "plan.json"
     asked = ["tiny", "--topology", "v5e:4x4", "--size", "64", "--sweep", "--price", "1.5", "--json", str(out)]
-    assert plan.main(asked) == 0
+    assert command.main(asked) == 0
     printed = capsys.readouterr().out
-    for word in ("fits", "train state", "TFLOP per picture", "collective", "roofline", "chip-hours", "reckoned from"):
+    for word in ("fits", "train state", "TFLOP per image", "collective", "roofline", "chip-hours", "estimated from"):
         assert word in printed
     values = json.loads(out.read_text())
     assert values["fits"] and values["chips"] == 16 and len(values["sweep"]) == 5 * 7
@@ -271,9 +373,9 @@ def test_the_command(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_bad_input_is_one_line(monkeypatch, capsys):
-    assert plan.main(["bdm-sd51"]) == 2
+    assert command.main(["bdm-sd51"]) == 2
     assert capsys.readouterr().err.startswith("error: unknown config 'bdm-sd51': did you mean 'bdm-sd15")
-    assert plan.main(["bdm-sd15", "--topology", "v5e:3"]) == 2
+    assert command.main(["bdm-sd15", "--topology", "v5e:3"]) == 2
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert plan.main(["bdm-sd15"]) == 2
+    assert command.main(["bdm-sd15"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: compiling for a TPU needs libtpu: pip install")

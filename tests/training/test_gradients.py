@@ -1,6 +1,6 @@
 """What the gradient of the branch's loss costs: nothing in the backbone's encoder, and with remat less memory."""
 
-from types import SimpleNamespace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bdm_jax.diffusion.schedule import DiscreteSchedule
-from bdm_jax.models.config import BDM_BRANCH, CHINESE_CLIP_H_TEXT, SD15_UNET, SD15_VAE
+from bdm_jax.models.config import BDM_BRANCH, CHINESE_CLIP_H_TEXT, CLIP_L_TEXT, SD15_UNET, SD15_VAE
 from bdm_jax.models.functional import abstract, bind
 from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.paths import TOKENIZERS
 from bdm_jax.runtime.costs import flops
-from bdm_jax.systems.components import Component
-from bdm_jax.training.objectives.branch import BranchJob, BranchTask
+from bdm_jax.training.objectives.branch import BranchTask
 from bdm_jax.training.objectives.remat import _Remat, network
 from bdm_jax.training.sets import DataConfig, Sets
 
@@ -32,7 +30,7 @@ def made(backbone_folder, tmp_path_factory):
         task = BranchTask(backbone=backbone_folder, text_encoder=tower, tokenizer=TOKENIZERS / "chinese", **changes)
         job = task.start(sets, tmp_path_factory.mktemp("run"), 0, jnp.dtype(dtype))
         rows = [job.sample(job.parts[0].source[i], np.random.default_rng(0)) for i in range(BATCH)]
-        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        batch = jax.tree.map(lambda *values: np.stack(values), *rows)
         return job, {**batch, "place": np.arange(BATCH, dtype=np.int32)}
 
     return make
@@ -50,14 +48,16 @@ def test_no_gradient_flows_through_the_backbone_s_encoder(made):
     """
     job, batch = made()
     params, frozen = job.params, job.frozen
-    unet, key = job.backbone.unet.config, jax.random.key(0)
+    sizes, key = job.objective.sizes, jax.random.key(0)
+    unet = sizes["unet"]
     x, t = jnp.zeros((BATCH, 8, 8, unet.in_channels)), jnp.zeros(BATCH, jnp.int32)
     text = Conditioning(jnp.zeros((BATCH, 16, unet.cross_attention_dim)))
     skips, mid = bind(unet, frozen["unet"]).encode(x, t, text)
     encoder = multiplications(lambda: bind(unet, frozen["unet"]).encode(x, t, text))
     decoder = multiplications(lambda: bind(unet, frozen["unet"]).decode(skips, mid, t, text))
-    branch = multiplications(lambda: bind(job.config, params["branch"])(x, t, text))
-    tower = multiplications(lambda: bind(job.tower.config, frozen["tower"])(batch["texts"]["backbone"]))
+    branch = multiplications(lambda: bind(sizes["branch"], params["branch"])(x, t, text))
+    ids = batch["texts"]["branch"]
+    tower = multiplications(lambda: bind(sizes["branch_text_encoder"], frozen["branch_text_encoder"])(ids))
     step = multiplications(jax.grad(lambda p: job.objective.loss(p, frozen, batch, key)[0]), params)
     expected = 3 * branch + 2 * decoder + encoder + tower
     print(f"step {step:,}, expected {expected:,}; encoder {encoder:,}, decoder {decoder:,}, branch {branch:,}")
@@ -66,20 +66,21 @@ def test_no_gradient_flows_through_the_backbone_s_encoder(made):
 
 def test_at_full_size_it_is_what_the_paper_s_sizes_give():
     """2.22 TFLOP per picture of 512 x 512 from cached latents (specs: 3 B + 2 D + E at SD1.5's sizes), traced only."""
-    shapes = {"unet": abstract(SD15_UNET), "tower": abstract(CHINESE_CLIP_H_TEXT)}
-    job = object.__new__(BranchJob)
-    job.task, job.config, job.tower = BranchTask(), BDM_BRANCH, Component(CHINESE_CLIP_H_TEXT, {})
-    job.vae, job.schedule = Component(SD15_VAE, {}), DiscreteSchedule()
-    job.backbone = SimpleNamespace(unet=Component(SD15_UNET, {}))
-    batch = {
-        "moments": jax.ShapeDtypeStruct((1, 64, 64, 8), jnp.float32),
-        "ids": jax.ShapeDtypeStruct((1, 52), jnp.int32),
-        "place": jax.ShapeDtypeStruct((1,), jnp.int32),
-    }
-    frozen = {**shapes, "english": Conditioning(jax.ShapeDtypeStruct((1, 77, 768), jnp.float32))}
-    loss = lambda p, f, b: job.objective.loss(p, f, b, jax.random.key(0))[0]  # noqa: E731
-    tower = multiplications(lambda p, ids: bind(CHINESE_CLIP_H_TEXT, p)(ids), frozen["tower"], batch["texts"]["backbone"])
-    step = multiplications(jax.grad(loss), {"branch": abstract(BDM_BRANCH)}, frozen, batch)
+    sizes = {"unet": SD15_UNET, "vae": SD15_VAE, "text_encoder": CLIP_L_TEXT, "branch": BDM_BRANCH}
+    sizes["branch_text_encoder"] = CHINESE_CLIP_H_TEXT
+    objective = BranchTask(tokenizer=Path("none")).objective(sizes)
+    trained, frozen = objective.shapes()
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), objective.row(512))
+    assert batch["moments"].shape == (1, 64, 64, 8) and batch["texts"]["branch"].shape == (1, 52)
+
+    def loss(params, frozen, batch):
+        return objective.loss(params, frozen, batch, jax.random.key(0))[0]
+
+    def encode(params, ids):
+        return bind(CHINESE_CLIP_H_TEXT, params)(ids)
+
+    tower = multiplications(encode, frozen["branch_text_encoder"], batch["texts"]["branch"])
+    step = multiplications(jax.grad(loss), trained, frozen, batch)
     print(f"{2 * (step - tower) / 1e12:.3f} TFLOP, and {2 * tower / 1e12:.3f} in the text tower")
     assert 2 * (step - tower) == pytest.approx(2.22e12, rel=0.05)
 
@@ -106,7 +107,10 @@ def test_remat_keeps_less_and_computes_the_same(made):
     key, found, kept = jax.random.key(0), {}, {}
     for remat in ("none", "blocks"):
         job, batch = made(remat=remat)
-        loss = lambda p, job=job, batch=batch: job.objective.loss(p, job.frozen, batch, key)[0]  # noqa: E731
+
+        def loss(p, job=job, batch=batch):
+            return job.objective.loss(p, job.frozen, batch, key)[0]
+
         found[remat] = jax.jit(jax.grad(loss))(job.params)["branch"]
         saved = jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p)[1], job.params)
         kept[remat] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved))

@@ -1,4 +1,4 @@
-"""Runs that are killed, asked to end, or run into trouble: what they leave, and that the next session is bit for bit."""
+"""Runs that are killed, asked to end, or run into trouble: what they leave; the next session resumes bit for bit."""
 
 import json
 import multiprocessing

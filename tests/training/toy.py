@@ -152,7 +152,9 @@ def kill_at(case: str) -> None:
         if case == "SIGTERM to one":  # JAX's service listens once per second
             before(loop._Session, "_step", lambda: time.sleep(1), lambda session: session.at >= 4)
         if case == "SIGTERM" or jax.process_index() == 1:
-            before(loop._Session, "_step", lambda: os.kill(os.getpid(), signal.SIGTERM), lambda session: session.at == 4)
+            before(
+                loop._Session, "_step", lambda: os.kill(os.getpid(), signal.SIGTERM), lambda session: session.at == 4
+            )
     else:
         raise ValueError(case)
     die_now = {"six": False}

@@ -13,7 +13,7 @@ from bdm_jax.diffusion import losses
 from bdm_jax.images.decode import decode_image
 from bdm_jax.latents.moments import record_key, record_moments, round_trip
 from bdm_jax.models.config import VAEConfig
-from bdm_jax.models.functional import abstract, init
+from bdm_jax.models.functional import abstract, init, param_dtype
 from bdm_jax.systems.components import Component, save_component
 from bdm_jax.training.objectives.objective import (
     Batch,
@@ -26,7 +26,7 @@ from bdm_jax.training.objectives.objective import (
     draw,
     read_sizes,
 )
-from bdm_jax.training.objectives.remat import Remat, network, param_dtype
+from bdm_jax.training.objectives.remat import Remat, network
 from bdm_jax.training.sets import Sets
 
 

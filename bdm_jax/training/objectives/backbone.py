@@ -125,4 +125,5 @@ def _pipeline(task: BackboneTask, vae: Component | None, tokenizer: Tokenizer, p
         "tokenizer": tokenizer,
         **({} if vae is None else {"vae": vae}),
     }
-    return BridgePipeline(FAMILIES["sd15"], parts, task.schedule, guidance=task.guidance)
+    family = FAMILIES["pixels" if vae is None else "sd15"]
+    return BridgePipeline(family, parts, task.schedule, guidance=task.guidance)

@@ -10,7 +10,7 @@ import numpy as np
 
 from bdm_jax.diffusion.schedule import DiscreteSchedule, Schedule, TimestepBias
 from bdm_jax.models.config import BranchConfig, Config, UNetConfig, branch_config
-from bdm_jax.models.functional import abstract, init
+from bdm_jax.models.functional import abstract, init, param_dtype
 from bdm_jax.models.unet.branch import init_branch_from_unet
 from bdm_jax.systems.components import Component, load_component
 from bdm_jax.systems.pipeline import BridgePipeline
@@ -21,7 +21,7 @@ from bdm_jax.training.objectives.denoising import Denoising
 from bdm_jax.training.objectives.frozen import as_dtype, empty_prompt, on_host
 from bdm_jax.training.objectives.objective import ReadSizes, Sizes, Training, Trees, read_sizes
 from bdm_jax.training.objectives.preview import draw_records, export_pipeline
-from bdm_jax.training.objectives.remat import Remat, param_dtype
+from bdm_jax.training.objectives.remat import Remat
 from bdm_jax.training.objectives.system import BRANCH, SystemObjective, WholeNetworks, empty_text
 from bdm_jax.training.sets import Sets
 

@@ -3,7 +3,6 @@
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from bdm_jax.models.config import Config
@@ -27,11 +26,6 @@ def rematerialise(bound: nnx.Module, remat: Remat) -> nnx.Module:
                 if hasattr(module, name):
                     setattr(module, name, nnx.List([_Remat(part) for part in getattr(module, name)]))
     return bound
-
-
-def param_dtype(params: Params) -> jnp.dtype:
-    """The type of a network's parameters, which is what its inputs must have."""
-    return next(iter(params.values())).dtype
 
 
 class _Remat(nnx.Module):

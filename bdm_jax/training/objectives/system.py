@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bdm_jax.models.config import CLIPTextConfig, Config, UNetConfig
-from bdm_jax.models.functional import abstract, bind
+from bdm_jax.models.functional import abstract, bind, param_dtype
 from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.training.objectives.denoising import Denoising
 from bdm_jax.training.objectives.objective import Batch, Row, Shapes, Sizes, Trees
-from bdm_jax.training.objectives.remat import Remat, param_dtype, rematerialise
+from bdm_jax.training.objectives.remat import Remat, rematerialise
 
 BACKBONE, BRANCH = "backbone", "branch"  # text sources
 NETWORKS = {BACKBONE: ("unet", "text_encoder"), BRANCH: ("unet", "branch", "branch_text_encoder")}  # in a step

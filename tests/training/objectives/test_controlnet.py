@@ -18,7 +18,7 @@ from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.systems.components import load_component
 from bdm_jax.training.config import DataConfig, TrainConfig
 from bdm_jax.training.loop import train
-from bdm_jax.training.objectives.controlnet import ControlNetTask
+from bdm_jax.training.objectives.controlnet import ControlNetTask, Hints
 
 DATA = DataConfig(style="fluent", concepts=40)
 WIDTHS = (4, 4, 6, 6, 8)
@@ -37,9 +37,10 @@ def test_at_step_0_it_changes_nothing(made, backbone_folder, rng):
     job, batch = made
     assert batch["hint"].shape == (4, 128, 128, 3) and set(np.unique(batch["hint"])) == {0, 255}
     x, t = rng.standard_normal((4, 8, 8, 4), np.float32), np.array([0, 10, 500, 999])
-    text = Conditioning(bind(job.configs["text_encoder"], job.frozen["text_encoder"])(batch["texts"]["backbone"]))
-    plain = bind(job.configs["unet"], job.frozen["unet"])(x, t, text)
-    np.testing.assert_array_equal(job.predict(job.params, job.frozen, batch, x, t), plain)
+    sizes = job.objective.system.sizes
+    text = Conditioning(bind(sizes["text_encoder"], job.frozen["text_encoder"])(batch["texts"]["backbone"]))
+    plain = bind(sizes["unet"], job.frozen["unet"])(x, t, text)
+    np.testing.assert_array_equal(job.objective.predict(job.params, job.frozen, batch, x, t), plain)
 
 
 def test_it_begins_as_diffusers_from_unet(made, backbone_folder):
@@ -74,8 +75,8 @@ def test_a_step_is_diffusers(made, backbone_folder, rng):
 
     with torch.enable_grad():
         network.requires_grad_(True).eval()
-        scaling = scaling(job)
-        system.loss(batch["moments"], batch["texts"]["backbone"], scaling, key_of(), residuals).backward()
+        factor = scaling(job)
+        system.loss(batch["moments"], batch["texts"]["backbone"], factor, key_of(), residuals).backward()
     weights = dict(network.named_parameters())
     theirs = {name: weight.grad.numpy().copy() for name, weight in weights.items()}
     reference.adamw(weights.values())
@@ -109,17 +110,15 @@ def test_the_folder_is_diffusers_and_the_backbone_stays(backbone_folder, tmp_pat
     assert np.abs(np.asarray(found.mid)).max() > 1e-3, "it was trained"
 
 
-def test_a_ready_map_and_a_picture_of_another_size(backbone_folder, tmp_path, made):
-    job, _ = made
-    source = open_source(DATA.folder)
-    record = source[0]
-    ready, _ = reference.start(task_for(backbone_folder, hint_column="image"), tmp_path / "other", DATA)
-    assert ready.hint(record).shape == (128, 128, 3)
+def test_a_ready_map_and_an_image_of_another_size(backbone_folder, tmp_path):
+    record = open_source(DATA.folder)[0]
+    _, batch = reference.start(task_for(backbone_folder, hint_column="image"), tmp_path / "other", DATA)
+    assert batch["hint"].shape == (4, 128, 128, 3)
+    canny, ready = Hints((128, 128), "canny", None), Hints((128, 128), "canny", "image")
     big = cv2.imencode(".png", np.zeros((300, 200, 3), np.uint8))[1].tobytes()
-    assert ready.hint({**record, "image": big}).shape == job.hint({**record, "image": big}).shape == (128, 128, 3)
-    with pytest.raises(UserError, match="field depth holds no picture"):
-        ready.task = replace(ready.task, hint_column="depth")
-        ready.hint(record)
+    assert ready({**record, "image": big}).shape == canny({**record, "image": big}).shape == (128, 128, 3)
+    with pytest.raises(UserError, match="field depth holds no image"):
+        Hints((128, 128), "canny", "depth")(record)
 
 
 @pytest.mark.parametrize(

@@ -44,16 +44,17 @@ def test_a_step_is_pytorch_s(backbone_folder, class_images, tmp_path, tower):
     """diffusers' script: subject and class in one pass, their mean errors added, both networks' gradients clipped."""
     task = dreambooth(backbone_folder, class_images=class_images, prior_weight=0.7, text_encoder=tower)
     job, batch = reference.start(task, tmp_path / "run", DATA)
-    assert job.prior.shape == (6, 8, 8, 8)
+    with np.load(tmp_path / "run" / "class-latents.npz") as cached:
+        assert cached["moments"].shape == (6, 8, 8, 8)
     gradients, after = step(job, batch, job.params)
-    system, scaling = System(backbone_folder), scaling(job)
+    system, factor = System(backbone_folder), scaling(job)
     with torch.enable_grad():
         networks = {"unet": system.unet, "text_encoder": system.text}
         for network in networks.values():
             network.requires_grad_(True)
         noisy = [
-            system.noised(batch["moments"], scaling, key_of()),
-            system.noised(batch["class_moments"], scaling, jax.random.fold_in(key_of(), 3)),
+            system.noised(batch["moments"], factor, key_of()),
+            system.noised(batch["class_moments"], factor, jax.random.fold_in(key_of(), 3)),
         ]
         x, t, target = (torch.cat(pair) for pair in zip(*noisy, strict=True))
         ids = torch.from_numpy(np.concatenate([batch["texts"]["backbone"], batch["class_ids"]])).long()
@@ -85,7 +86,9 @@ def test_without_prior_it_is_fine_tuning(backbone_folder, tmp_path):
     found = []
     for task in (DreamBoothTask(prior_weight=0.0, **fields), FinetuneTask(**fields)):
         job, batch = reference.start(task, tmp_path / type(task).__name__, DATA)
-        found.append(jax.jit(lambda p, job=job, batch=batch: job.objective.loss(p, job.frozen, batch, key_of()))(job.params)[0])
+        found.append(
+            jax.jit(lambda p, job=job, batch=batch: job.objective.loss(p, job.frozen, batch, key_of()))(job.params)[0]
+        )
     assert found[0] == found[1]
 
 

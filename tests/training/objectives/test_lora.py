@@ -25,7 +25,7 @@ from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.training.config import DataConfig, TrainConfig
 from bdm_jax.training.digests import leaves
 from bdm_jax.training.loop import train
-from bdm_jax.training.objectives.lora import LoRATask
+from bdm_jax.training.objectives.lora import LoRATask, merged, trained_shapes
 from bdm_jax.training.state import abstract_state, make_optimizer, state_sharding
 
 DATA = DataConfig(style="noto", concepts=40)
@@ -129,20 +129,21 @@ def test_a_step_is_peft_s(made, backbone_folder, fields, alpha):
 def test_it_begins_without_effect(backbone_folder, tmp_path):
     job, batch = reference.start(LoRATask(model=backbone_folder), tmp_path / "run", DATA)
     x, t = np.ones((4, 8, 8, 4), np.float32), np.arange(4)
-    found = job.predict(job.params, job.frozen, batch, x, t)
-    text = bind(job.configs["text_encoder"], job.frozen["text_encoder"])(batch["texts"]["backbone"])
-    np.testing.assert_array_equal(found, bind(job.configs["unet"], job.frozen["unet"])(x, t, Conditioning(text)))
+    sizes, ids = job.objective.sizes, batch["texts"]["backbone"]
+    found = job.objective.predict(job.params, job.frozen, ids, x, t)
+    text = bind(sizes["text_encoder"], job.frozen["text_encoder"])(ids)
+    np.testing.assert_array_equal(found, bind(sizes["unet"], job.frozen["unet"])(x, t, Conditioning(text)))
     assert sum(path.endswith("down.kernel") for path in job.params["unet_lora"]) == 8 * attention_layers(job)
 
 
 def attention_layers(job):
-    return sum(path.endswith("attn1.to_q.kernel") for path in abstract(job.configs["unet"]))
+    return sum(path.endswith("attn1.to_q.kernel") for path in abstract(job.objective.sizes["unet"]))
 
 
 def test_the_default_layers_of_sd15_are_kohya_s_attention_projections():
     """16 transformers of two attentions of four projections; the rank is where the state's size comes from."""
     task = LoRATask(networks="both", rank=8)
-    trees = task.trained_shapes({"unet": SD15_UNET, "text_encoder": CLIP_L_TEXT})
+    trees = trained_shapes(task, {"unet": SD15_UNET, "text_encoder": CLIP_L_TEXT})
     assert len(trees["unet_lora"]) == 2 * 16 * 8 and len(trees["text_encoder_lora"]) == 2 * 12 * 4
     state = abstract_state(trees, make_optimizer(reference.OPTIMIZER, 10))
     assert leaves(state).keys() == leaves(state_sharding(make_mesh(), state)).keys(), "every leaf has one rule"
@@ -179,7 +180,7 @@ def test_the_file_means_the_same_to_diffusers_and_to_us(run_of, backbone_folder,
     changed = {k for k, v in ours.unet.params.items() if not np.array_equal(v, plain.unet.params[k])}
     assert changed == {
         path.replace(".down.kernel", ".kernel")
-        for path in task.trained_shapes({"unet": plain.unet.config, "text_encoder": plain.text_encoder.config})[
+        for path in trained_shapes(task, {"unet": plain.unet.config, "text_encoder": plain.text_encoder.config})[
             "unet_lora"
         ]
         if path.endswith(".down.kernel")
@@ -207,12 +208,13 @@ def test_the_file_means_the_same_to_diffusers_and_to_us(run_of, backbone_folder,
     assert np.abs(np.asarray(found) - np.asarray(unchanged)).max() > 1e-2, "the LoRA has an effect"
 
 
-def test_the_merged_preview_is_what_was_trained(made, rng, assert_parity):
+def test_the_merged_preview_is_what_was_trained(made, backbone_folder, rng, assert_parity):
     job, batch, params = made(networks="both", modules=EVERYTHING, alpha=3.0)
+    system, ids = BridgePipeline.from_pretrained(backbone_folder, "float32"), batch["texts"]["backbone"]
     x, t = rng.standard_normal((4, 8, 8, 4), np.float32), np.array([0, 300, 600, 999])
-    merged = job.pipeline(params)
-    text = Conditioning(bind(*merged.text_encoder)(batch["texts"]["backbone"]))
-    assert_parity(bind(*merged.unet)(x, t, text), job.predict(params, job.frozen, batch, x, t), 1e-5)
+    drawn_with = merged(system, ("unet", "text_encoder"), 3.0 / 4, params)
+    text = Conditioning(bind(*drawn_with.text_encoder)(ids))
+    assert_parity(bind(*drawn_with.unet)(x, t, text), job.objective.predict(params, job.frozen, ids, x, t), 1e-5)
 
 
 @pytest.mark.parametrize("networks", ["unet", "both"])
@@ -240,8 +242,8 @@ def test_frozen_trees_stay_byte_for_byte(made):
 def test_remat_computes_the_same(made):
     job, batch, params = made()
     plain = jax.grad(lambda p: job.objective.loss(p, job.frozen, batch, key_of())[0])(params)
-    job.task = replace(job.task, remat="blocks")
-    again = jax.grad(lambda p: job.objective.loss(p, job.frozen, batch, key_of())[0])(params)
+    objective = replace(job.objective, remat="blocks")
+    again = jax.grad(lambda p: objective.loss(p, job.frozen, batch, key_of())[0])(params)
     for path, gradient in plain["unet_lora"].items():
         np.testing.assert_allclose(again["unet_lora"][path], gradient, rtol=0, atol=1e-5 * np.abs(gradient).max())
 

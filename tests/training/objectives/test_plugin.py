@@ -13,7 +13,9 @@ from bdm_jax import configs
 from bdm_jax.data.captions import caption
 from bdm_jax.data.records import open_source
 from bdm_jax.errors import UserError
+from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.training.config import DataConfig, check
+from bdm_jax.training.objectives.captions import Captions
 from bdm_jax.training.objectives.controlnet import ControlNetTask
 from bdm_jax.training.objectives.dreambooth import DreamBoothTask
 from bdm_jax.training.objectives.finetune import FinetuneTask
@@ -56,8 +58,10 @@ def test_pictures_become_as_large_as_the_model_s_and_prompts_need_no_captions(ph
     task = FinetuneTask(model=backbone_folder, prompts=("a photo of sks dog",), caption_dropout=0.0)
     job, batch = reference.start(task, tmp_path / "run", DataConfig(folder=photos))
     assert batch["moments"].shape == (4, 8, 8, 8) and len(job.parts[0].source) == 3
-    assert (batch["texts"]["backbone"] == batch["texts"]["backbone"][0]).all()
-    assert batch["texts"]["backbone"][0].tolist() == job.tokenizer(["a photo of sks dog"])[0].tolist()
+    ids = batch["texts"]["backbone"]
+    assert (ids == ids[0]).all()
+    tokenizer = Tokenizer.from_pretrained(backbone_folder / "tokenizer")
+    assert ids[0].tolist() == tokenizer(["a photo of sks dog"])[0].tolist()
 
 
 def test_another_picture_under_the_same_name_is_seen(photos, backbone_folder, tmp_path):
@@ -69,12 +73,13 @@ def test_another_picture_under_the_same_name_is_seen(photos, backbone_folder, tm
     assert same == [True, False, True]
 
 
-def test_captions_go_into_prompts(photos, backbone_folder, tmp_path):
-    task = FinetuneTask(model=backbone_folder, prompts=("{}, oil",), only=("a.JPG",))
-    job, _ = reference.start(task, tmp_path / "run", DataConfig(folder=photos))
+def test_captions_go_into_prompts(photos, backbone_folder):
+    texts = Captions(Tokenizer.from_pretrained(backbone_folder / "tokenizer"), "en", prompts=("{}, oil",))
     record = open_source(photos)[0]
-    assert job.name(record) == "a dog on grass, oil"
-    assert job.texts(record, np.random.default_rng(0))[1] == "a dog on grass, oil"
+    assert texts.name(record) == "a dog on grass, oil"
+    assert texts.texts(record, np.random.default_rng(0))[1] == "a dog on grass, oil"
+    word = replace(texts, word="<mine>")
+    assert word.name(record) == "<mine>, oil" and word.texts(record, np.random.default_rng(0)) == ("<mine>, oil",) * 2
 
 
 @pytest.mark.parametrize(
@@ -93,8 +98,11 @@ def test_all_take_the_types_of_accelerators(photos, backbone_folder, tmp_path, t
     values = {name: photos if value == "photos" else value for name, value in values.items()}
     made = task(model=backbone_folder, **values)
     job, batch = reference.start(made, tmp_path / "run", DataConfig(folder=photos), "bfloat16")
-    foretold, others = made.shapes()
-    shapes = lambda tree: jax.tree.map(lambda leaf: tuple(leaf.shape), tree)  # noqa: E731
+    foretold, others = made.objective(made.sizes()).shapes()
+
+    def shapes(tree):
+        return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
+
     assert shapes(job.params) == shapes(foretold) and shapes(job.frozen) == shapes(others)
     assert {leaf.dtype for leaf in jax.tree.leaves(job.params)} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(job.frozen)} <= {jnp.dtype("bfloat16")}
@@ -121,5 +129,5 @@ def test_configs_pass_their_check(name, tmp_path):
     text = configs.__path__[0] + f"/{name.replace('-', '_')}.py"
     assert f"python train.py {name}" in open(text).read()
     if name.startswith("emoji"):
-        trained, frozen = config.task.shapes()
+        trained, frozen = config.task.objective(config.task.sizes()).shapes()
         assert trained and frozen and not set(trained) & set(frozen)

@@ -1,7 +1,6 @@
 """Loss weights and noise against diffusers and the papers."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,8 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from bdm_jax.diffusion.schedule import DiscreteSchedule
+from bdm_jax.models.config import VAEConfig
 from bdm_jax.training.objectives.backbone import BackboneTask
-from bdm_jax.training.objectives.denoising import DiffusionJob
 from bdm_jax.training.objectives.weighting import min_snr
 
 
@@ -26,7 +25,9 @@ def test_min_snr_is_diffusers(prediction_type, gamma):
     snr = compute_snr(scheduler, torch.from_numpy(t)).numpy()
     expected = np.minimum(snr, gamma)
     expected = {"epsilon": expected / snr, "v_prediction": expected / (snr + 1), "sample": expected}[prediction_type]
-    np.testing.assert_allclose(min_snr(DiscreteSchedule(prediction_type=prediction_type), t, gamma), expected, rtol=1e-4)
+    np.testing.assert_allclose(
+        min_snr(DiscreteSchedule(prediction_type=prediction_type), t, gamma), expected, rtol=1e-4
+    )
 
 
 def test_at_zero_snr_every_weight_is_finite():
@@ -36,9 +37,7 @@ def test_at_zero_snr_every_weight_is_finite():
 
 
 def job(task):
-    schedule = DiscreteSchedule(prediction_type=task.prediction_type, rescale_betas_zero_snr=task.zero_snr)
-    vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=0.5))
-    return DiffusionJob(task, {}, vae, None, schedule, {})
+    return task.objective(task.sizes(lambda *_: VAEConfig(scaling_factor=0.5))).denoising
 
 
 def test_noised_latents_and_v_targets_are_diffusers(rng):
