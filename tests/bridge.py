@@ -180,7 +180,10 @@ def deep_cached(torch_nets, kept):
     def cached(is_key):
         kept(is_key)
         recall = remembering(lambda features: features, is_key)
-        before = lambda module, given, named: (given, {**named, "hidden_states": recall(named["hidden_states"])})  # noqa: E731
+
+        def before(module, given, named):
+            return given, {**named, "hidden_states": recall(named["hidden_states"])}
+
         handles.append(unet.up_blocks[-1].register_forward_pre_hook(before, with_kwargs=True))
         return unet
 

@@ -4,7 +4,7 @@ EDM adds noise of standard deviation sigma to data of standard deviation sd = `s
 st = sqrt(sigma^2 + sd^2) denoises by D(x) = (sd/st)^2 x + (sigma sd/st) F(x/st), where F is the network. In this
 library's terms that is k = sigma/sd, alpha = sd/st = 1/sqrt(1 + k^2) and noise of deviation k alpha = sigma/st: the
 network's input x/st is what is called latents here, and D/sd = alpha (x/st) + (k alpha) F, so F = -v. Clean latents
-are the data divided by sd, as by a VAE's scaling factor: every sampler applies as it is.
+are the data divided by sd (`data_scale`), so every sampler applies as it is.
 """
 
 from dataclasses import dataclass
@@ -42,6 +42,10 @@ class EDMSchedule(Schedule):
             raise ValueError(f"prediction_type={self.prediction_type!r}: one of edm, v_prediction")
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(f"sigma_min={self.sigma_min} is not between 0 and sigma_max={self.sigma_max}")
+
+    @property
+    def data_scale(self):
+        return self.sigma_data
 
     @property
     def span(self):

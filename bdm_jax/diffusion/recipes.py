@@ -3,7 +3,7 @@
 A recipe is written as the sampler's own step, on symbols: `LATENTS`, `MEMORY`, `PREDICTION` and `NOISE` are unit
 vectors, so what a step returns is the matrix that does it. Latents always have the variance that the network was
 trained with, x = alpha x0 + sigma noise; the papers' and diffusers' variance-exploding samplers hold x / alpha, whose
-noise is `k` = sigma / alpha. With `begin`, the first steps are left out: a picture that is noised to that level is
+noise is `k` = sigma / alpha. With `begin`, the first steps are left out: an image that is noised to that level is
 drawn from there (img2img). A table takes the trajectory of the diffusers scheduler that its recipe names, and a
 comment says where that is a quirk.
 """
@@ -28,7 +28,7 @@ class Steps:
     """A sampler's table; N rows, one for every evaluation of the network (some samplers take two per step)."""
 
     row: jax.Array  # (N,) int32: its own number
-    t: jax.Array  # (N,) fp32: the timestep given to the network; some samplers ask between the trained ones
+    t: jax.Array  # (N,) fp32: the time given to the network; some samplers evaluate between the trained timesteps
     alpha: jax.Array  # (N,) fp32: latents at this row are alpha x0 + sigma noise
     sigma: jax.Array
     initial: jax.Array  # (N,) fp32: what unit noise is multiplied with to begin here
@@ -40,7 +40,7 @@ def ddim(schedule: DiscreteSchedule, count: int, spacing: str = "leading", begin
     at, stride = _trained(schedule), schedule.num_train_timesteps // count
     rows = []
     for t in schedule.timesteps(count, spacing).round()[begin:]:
-        x0, noise = _meaning(schedule, *at(t))
+        x0, noise = _x0_and_noise(schedule, *at(t))
         alpha_to, sigma_to = at(t - stride)  # diffusers' stride under every spacing, though only "leading" has it
         rows.append((t, *at(t), [alpha_to * x0 + sigma_to * noise]))
     return _table(rows)
@@ -54,7 +54,7 @@ def ddpm(schedule: DiscreteSchedule, count: int, spacing: str = "leading", begin
     for i, t in enumerate(times):
         alpha, sigma = at(t)
         alpha_to, sigma_to = at(times[i + 1]) if i + 1 < len(times) else (1.0, 0.0)
-        x0, _ = _meaning(schedule, alpha, sigma)
+        x0, _ = _x0_and_noise(schedule, alpha, sigma)
         kept = alpha / alpha_to
         beta = 1 - kept**2
         mean = alpha_to * beta / sigma**2 * x0 + kept * sigma_to**2 / sigma**2 * LATENTS
@@ -75,7 +75,7 @@ def pndm(schedule: DiscreteSchedule, count: int, spacing: str = "leading", begin
         begin, end = (t + stride, t) if i == 1 else (t, t - stride)
         alpha, sigma = at(begin)
         alpha_to, sigma_to = at(end)
-        last = PREDICTION if v else _meaning(schedule, *at(t))[1]
+        last = PREDICTION if v else _x0_and_noise(schedule, *at(t))[1]
         latents, history = LATENTS, [last, *MEMORY]
         if i == 0:
             mean, memory = last, [last, LATENTS]
@@ -101,7 +101,7 @@ def lcm(schedule: DiscreteSchedule, count: int, begin: int = 0) -> Steps:
     times = known[np.floor(np.linspace(0, distilled, count, endpoint=False)).astype(int)][begin:]
     rows = []
     for i, t in enumerate(times):
-        x0, _ = _meaning(schedule, *at(t))
+        x0, _ = _x0_and_noise(schedule, *at(t))
         far = 10.0 * t / 0.5
         clean = far / np.sqrt(far**2 + 1) * x0 + LATENTS / (far**2 + 1)
         alpha_to, sigma_to = at(times[i + 1]) if i + 1 < len(times) else (1.0, 0.0)
@@ -137,9 +137,9 @@ def lms(schedule: Schedule, count: int, spacing: str | None = None, sigmas: str 
         at = k.mean() + nodes * np.diff(k) / 2
         history = [noise, *MEMORY]
         change = 0
-        for j, own in enumerate(past):
+        for j, node in enumerate(past):
             others = np.delete(past, j)
-            basis = np.prod((at[:, None] - others) / (own - others), axis=1)
+            basis = np.prod((at[:, None] - others) / (node - others), axis=1)
             change = change + (weights * basis).sum() * np.diff(k) / 2 * history[j]
         matrices.append([grid.alpha[i + 1] * (LATENTS / grid.alpha[i] + change), *history[:3]])
     return grid.table(matrices)
@@ -155,8 +155,8 @@ def heun(
         alpha_to, sigma_to = grid.alpha[i + 1], grid.sigma[i + 1]
         rows.append((grid.t[i], grid.alpha[i], grid.sigma[i], [alpha_to * x0 + sigma_to * noise, LATENTS, noise]))
         if i + 1 < len(grid.t):
-            _, there = _meaning(schedule, alpha_to, sigma_to)
-            mean = (MEMORY[1] + there) / 2
+            _, noise_to = _x0_and_noise(schedule, alpha_to, sigma_to)
+            mean = (MEMORY[1] + noise_to) / 2
             back = alpha_to * (MEMORY[0] / grid.alpha[i] + (grid.k[i + 1] - grid.k[i]) * mean)
             rows.append((grid.t[i + 1], alpha_to, sigma_to, [back]))
     return _table(rows, grid.initial)
@@ -203,15 +203,15 @@ def dpmpp_sde(
     grid = _grid(schedule, count, spacing, sigmas, begin=begin)
     rows = []
     for i, x0, noise in grid.steps():
-        here, k, k_to = (grid.t[i], grid.alpha[i], grid.sigma[i]), grid.k[i], grid.k[i + 1]
+        level, k, k_to = (grid.t[i], grid.alpha[i], grid.sigma[i]), grid.k[i], grid.k[i + 1]
         if i + 1 == len(grid.t):
-            rows.append((*here, [x0]))
+            rows.append((*level, [x0]))
             break
         k_mid = np.sqrt(k * k_to)
         alpha, sigma = _alpha_sigma(k_mid)
         down, up = _ancestral(k, k_mid)
-        rows.append((*here, [alpha * (x0 + down * noise + up * NOISE), LATENTS, NOISE]))
-        x0, _ = _meaning(schedule, alpha, sigma)
+        rows.append((*level, [alpha * (x0 + down * noise + up * NOISE), LATENTS, NOISE]))
+        x0, _ = _x0_and_noise(schedule, alpha, sigma)
         down, up = _ancestral(k, k_to)
         path = (np.sqrt(k - k_mid) * MEMORY[1] + np.sqrt(k_mid - k_to) * NOISE) / np.sqrt(k - k_to)
         latents = down / k * MEMORY[0] / grid.alpha[i] + (1 - down / k) * x0 + up * path
@@ -253,7 +253,7 @@ def unipc(
 
 @dataclass(frozen=True)
 class _Grid:
-    """Noise levels k that a sampler steps over, from the most to the last, where no network is asked any more."""
+    """Noise levels k that a sampler steps over, from the highest to the last, where no network is evaluated."""
 
     schedule: Schedule
     t: np.ndarray  # (N,)
@@ -269,8 +269,8 @@ class _Grid:
         return _alpha_sigma(self.k)[1]
 
     def steps(self):
-        """(index, clean latents, noise) as the prediction at each level tells them."""
-        return ((i, *_meaning(self.schedule, self.alpha[i], self.sigma[i])) for i in range(len(self.t)))
+        """(index, clean latents, noise) that the prediction at each level implies."""
+        return ((i, *_x0_and_noise(self.schedule, self.alpha[i], self.sigma[i])) for i in range(len(self.t)))
 
     def table(self, matrices: list[list[np.ndarray]]) -> Steps:
         return _table(list(zip(self.t, self.alpha[:-1], self.sigma[:-1], matrices, strict=True)), self.initial)
@@ -296,7 +296,7 @@ def _grid(
             k = most ** (1 - ramp) * least**ramp
         # diffusers' solvers round karras timesteps and cut exponential ones: its first, 998.99..., falls to 998
         t = schedule.time(k, None if not solver else np.round if sigmas == "karras" else np.floor)
-    # diffusers begins "linspace" and "trailing" with sigma times the noise, as if there were no picture in it
+    # diffusers begins "linspace" and "trailing" with sigma times the noise, as if there were no image in it
     initial = 1.0 if solver or spacing == "leading" else _alpha_sigma(k[0])[1]
     final = 0.0 if final_sigma_zero else schedule.span[0]
     return _Grid(schedule, t[begin:], np.append(k, final)[begin:], initial)
@@ -328,14 +328,14 @@ def _ancestral(k: float, k_to: float) -> tuple[float, float]:
     return np.sqrt(k_to**2 - up**2), up
 
 
-def _meaning(schedule: Schedule, alpha: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:
-    """The clean latents and the noise that the prediction implies."""
+def _x0_and_noise(schedule: Schedule, alpha: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:
+    """The clean latents and the noise that a prediction implies."""
     x0 = schedule.to_x0(PREDICTION, LATENTS, alpha, sigma)
     return x0, (LATENTS - alpha * x0) / sigma
 
 
 def _table(rows: list[tuple], initial: float = 1.0) -> Steps:
-    """Rows (t, alpha, sigma, [new latents, new memory...]); what the memory is not given, it forgets."""
+    """Rows (t, alpha, sigma, [new latents, new memory...]); memory that is not given becomes 0."""
     t, alpha, sigma, steps = zip(*rows, strict=True)
     matrix = np.zeros((len(rows), 1 + len(MEMORY), len(LATENTS)), np.float32)
     for i, step in enumerate(steps):

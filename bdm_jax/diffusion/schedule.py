@@ -33,6 +33,11 @@ class Schedule(Protocol):
     prediction_type: str  # epsilon (the noise), v_prediction (alpha noise - sigma x0), sample (x0), edm (-v)
 
     @property
+    def data_scale(self) -> float:
+        """What clean latents are multiplied with to be data: scaled latents of an autoencoder, or pixels in [-1,1]."""
+        return 1.0
+
+    @property
     def span(self) -> tuple[float, float]:
         """The lowest and the highest noise level that the network was trained at."""
         raise NotImplementedError

@@ -272,7 +272,7 @@ class _Sampler:
         `images` are an earlier pass's.
         """
         pipeline, settings = self.pipeline, self.settings
-        factor = pipeline.factor
+        factor, scale = pipeline.factor, pipeline.schedule.data_scale
         shape = (stage.size[0] // factor, stage.size[1] // factor, pipeline.unet.config.in_channels)
         seeds = self._split(np.array([job.request.seed for job in jobs], np.uint32))
         noise = self._split(_torch_noise(jobs, count, shape)) if settings.reference else unit_noise(shape, seeds)
@@ -285,7 +285,8 @@ class _Sampler:
             loaded = [load(job.request) for job in jobs]
             originals = [image for image, _ in loaded] if images is None else images
             originals = np.stack([resize_to_cover(image, stage.size) for image in originals])
-            clean = self._split(encode(pipeline.vae, self._split(originals), settings.vae_tile))
+            clean = encode(pipeline.vae, self._split(originals), settings.vae_tile)
+            clean = self._split(clean if scale == 1 else clean / scale)
             if jobs[0].request.mask is not None:
                 masks = np.stack([resize_to_cover(mask, stage.size) for _, mask in loaded])
                 latent_masks = self._split(np.stack([_latent_mask(mask, factor) for mask in masks]))
@@ -299,8 +300,9 @@ class _Sampler:
             state, predicted_x0, step_cache = self._run(segment, inputs, state, step_cache)
             report(segment.rows.stop)
             if segment.rows.stop % self.preview_every == 0 and segment.rows.stop < len(guidance):
-                self.on_preview(segment.rows.stop, np.asarray(predicted_x0)[:count])
-        pixels, finite = decode(pipeline.vae, state.latents, settings.vae_tile)
+                self.on_preview(segment.rows.stop, np.asarray(predicted_x0)[:count] * np.float32(scale))
+        latents = state.latents if scale == 1 else state.latents * scale
+        pixels, finite = decode(pipeline.vae, latents, settings.vae_tile)
         for job, good in zip(jobs[:count], finite[:count], strict=True):
             if not good:
                 raise UserError(

@@ -1,4 +1,4 @@
-"""What a picture shall show and how it is drawn. Knows no network and no JAX: a command line can be checked first."""
+"""What an image shall show and how it is drawn. Knows no network and no JAX: a command line can be checked first."""
 
 import math
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ import tyro
 from bdm_jax.errors import UserError
 
 REFERENCE_SAMPLER = "dpmpp-2m"
-ImageSource = str | Path | np.ndarray  # a file, or (H,W,3) uint8; as a mask (H,W) uint8, 255 where it is drawn anew
+ImageSource = str | Path | np.ndarray  # a file, or (H,W,3) uint8; as a mask (H,W) uint8, 255 where it is repainted
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one picture shall show.
+    """What one image shall show.
 
     `prompt` and `negative` are the branch's (Chinese), `english` and `english_negative` the backbone's; the paper's way
     is to leave the English ones empty. A bare backbone reads its English prompts or, where they are empty, the others.
     All may hold weights, as in "(red:1.3) lantern" (see `text.grammar`). The seed is in [0, 2**32).
 
-    `image` is a picture to begin from; with a `mask` of its size, only what is white there is drawn anew.
+    `image` is an image to begin from; with a `mask` of its size, only what is white there is repainted (inpainting).
     """
 
     prompt: str
@@ -53,7 +53,7 @@ _SIZE = tyro.constructors.PrimitiveConstructorSpec(
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn. Fractions count the sampler's evaluations: 0 before the first, 1 after the last."""
+    """How images are drawn. Fractions count the sampler's evaluations: 0 before the first, 1 after the last."""
 
     steps: int = 25
     """Sampling steps."""
@@ -68,15 +68,15 @@ class Sampling:
     guidance_end: float = 1.0
     """Fraction of the steps after which there is no guidance."""
     guidance_rescale: float = 0.0
-    """From 0 to 1: how much of the contrast that guidance adds is taken away again (0.7 suits v-prediction)."""
+    """From 0 to 1: how much of the contrast that guidance adds is removed (0.7 suits v-prediction)."""
     size: Annotated[tuple[int, int] | None, _SIZE] = None
     """Size in pixels; by default that of the image, or what the model was trained at."""
     branch_strength: float = 1.0
     """What the branch's residuals are multiplied with."""
     branch_start: float = 0.0
-    """Fraction of the steps before which the branch is silent."""
+    """Fraction of the steps before which the branch is inactive."""
     branch_end: float = 1.0
-    """Fraction of the steps after which the branch is silent."""
+    """Fraction of the steps after which the branch is inactive."""
     residual_strengths: tuple[float, ...] = ()
     """One more factor for each residual of the branch, from the finest skip to the middle (13 for SD1.5)."""
     guess: bool = False
@@ -88,15 +88,15 @@ class Sampling:
     merge_tokens: float = 0.0
     """Approximation: merge this share of the first level's tokens, up to 0.75, for self-attention (token merging)."""
     vae_tile: int = 0
-    """Approximation: larger pictures go through the autoencoder in tiles of so many pixels a side; 0 for whole ones."""
+    """Approximation: larger images go through the autoencoder in tiles of this many pixels a side; 0 for whole ones."""
     clip_skip: int = 1
-    """Which of the English tower's layers is read, counted from the last: 1 the last, 2 the one before it."""
+    """Which layer of the backbone's text encoder is read: 1 the model's own, 2 the one before it."""
     strength: float = 0.75
-    """How far an image is drawn anew: 0 keeps it, 1 forgets it."""
+    """How much of the schedule an image is redrawn with (denoising strength): 0 keeps it, 1 ignores it."""
     hires: float = 1.0
-    """Draw, enlarge so many times, and draw over that: large pictures without twins."""
+    """Draw, enlarge by this factor, and draw over that (hires fix): large images without repeated subjects."""
     hires_strength: float = 0.5
-    """How far the enlarged picture is drawn anew."""
+    """Denoising strength over the enlarged image."""
     masked: bool | None = None
     """Hide padding from the branch, for branches trained so; by default the model's own."""
     reference: bool = False
@@ -106,7 +106,7 @@ class Sampling:
 
 
 def check(settings: Sampling) -> None:
-    """What can be known without a model. Raises UserError for the first setting that cannot be."""
+    """What can be known without a model. Raises UserError for the first setting that is not valid."""
     finite = ("guidance", "english_guidance", "branch_strength")
     for name in finite:
         value = getattr(settings, name)

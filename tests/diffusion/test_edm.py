@@ -63,7 +63,7 @@ def ours(name, schedule, noise, count):
         row = jax.tree.map(lambda column, i=i: column[i], steps)
         prediction = network(schedule, state.latents, row.t)
         state = samplers.advance(state, prediction, row, np.zeros_like(noise))
-    return np.asarray(state.latents) * schedule.sigma_data
+    return np.asarray(state.latents) * schedule.data_scale
 
 
 @pytest.mark.parametrize("count", [1, 2, 18, 40])
@@ -104,7 +104,7 @@ def test_stochastic_samplers_come_to_the_distribution_too(name, count, rng):
         row = jax.tree.map(lambda column, i=i: column[i], steps)
         fresh = rng.standard_normal(noise.shape, dtype=np.float32)
         state = samplers.advance(state, network(SCHEDULE, state.latents, row.t), row, fresh)
-    data = np.asarray(state.latents) * SCHEDULE.sigma_data
+    data = np.asarray(state.latents) * SCHEDULE.data_scale
     assert data.mean() == pytest.approx(MEAN, abs=0.005) and data.std() == pytest.approx(DEVIATION, abs=0.01)
 
 

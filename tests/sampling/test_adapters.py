@@ -159,7 +159,10 @@ def vision(tmp_path_factory, request):
 def published(kind, unet, seed, width=WIDTH):
     """A file of IP-Adapter's authors at random: base (of a vector of 12) or Plus (of states 32 wide)."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(shape, generator=generator) / shape[-1] ** 0.5  # noqa: E731
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
     if kind == "base":
         shapes = {"proj.weight": (4 * width, 12), "proj.bias": (4 * width,), "norm.weight": (width,)}
         shapes |= {"norm.bias": (width,)}
@@ -290,7 +293,10 @@ def test_vision_towers_are_recognised(vision, tmp_path, capsys):
 
 def test_image_prompts_that_cannot_be(tiny, tiny_folder, torch_nets, vision, picture, tmp_path):
     prompt = ImagePrompt(None, load_component(vision[0]), picture, name="file.bin")
-    arrays = lambda tensors: {part: {k: t.numpy() for k, t in own.items()} for part, own in tensors.items()}  # noqa: E731
+
+    def arrays(tensors):
+        return {part: {k: t.numpy() for k, t in own.items()} for part, own in tensors.items()}
+
     good = arrays(published("base", torch_nets["unet"], 0))
     deep = diffusers.UNet2DConditionModel(**{**torch_nets["unet"].config, "block_out_channels": (32, 32)})
     tower = load_component(vision[0])

@@ -65,14 +65,20 @@ def test_two_controlnets_and_the_branch(
         branch_strength=branch_strength,
         controls=[Control(one, first, 0.7), Control(other, second, 1.3, start=0.3, end=0.9)],
     )
-    later = lambda i: 1.3 if i / 6 >= 0.3 and (i + 1) / 6 <= 0.9 else 0.0  # noqa: E731
+
+    def later(i):
+        return 1.3 if i / 6 >= 0.3 and (i + 1) / 6 <= 0.9 else 0.0
+
     theirs = [(networks[0][1], as_torch(first), lambda i: 0.7), (networks[1][1], as_torch(second), later)]
     assert_parity(ours, plain(request, scale=lambda i: branch_strength, controls=theirs), TOLERANCE)
 
 
 def test_controlnets_are_cached_too(latents, plain, assert_parity, networks, hints, deep_cached):
     """What they add to the first skips stays until the next key row, as what they add below is in the deep features."""
-    key = lambda row: row % 3 == 0  # noqa: E731
+
+    def key(row):
+        return row % 3 == 0
+
     ours = latents([REQUEST], cache_every=3, controls=[Control(load_component(networks[0][0]), hints[0], 0.7)])
     theirs = [(plain.remembering(networks[0][1], key), as_torch(hints[0]), lambda i: 0.7)]
     assert_parity(ours, plain(unet=deep_cached(key), controls=theirs), TOLERANCE)

@@ -13,10 +13,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from bdm_jax.convert.conversion import to_torch
 from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPTextModel
 
 from bdm_jax.formats.layouts import fit, tree_to_torch
-from bdm_jax.formats.tables import BRANCH, CHINESE_TEXT, CLIP_TEXT, OLD_VAE, PLAIN, ldm_controlnet, ldm_unet, ldm_vae
+from bdm_jax.formats.networks.autoencoders import OLD_VAE, ldm_vae
+from bdm_jax.formats.networks.bert import CHINESE_TEXT
+from bdm_jax.formats.networks.clip import CLIP_TEXT
+from bdm_jax.formats.networks.unet import BRANCH, ldm_controlnet, ldm_unet
+from bdm_jax.formats.tables import PLAIN
 from bdm_jax.formats.weights import read_weights
 from bdm_jax.latents.autoencoder import decode
 from bdm_jax.models import config as configs
@@ -26,11 +31,10 @@ from bdm_jax.sampling.generate import generate
 from bdm_jax.sampling.settings import Request, Sampling
 from bdm_jax.systems.pipeline import BridgePipeline
 from bdm_jax.text.encode import tokenize
-from convert.conversion import to_torch
 
 pytestmark = pytest.mark.slow
 
-PLAN = configs.SD15_UNET.attention_levels, configs.SD15_UNET.layers_per_block
+PLAN = configs.SD15_UNET.transformer_layers, configs.SD15_UNET.layers_per_block
 LAYOUTS = {
     "diffusers unet": (configs.SD15_UNET, PLAIN),
     "ldm unet": (configs.SD15_UNET, ldm_unet(*PLAN)),
@@ -97,10 +101,11 @@ def sd15(tmp_path_factory, request):
     half(lambda: transformers.CLIPTextModel(clip), folder / "text_encoder", seed + 2)
     half(branch, folder / "branch", seed + 3)
     values = {k: v for k, v in configs.to_json(configs.CHINESE_CLIP_H_TEXT).items() if k != "architectures"}
-    tower = lambda: ChineseCLIPTextModel(  # noqa: E731
-        transformers.ChineseCLIPTextConfig(**values), add_pooling_layer=False
-    )
-    half(tower, folder / "branch_text_encoder", seed + 4)
+
+    def chinese():
+        return ChineseCLIPTextModel(transformers.ChineseCLIPTextConfig(**values), add_pooling_layer=False)
+
+    half(chinese, folder / "branch_text_encoder", seed + 4)
     scheduler = diffusers.DPMSolverMultistepScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, final_sigmas_type="zero"
     )

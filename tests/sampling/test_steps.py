@@ -16,9 +16,11 @@ from bdm_jax.errors import UserError
 from bdm_jax.images.decode import resize_to_cover
 from bdm_jax.latents.autoencoder import encode
 from bdm_jax.models import functional
-from bdm_jax.sampling.denoiser import denoise
+from bdm_jax.sampling import generate as module
+from bdm_jax.sampling.denoiser import PredictionPlan, denoise
 from bdm_jax.sampling.generate import generate
 from bdm_jax.sampling.settings import Request, Sampling
+from bdm_jax.sampling.steps import Guidance
 from bdm_jax.systems.components import Component
 from bdm_jax.text.encode import tokenize
 from bdm_jax.text.windows import join
@@ -85,6 +87,21 @@ def test_guidance_interval(latents, plain, assert_parity):
         return plain.classifier_free(predict, 3.0) if 2 <= i < 5 else predict(1, 1)
 
     assert_parity(latents([REQUEST], guidance_start=2 / 6, guidance_end=0.9), plain(guide=guide), TOLERANCE)
+
+
+def test_interleaved_guidance_is_rows_of_the_table(latents, plain, assert_parity, monkeypatch):
+    """As SuTI's and Re-Imagen's: rows with other predictions than their neighbours, of whatever texts and weights."""
+    english = Guidance(PredictionPlan.of({"backbone": (0, 1), "branch": (1, 1)}), (1 - 4.0, 4.0))
+    chinese = Guidance(PredictionPlan.of({"backbone": (1, 1, 1), "branch": (0, 1, 0)}), (1 - 2.5, 2.0, 0.5))
+    monkeypatch.setattr(module, "guidance_rows", lambda *_: [english, chinese, chinese, english, chinese, english])
+
+    def guide(i, predict):
+        both = predict(1, 1)
+        if i in (0, 3, 5):
+            return both + 3.0 * (both - predict(0, 1))
+        return both + 1.0 * (both - predict(1, 0))
+
+    assert_parity(latents([REQUEST]), plain(guide=guide), TOLERANCE)
 
 
 def test_guidance_rescale(latents, plain, assert_parity):

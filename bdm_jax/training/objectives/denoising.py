@@ -33,6 +33,8 @@ class Denoising:
         places = batch["place"]
         key_latent, key_noise, key_t = jax.random.split(key, 3)
         clean = self._clean(batch, key_latent)
+        if (scale := self.schedule.data_scale) != 1:
+            clean = clean / scale
         noise = draw(key_noise, places, lambda k: self._noise(k, clean.shape[1:]))
         t = draw(key_t, places, lambda k: self.schedule.draw(k, self.timestep_bias))
         return self.schedule.add_noise(clean, noise, t), t, self.schedule.target(clean, noise, t)

@@ -15,6 +15,6 @@ def min_snr(schedule: Schedule, t: jax.Array, gamma: float) -> jax.Array:
     clipped = jnp.minimum(snr, gamma)
     if schedule.prediction_type == "sample":
         return clipped
-    if schedule.prediction_type == "v_prediction":
+    if schedule.prediction_type in ("v_prediction", "edm"):  # edm is -v: errors are as large
         return clipped / (snr + 1)
     return jnp.where(snr > gamma, clipped / snr, 1.0)
