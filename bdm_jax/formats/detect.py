@@ -111,7 +111,7 @@ def _of_one_family(
     parts: list[NetworkInFile], metadata: Mapping[str, str], others: list[str]
 ) -> tuple[tuple[NetworkInFile, ...], tuple[str, ...], str]:
     """The parts, with what only the family of the denoising network tells of an autoencoder beside it."""
-    denoisers = [part for part in parts if part.kind in ("unet", "controlnet", "branch")]
+    denoisers = [part for part in parts if "down_block_types" in part.config]
     family = next((part.family for part in (denoisers or parts)), "")
     base = next((name for name in autoencoders.FAMILIES if family.startswith(name)), None)
     settled = [

@@ -18,6 +18,7 @@ from bdm_jax.models import config as presets
 from bdm_jax.models.config import Config, from_json
 from bdm_jax.runtime.costs import flops, pretend_platform
 from bdm_jax.runtime.sharding import batch_ways, bytes_per_device
+from bdm_jax.systems.families import SD15
 from bdm_jax.training.config import TrainConfig
 from bdm_jax.training.digests import leaves
 from bdm_jax.training.objectives.objective import Objective, Sizes, read_sizes, without_remat
@@ -25,13 +26,7 @@ from bdm_jax.training.objectives.plugin import read_part
 from bdm_jax.training.state import abstract_state, frozen_sharding, make_optimizer, make_step, state_sharding
 
 # Networks whose folder is not here.
-_USUAL: Sizes = {
-    "unet": presets.SD15_UNET,
-    "vae": presets.SD15_VAE,
-    "text_encoder": presets.CLIP_L_TEXT,
-    "branch": presets.BDM_BRANCH,
-    "branch_text_encoder": presets.CHINESE_CLIP_H_TEXT,
-}
+_USUAL: Sizes = SD15.sizes
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,9 @@ def load_lora(path: str | Path, networks: Mapping[str, Mapping[str, Any]], targe
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such LoRA file or folder")
-    if target not in (None, "unet", "branch"):
-        raise unknown("LoRA target", target, ("unet", "branch"))
+    denoisers = ("unet", families.mirror("unet"))
+    if target not in (None, *denoisers):
+        raise unknown("LoRA target", target, denoisers)
     targets = families.lora_networks()
     if strange := [name for name in networks if name not in targets]:
         raise unknown("network for a LoRA", strange[0], targets)

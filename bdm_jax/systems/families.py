@@ -11,6 +11,14 @@ from pkgutil import resolve_name
 from typing import Any
 
 from bdm_jax.models.config import (
+    BDM_BRANCH,
+    CHINESE_CLIP_H_TEXT,
+    CLIP_L_TEXT,
+    OPENCLIP_BIGG_TEXT,
+    SD15_UNET,
+    SD15_VAE,
+    SDXL_UNET,
+    SDXL_VAE,
     BranchConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
@@ -58,14 +66,15 @@ class Family:
     Attributes:
       name: the key in `FAMILIES`.
       title: what people call it.
-      backbone: the parts that there must be, in the order in which they are listed and loaded.
-      bridge: the parts that a branch adds: all of them or none.
+      backbone: the parts that there must be, in the order in which they are listed and loaded; the denoiser first.
+      bridge: the parts that a branch adds, all of them or none; the branch first.
       readers: who reads which text; one whose parts are not there reads nothing.
       schedule: class of the noise schedule, or "module:class" where importing it would load JAX; its defaults are the
         system's.
       sampler, guidance: the defaults.
       pipeline_class, scheduler_class: diffusers' names of the system and of its usual scheduler.
       index: what else model_index.json holds.
+      sizes: of the published networks, by part: what is planned with where no folder is there.
     """
 
     name: str
@@ -79,6 +88,7 @@ class Family:
     sampler: str = "dpmpp-2m"
     guidance: float = 7.5
     index: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -119,6 +129,18 @@ class Family:
     def lora_networks(self) -> tuple[str, ...]:
         """Names of the networks that plug-ins of the LoRA family may change."""
         return tuple(name for name, part in self.parts.items() if part.lora)
+
+    @property
+    def backbone_networks(self) -> tuple[str, ...]:
+        """Names of the networks that there must be."""
+        return tuple(part.name for part in self.backbone if part.configs)
+
+    def step_networks(self, source: str) -> tuple[str, ...]:
+        """Names of the networks that a training step works with whose prompts are a source's: the denoiser, for the
+        branch's prompts the branch, and the text encoders.
+        """
+        denoisers = (self.backbone[0].name, *([self.bridge[0].name] if source == "branch" else []))
+        return (*denoisers, *(tower.encoder for tower in self.reader(source).towers))
 
     @property
     def zero_empty(self) -> bool:
@@ -203,6 +225,13 @@ SD15 = Family(
         "requires_safety_checker": False,
         "safety_checker": [None, None],
     },
+    sizes={
+        "unet": SD15_UNET,
+        "vae": SD15_VAE,
+        "text_encoder": CLIP_L_TEXT,
+        "branch": BDM_BRANCH,
+        "branch_text_encoder": CHINESE_CLIP_H_TEXT,
+    },
 )
 SDXL = Family(
     "sdxl",
@@ -226,6 +255,12 @@ SDXL = Family(
     sampler="euler-leading",
     guidance=5.0,
     index={"feature_extractor": [None, None], "image_encoder": [None, None]},
+    sizes={
+        "unet": SDXL_UNET,
+        "vae": SDXL_VAE,
+        "text_encoder": CLIP_L_TEXT,
+        "text_encoder_2": OPENCLIP_BIGG_TEXT,
+    },
 )
 PIXELS = Family(
     "pixels",

@@ -1,6 +1,5 @@
 """A saved pipeline is a folder that the community's libraries read; a damaged one is refused in one line."""
 
-import dataclasses
 import json
 import shutil
 

@@ -215,9 +215,10 @@ def test_lora_for_the_second_text_encoder(ours, tiny, tmp_path, rng):
 
 
 def test_embedding_for_both_text_encoders(ours, rng):
-    rows = {name: rng.standard_normal((2, width), np.float32) for name, width in zip(
-        ("text_encoder", "text_encoder_2"), WIDTHS, strict=True
-    )}
+    rows = {
+        name: rng.standard_normal((2, width), np.float32)
+        for name, width in zip(("text_encoder", "text_encoder_2"), WIDTHS, strict=True)
+    }
     taught = with_embeddings(ours, [Embedding("<thing>", rows)])
     size = ours.tokenizer.vocab_size
     reader = taught.readers["backbone"]

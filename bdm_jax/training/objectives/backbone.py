@@ -25,7 +25,7 @@ from bdm_jax.training.objectives.denoising import Denoising
 from bdm_jax.training.objectives.objective import ReadSizes, Row, Sizes, Training, Trees, read_sizes
 from bdm_jax.training.objectives.preview import draw_records, export_pipeline
 from bdm_jax.training.objectives.remat import Remat
-from bdm_jax.training.objectives.system import BACKBONE, SystemObjective, WholeNetworks
+from bdm_jax.training.objectives.system import BACKBONE, NETWORKS, SystemObjective, WholeNetworks
 from bdm_jax.training.sets import Sets
 
 
@@ -70,7 +70,7 @@ class BackboneTask:
         """The loss."""
         return SystemObjective(
             sizes,
-            {name: abstract(sizes[name]) for name in ("unet", "text_encoder")},
+            {name: abstract(sizes[name]) for name in NETWORKS[BACKBONE]},
             WholeNetworks(sizes),
             Denoising(self.schedule, sizes.get("vae"), self.timestep_bias, self.offset_noise, self.min_snr),
             length=self.text_encoder.max_position_embeddings,

@@ -13,6 +13,7 @@ from bdm_jax.models.config import BranchConfig, Config, UNetConfig, branch_confi
 from bdm_jax.models.functional import abstract, init, param_dtype
 from bdm_jax.models.unet.branch import init_branch_from_unet
 from bdm_jax.systems.components import Component, load_component
+from bdm_jax.systems.families import SD15
 from bdm_jax.systems.pipeline import BridgePipeline
 from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.training.objectives.backbone import sample
@@ -50,7 +51,7 @@ class BranchTask:
 
     def sizes(self, read: ReadSizes = read_sizes) -> Sizes:
         """Sizes of the branch and of the frozen networks, which are read; no weights."""
-        folders = {name: self.backbone / name for name in ("unet", "vae", "text_encoder")}
+        folders = {name: self.backbone / name for name in SD15.backbone_networks}
         folders["branch_text_encoder"] = self.text_encoder
         sizes = {name: read(name, folder) for name, folder in folders.items()}
         return {**sizes, "branch": _branch_config(sizes["unet"], sizes["branch_text_encoder"])}
@@ -132,6 +133,6 @@ def _preview(
 def _export(task: BranchTask, pipeline: partial, params: Trees, folder: Path, metadata: dict[str, str]) -> None:
     """A whole pipeline folder; frozen components are copied file by file, in whatever type they came."""
     export_pipeline(pipeline, params, folder, metadata)
-    frozen = {part: task.backbone / part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
+    frozen = {part: task.backbone / part for part in (*SD15.backbone_names, "scheduler")}
     for part, origin in {**frozen, "branch_text_encoder": task.text_encoder}.items():
         shutil.copytree(origin, folder / part, dirs_exist_ok=True)

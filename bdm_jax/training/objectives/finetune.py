@@ -22,7 +22,7 @@ from bdm_jax.training.objectives.plugin import (
     trained_component,
 )
 from bdm_jax.training.objectives.preview import draw_records
-from bdm_jax.training.objectives.system import SystemObjective
+from bdm_jax.training.objectives.system import BACKBONE, NETWORKS, SystemObjective
 from bdm_jax.training.sets import Sets
 
 
@@ -55,7 +55,7 @@ class FinetuneTask(PluginTask):
 
 def trained_names(text_encoder: bool) -> tuple[str, ...]:
     """The networks that are trained."""
-    return ("unet", "text_encoder") if text_encoder else ("unet",)
+    return NETWORKS[BACKBONE] if text_encoder else NETWORKS[BACKBONE][:1]
 
 
 def tuned(ready: LoadedSystem, system: BridgePipeline, params: Trees) -> BridgePipeline:

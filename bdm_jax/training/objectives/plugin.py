@@ -16,6 +16,7 @@ from bdm_jax.models.config import Config
 from bdm_jax.models.functional import cast
 from bdm_jax.sampling.batching import default_size
 from bdm_jax.systems.components import Component, config_of
+from bdm_jax.systems.families import SD15
 from bdm_jax.systems.pipeline import BridgePipeline
 from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.training.objectives.captions import Captions
@@ -70,7 +71,7 @@ class PluginTask:
 
     def sizes(self, read: ReadSizes | None = None) -> Sizes:
         """The networks' sizes, which are read; no weights."""
-        names = {*NETWORKS[self.source], "vae", "text_encoder"}
+        names = {*NETWORKS[self.source], *SD15.backbone_networks}
         return {name: (read or read_part)(name, self.model) for name in sorted(names)}
 
 
@@ -169,7 +170,7 @@ def export_backbone(model: Path, sizes: Sizes, params: Trees, folder: Path, meta
     whole = BridgePipeline.from_pretrained(model, "float32").without_bridge()
     trained = {name: Component(sizes[name], params[name]) for name in params}
     whole.replace(**trained).save_pretrained(folder, metadata=metadata)
-    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+    for part in (*SD15.backbone_names, "scheduler"):
         if part not in trained and (model / part).is_dir():
             shutil.rmtree(folder / part)
             shutil.copytree(model / part, folder / part)

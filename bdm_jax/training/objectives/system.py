@@ -13,13 +13,14 @@ from flax import nnx
 from bdm_jax.models.config import CLIPTextConfig, Config, UNetConfig
 from bdm_jax.models.functional import abstract, bind, param_dtype
 from bdm_jax.models.unet.conditioning import Conditioning
+from bdm_jax.systems.families import SD15
 from bdm_jax.training.objectives.denoising import Denoising
 from bdm_jax.training.objectives.objective import Batch, Row, Shapes, Sizes, Trees
 from bdm_jax.training.objectives.remat import Remat, rematerialise
 
 BACKBONE, BRANCH = "backbone", "branch"  # text sources
-NETWORKS = {BACKBONE: ("unet", "text_encoder"), BRANCH: ("unet", "branch", "branch_text_encoder")}  # in a step
-TEXT_ENCODER = {BACKBONE: "text_encoder", BRANCH: "branch_text_encoder"}
+NETWORKS = {source: SD15.step_networks(source) for source in (BACKBONE, BRANCH)}  # in a step
+TEXT_ENCODER = {source: names[-1] for source, names in NETWORKS.items()}
 
 Residuals = Callable[[jax.Array, jax.Array, Conditioning], Any]  # noisy (B,h,w,C), t (B,), text -> UNet residuals
 
@@ -96,7 +97,7 @@ class SystemObjective:
             unet = self.bound("unet", params, frozen)
             return unet(x, t, text, None if residuals is None else residuals(x, t, text))
         empty = jax.tree.map(lambda states: jnp.broadcast_to(states, (len(x), *states.shape[1:])), frozen["empty"])
-        unet, branch = (self.bound(name, params, frozen) for name in ("unet", "branch"))
+        unet, branch = self.bound("unet", params, frozen), self.bound("branch", params, frozen)
         return unet(x, t, self._with_sizes(empty, "unet", x), branch(x, t, text))
 
     def bound(self, name: str, params: Trees, frozen: dict) -> nnx.Module:
