@@ -84,7 +84,7 @@ def torch_params():
     from bdm_jax.formats.detect import table_for
     from bdm_jax.formats.layouts import tree_from_torch
     from bdm_jax.models import functional
-    from bdm_jax.models.config import to_json
+    from bdm_jax.models.config import Config, to_json
 
     def carry(module, config, *, drop="\0", prefix=""):
         tensors = {
@@ -92,7 +92,7 @@ def torch_params():
             for name, tensor in module.state_dict().items()
             if not name.startswith(drop) and not name.endswith(("position_ids", "token_type_ids"))
         }
-        table = table_for(to_json(config))
+        table = table_for(to_json(config) if isinstance(config, Config) else {})
         return tree_from_torch(tensors, functional.abstract(config), type(module).__name__, table)
 
     return carry

@@ -17,6 +17,7 @@ import numpy as np
 
 from bdm_jax.errors import UserError
 from bdm_jax.formats.layouts import to_jax, tree_from_torch
+from bdm_jax.formats.networks.ip_adapter import read_original
 from bdm_jax.formats.pickles import is_checkpoint, read_checkpoint
 from bdm_jax.formats.weights import read_weights
 from bdm_jax.models.config import (
@@ -28,7 +29,7 @@ from bdm_jax.models.config import (
 )
 from bdm_jax.models.functional import Params, abstract, bind, param_dtype
 from bdm_jax.models.towers.clip import normalised
-from bdm_jax.models.unet.ip_adapter import from_original, image_keys
+from bdm_jax.models.unet.ip_adapter import cross_attentions, image_keys
 from bdm_jax.runtime.programs import program
 from bdm_jax.systems.components import Component
 
@@ -59,16 +60,18 @@ def read(prompt: ImagePrompt, unet: UNetConfig) -> tuple[Component, Params]:
         raise UserError(f"{prompt.name}: strength {prompt.strength} is not a finite number")
     if not isinstance(tower := prompt.vision.config, CLIPVisionConfig):
         raise UserError(f"{prompt.name}: a {type(tower).__name__} in place of a CLIP vision tower")
+    attentions = [(layer.path, layer.channels) for layer in cross_attentions(unet)]
     try:
-        config, projection, layers = from_original(_arrays(prompt.adapter), unet)
+        file = read_original(_arrays(prompt.adapter), attentions, unet.cross_attention_dim)
     except ValueError as error:
         raise UserError(f"{prompt.name}: {error}") from error
-    plus = isinstance(config, ResamplerConfig)
+    plus = "hidden_dims" in file.values
+    config = ResamplerConfig(**file.values) if plus else ImageProjectionConfig(**file.values)
     own, given = (config.embed_dims, tower.hidden_size) if plus else (config.image_embed_dim, tower.projection_dim)
     if own != given:
         raise UserError(f"{prompt.name}: made for another vision tower (width {own}, this one's {given})")
-    projection = tree_from_torch(projection, abstract(config), f"{prompt.name}: image_proj")
-    return Component(config, projection), dict(to_jax(key, array) for key, array in layers.items())
+    projection = tree_from_torch(file.projection, abstract(config), f"{prompt.name}: image_proj", file.table)
+    return Component(config, projection), dict(to_jax(key, array) for key, array in file.layers.items())
 
 
 def keys(prompt: ImagePrompt, unet: Component) -> dict[str, tuple[jax.Array, jax.Array]]:

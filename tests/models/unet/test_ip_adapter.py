@@ -10,11 +10,12 @@ from diffusers.models.attention_processor import Attention, IPAdapterAttnProcess
 from diffusers.models.embeddings import ImageProjection as TheirProjection
 from diffusers.models.embeddings import IPAdapterPlusImageProjection
 
-from bdm_jax.formats.layouts import to_torch, tree_from_torch
+from bdm_jax.formats.layouts import to_torch, tree_from_torch, tree_to_torch
+from bdm_jax.formats.networks.ip_adapter import read_original
 from bdm_jax.models import functional
 from bdm_jax.models.attention import decoupled_attention
 from bdm_jax.models.config import SD15_UNET, ImageProjectionConfig, ResamplerConfig, UNetConfig, to_json
-from bdm_jax.models.unet.ip_adapter import cross_attentions, from_original
+from bdm_jax.models.unet.ip_adapter import cross_attentions
 
 BASE = ImageProjectionConfig(image_embed_dim=10, cross_attention_dim=12, num_image_text_embeds=4)
 PLUS = ResamplerConfig(
@@ -28,6 +29,12 @@ UNET = UNetConfig(
     cross_attention_dim=12,
     norm_num_groups=4,
 )
+
+
+def from_original(tensors, unet):
+    """A file for this backbone."""
+    attentions = [(layer.path, layer.channels) for layer in cross_attentions(unet)]
+    return read_original(tensors, attentions, unet.cross_attention_dim)
 
 
 def build(config):
@@ -67,7 +74,10 @@ def test_decoupled_attention_equals_diffusers(scale, randomised, assert_parity, 
 
 def original(config, unet, rng):
     """A file of the authors, filled at random; written from their modules, apart from the names in our code."""
-    draw = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
+
+    def draw(*shape):
+        return rng.standard_normal(shape, np.float32)
+
     if isinstance(config, ImageProjectionConfig):
         width = config.cross_attention_dim
         shapes = {"proj.weight": (4 * width, config.image_embed_dim), "proj.bias": (4 * width,)}
@@ -105,15 +115,20 @@ PUBLISHED = [
 @pytest.mark.parametrize("config", PUBLISHED)
 def test_files_are_read_as_diffusers_reads_them(config, twin, apply, rng, assert_parity):
     tensors = original(config, UNET, rng)
-    ours, projection, layers = from_original(tensors, UNET)
-    assert ours == config
+    values, table, projection, layers = from_original(tensors, UNET)
+    assert type(config)(**values) == config
     nested = {"image_proj": {}, "ip_adapter": {}}  # as in the authors' .bin
     for key, array in tensors.items():
         part, _, name = key.partition(".")
         nested[part][name] = array
     again = from_original(nested, UNET)
-    assert again[0] == config and again[1].keys() == projection.keys() and again[2].keys() == layers.keys()
-    params = tree_from_torch(projection, functional.abstract(config), "image_proj")
+    assert (
+        again.values == values and again.projection.keys() == projection.keys() and again.layers.keys() == layers.keys()
+    )
+    params = tree_from_torch(projection, functional.abstract(config), "image_proj", table)
+    back = tree_to_torch(params, table)
+    assert back.keys() == projection.keys()
+    assert all(back[key].tobytes() == array.tobytes() for key, array in projection.items())
     unet = twin(UNET)
     parts = {
         part: {key.removeprefix(f"{part}."): torch.from_numpy(a) for key, a in tensors.items() if key.startswith(part)}
