@@ -21,14 +21,14 @@ FACTOR = 1.1
 MAX_WEIGHT = 1e6  # weights end here, so that any nesting stays finite
 
 
-class Segment(NamedTuple):
+class WeightedText(NamedTuple):
     """Text of one weight."""
 
     text: str
     weight: float
 
 
-def parse(prompt: str, *, reference: bool = False) -> list[list[Segment]]:
+def parse(prompt: str, *, reference: bool = False) -> list[list[WeightedText]]:
     """A prompt -> the parts between its BREAKs (one, if there are none), each a list of segments.
 
     Neighbouring segments of a part differ in weight, and none is empty; a part without text has no segments. Takes
@@ -54,7 +54,7 @@ def parse(prompt: str, *, reference: bool = False) -> list[list[Segment]]:
             products[item.square].pop()
         else:
             parts.append([])
-    return [[Segment("".join(texts), weight) for texts, weight in part] for part in parts]
+    return [[WeightedText("".join(texts), weight) for texts, weight in part] for part in parts]
 
 
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"  # after any start of a match, there is one way to match: no backtracking

@@ -11,6 +11,7 @@ from bdm_jax.errors import UserError
 from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.text import encode as one
 from bdm_jax.text.encode import Tokens
+from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.text.towers import Reader, Tower
 
 Parts = Mapping[str, Any]  # a system's parts by name: networks as (config, params), and tokenizers
@@ -23,16 +24,19 @@ def read(
 ) -> tuple[Tokens, ...]:
     """Prompts -> tokens of each of the reader's towers; see `text.encode.read` for the arguments.
 
-    Where states are joined on width, a tower that needs fewer windows than another gets as many, of empty texts.
+    `masked` hides the padding of those whose padding is a token of its own. Where states are joined on width, a tower
+    that needs fewer windows than another gets as many, of empty texts.
     """
-    how = {"reference": reference, "masked": masked}
+
+    def tokens_of(tokenizer: Tokenizer, windows: int = 1) -> Tokens:
+        hidden = masked and tokenizer.pad != tokenizer.end  # CLIP's padding, its end token, is read
+        return one.read(tokenizer, prompts, reference=reference, masked=hidden, windows=windows)
+
     tokenizers = [parts[tower.tokenizer] for tower in reader.towers]
-    tokens = [one.read(tokenizer, prompts, **how) for tokenizer in tokenizers]
-    if reader.join == "width":
-        most = max(row.ids.shape[1] for row in tokens)
-        for i, tokenizer in enumerate(tokenizers):
-            if tokens[i].ids.shape[1] < most:
-                tokens[i] = one.read(tokenizer, prompts, windows=most, **how)
+    tokens = [tokens_of(tokenizer) for tokenizer in tokenizers]
+    most = max(own.ids.shape[1] for own in tokens)
+    if reader.join == "width" and len({own.ids.shape[1] for own in tokens}) > 1:
+        tokens = [tokens_of(tokenizer, most) for tokenizer in tokenizers]
     return tuple(tokens)
 
 
@@ -91,7 +95,7 @@ def layers(reader: Reader, parts: Parts) -> int:
     return min(parts[tower.encoder].config.num_hidden_layers + 1 - tower.layer for tower in reader.towers)
 
 
-def _without_empty(cond: Conditioning, tokens: Tokens, tokenizer) -> Conditioning:
+def _without_empty(cond: Conditioning, tokens: Tokens, tokenizer: Tokenizer) -> Conditioning:
     """Zeros in place of the states of texts without content."""
     blank = tokenizer.format.fill([], tokens.ids.shape[1])
     empty = (np.asarray(tokens.ids) == blank).all(axis=(1, 2))
@@ -103,13 +107,11 @@ def _without_empty(cond: Conditioning, tokens: Tokens, tokenizer) -> Conditionin
 
 
 def _joined(conds: Sequence[Conditioning], join: str) -> Conditioning:
+    """States side by side or one after the other; a token is hidden where no encoder has content."""
     tokens = jnp.concatenate([cond.tokens for cond in conds], axis=-1 if join == "width" else 1)
-    masks = [cond.mask for cond in conds]
-    if join == "width" or all(mask is None for mask in masks):
-        mask = masks[0]
-    else:
-        given = zip(masks, conds, strict=True)
-        masks = [jnp.ones(cond.tokens.shape[:2], bool) if mask is None else mask for mask, cond in given]
-        mask = jnp.concatenate(masks, axis=1)
+    mask = None
+    if any(cond.mask is not None for cond in conds):
+        masks = [jnp.ones(cond.tokens.shape[:2], bool) if cond.mask is None else cond.mask for cond in conds]
+        mask = jnp.stack(masks).any(axis=0) if join == "width" else jnp.concatenate(masks, axis=1)
     pooled = [cond.pooled for cond in conds if cond.pooled is not None]
     return Conditioning(tokens, mask, **({"pooled": jnp.concatenate(pooled, axis=-1)} if pooled else {}))

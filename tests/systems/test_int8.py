@@ -52,7 +52,10 @@ def test_memory_and_type(dtype, seed):
     config = TOWERS["clip"]
     params = functional.cast(functional.init(config, seed), jnp.dtype(dtype))
     kept = to_int8(Component(config, params)).params
-    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+
+    def size(tree):
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
     assert size(kept) < {"float32": 0.3, "bfloat16": 0.57}[dtype] * size(params)
     ids = jnp.zeros((1, 1, 8), jnp.int32)
     assert encode_ids(config, kept, ids).tokens.dtype == dtype

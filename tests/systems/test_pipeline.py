@@ -186,7 +186,10 @@ def test_damaged_folder_is_named(damage, folder):
 def test_branch_of_another_text_width(folder):
     change_json(folder / "branch/config.json", cross_attention_dim=24)
     text = ("attn2.to_k.weight", "attn2.to_v.weight")
-    wider = lambda w: {k: np.zeros((len(v), 24), v.dtype) if k.endswith(text) else v for k, v in w.items()}  # noqa: E731
+
+    def wider(w):
+        return {k: np.zeros((len(v), 24), v.dtype) if k.endswith(text) else v for k, v in w.items()}
+
     change_weights(folder / "branch", wider)
     with pytest.raises(UserError, match="branch and branch_text_encoder do not belong together: text width 24 and 16"):
         BridgePipeline.from_pretrained(folder)

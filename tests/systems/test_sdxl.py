@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from bdm_jax.convert.conversion import to_torch
 from safetensors.torch import save_file
 
 from bdm_jax.errors import FileError, UserError
@@ -18,6 +19,7 @@ from bdm_jax.plugins.spec import Spec
 from bdm_jax.sampling import generate as module
 from bdm_jax.sampling.generate import generate
 from bdm_jax.sampling.settings import Request, Sampling
+from bdm_jax.systems import folder as on_disk
 from bdm_jax.systems.pipeline import BridgePipeline
 from bdm_jax.text import readers
 
@@ -229,3 +231,18 @@ def test_embedding_for_both_text_encoders(ours, rng):
     for name, vectors in rows.items():
         table = taught.networks[name].params["text_model.embeddings.token_embedding.embedding"]
         np.testing.assert_array_equal(table[-2:], vectors)
+
+
+def test_single_file(ours, folder, tmp_path, monkeypatch):
+    """In Stability's names, as checkpoints of SDXL are passed on; its tokenizers are the bundled ones."""
+    to_torch(folder, tmp_path / "model.safetensors", layout="ldm")
+    monkeypatch.setitem(on_disk._BUNDLED, ours.tokenizer.vocab_size, (TOKENIZERS / "english", 16))
+    single = BridgePipeline.from_pretrained(tmp_path / "model.safetensors")
+    assert single.family is ours.family and list(single.parts) == list(ours.parts)
+    assert (single.tokenizer.pad, single.tokenizer_2.pad) == (ours.tokenizer.end, 0)
+    assert single.schedule.prediction_type == "epsilon"
+    for name, component in ours.networks.items():
+        assert component.params.keys() == single.networks[name].params.keys()
+        for key, value in component.params.items():
+            np.testing.assert_array_equal(value, single.networks[name].params[key], err_msg=f"{name} {key}")
+    assert single.unet.config == ours.unet.config and single.vae.config == ours.vae.config

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from bdm_jax.text.grammar import MAX_WEIGHT, Segment, parse
+from bdm_jax.text.grammar import MAX_WEIGHT, WeightedText, parse
 
 DOWN = 1 / 1.1
 
@@ -80,7 +80,7 @@ def test_full_width_signs_and_blanks_around_a_weight(prompt, expected):
 
 @pytest.mark.parametrize("prompt", ["（红）灯笼", "（红：1.3）", "［红］", "a BREAK b", r"\（红\）"])
 def test_the_reference_knows_neither_full_width_signs_nor_break(prompt):
-    assert parse(prompt, reference=True) == [[Segment(prompt, 1.0)]]
+    assert parse(prompt, reference=True) == [[WeightedText(prompt, 1.0)]]
 
 
 @pytest.mark.parametrize(
