@@ -29,12 +29,12 @@ def test_the_readmes_lines(demo, tmp_path):
 
 
 def test_saved_images_can_be_drawn_again(demo, tmp_path):
-    output = demo(["红灯笼", "猫"], seed=[3, 4], steps=2, guidance=2.0, size=(64, 72), negative="低质量")
+    output = demo(["红灯笼", "猫"], seed=[3, 4], steps=2, guidance=2.0, size=(64, 80), negative="低质量")
     files = output.save(tmp_path / "out")
     names = ["0001-红灯笼-seed3.png", "0002-红灯笼-seed4.png", "0003-猫-seed3.png", "0004-猫-seed4.png"]
     assert [file.name for file in files] == names and len(output.images) == 4
     values = read_settings(files[3])
-    assert (values["prompt"], values["seed"], values["height"], values["width"]) == ("猫", 4, 64, 72)
+    assert (values["prompt"], values["seed"], values["height"], values["width"]) == ("猫", 4, 64, 80)
     arguments, requests, _ = parse(["--from", str(files[3]), "--out", str(tmp_path / "again")])
     again = next(generate(demo, requests, arguments.settings))
     with Image.open(files[3]) as image:

@@ -52,8 +52,8 @@ def writer(vae: Component | None, path: Path) -> Callable[[int, np.ndarray], Non
 def _smooth(rng: np.random.Generator, channels: int, cells: int) -> np.ndarray:
     """Unit noise of `cells` x `cells`, enlarged: (_SIDE,_SIDE,C) fp32."""
     noise = rng.standard_normal((cells, cells, channels)).astype(np.float32)
-    enlarge = lambda plane: Image.fromarray(plane).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)  # noqa: E731
-    return np.stack([np.asarray(enlarge(noise[..., channel])) for channel in range(channels)], axis=-1)
+    planes = (Image.fromarray(noise[..., channel]) for channel in range(channels))
+    return np.stack([np.asarray(plane.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)) for plane in planes], axis=-1)
 
 
 def _with_one(latents: np.ndarray) -> np.ndarray:

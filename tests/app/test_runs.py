@@ -270,9 +270,10 @@ def test_two_processes_share_a_run(tiny_folder, file_of_64, cache, whole_run, tm
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
-    start = lambda index: process(  # noqa: E731
-        tiny_folder, tmp_path / "out", file_of_64, cache, **job, JAX_PROCESS_ID=str(index)
-    )
+
+    def start(index):
+        return process(tiny_folder, tmp_path / "out", file_of_64, cache, **job, JAX_PROCESS_ID=str(index))
+
     finish(start(0), start(1))
     check_whole(tmp_path / "out", 64)
     assert (tmp_path / "out" / "contact-sheet.png").exists()

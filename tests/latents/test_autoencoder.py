@@ -38,7 +38,10 @@ def test_tiles_equal_diffusers(pair, assert_parity, nchw, nhwc, rng, size):
     latents = rng.standard_normal((2, *(side // 4 for side in size), 4)).astype(np.float32)
     images = nhwc(theirs.decode(nchw(latents)).sample)
     latents *= config.scaling_factor
-    one = lambda y, x, h, w: autoencoder._images(config, params, latents[:, y : y + h, x : x + w])  # noqa: E731
+
+    def one(y, x, h, w):
+        return autoencoder._images(config, params, latents[:, y : y + h, x : x + w])
+
     assert_parity(tiled(one, latents.shape[1:3], TILE // 4, 4), images)
     ours, finite = decode(pair[0], latents, TILE)
     levels = np.clip(images, -1, 1) * 127.5 + 127.5

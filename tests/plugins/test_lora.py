@@ -36,7 +36,9 @@ def pair(rng):
     """Factors of the linear layer, the convolution and the text tower, in kohya's layout."""
 
     def make():
-        draw = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
+        def draw(*shape):
+            return rng.standard_normal(shape, np.float32)
+
         return {
             f"{NAME}.lora_up.weight": draw(8, 2),
             f"{NAME}.lora_down.weight": draw(2, 6),

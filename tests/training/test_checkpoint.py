@@ -22,7 +22,9 @@ OPTIMIZER = optax.adam(1e-3)
 
 
 def params(rng):
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
     return {"net": {"conv.kernel": draw(3, 3, 4, 8), "bias": draw(8)}, "text": {"word.embedding": draw(20, 16)}}
 
 

@@ -147,7 +147,10 @@ def test_sets_have_the_shares_that_their_weights_say(squares, two_buckets, vae, 
     data = DataConfig(squares, (two_buckets,), weights=(1.0, 3.0), style=None)
     parts = Sets(data, "zh").latents(load_component(vae, "float32"), tmp_path)
     assert [part.bucket for part in parts] == [SQUARE, WIDE, SQUARE] and [len(p.indices) for p in parts] == [40, 24, 48]
-    keep = lambda record, rng: {"moments": record["moments"], NUMBER: record[NUMBER]}  # noqa: E731
+
+    def keep(record, rng):
+        return {"moments": record["moments"], NUMBER: record[NUMBER]}
+
     loader, counts = mix_loader(numbered(parts), keep, 10, 0), Counter()
     for _ in range(200):
         batch = next(loader)

@@ -126,7 +126,10 @@ def test_twenty_kills_at_random_moments_lose_and_repeat_no_sample(tmp_path, rng)
         return process.exitcode == 0
 
     assert finished(begin(whole))
-    lines = lambda: path.read_text().splitlines() if path.is_file() else []  # noqa: E731
+
+    def lines():
+        return path.read_text().splitlines() if path.is_file() else []
+
     path, saving = run / "samples-seen0.txt", 0
     for _ in range(kills):
         process, target = begin(run), len(lines()) + int(rng.integers(9))

@@ -68,11 +68,24 @@ def test_explain_says_where_everything_lies_and_trains_nothing(run, tmp_path):
     assert status == 0 and not any(tmp_path.iterdir())
     assert "1 cpu devices: data=1 x fsdp=1 x tensor=1" in lines[0]
     count = sum(leaf.size for leaf in abstract(configs.load("emoji-vae").task.vae).values())
-    assert f"{4 * (4 * count + 3):,}" in lines[-2]
+    assert f"{4 * (4 * count + 3):,}" in lines[-1]
     assert sum(line.startswith("params/vae/") for line in lines) == len(abstract(configs.load("emoji-vae").task.vae))
 
 
-def test_the_end_of_a_leg_is_status_3(run, monkeypatch):
+def test_explain_lists_frozen_networks(run):
+    """Under a line of their own, with the bytes that they take: here fp32, whole on the one device."""
+    status, out, _ = run("emoji-controlnet", "--explain", "--mesh.data", "1")
+    lines = out.splitlines()
+    assert status == 0
+    task = configs.load("emoji-controlnet").task
+    frozen = {name: abstract(task.sizes()[name]) for name in ("unet", "text_encoder")}
+    listed = lines[lines.index("frozen:") + 1 :]
+    assert len(listed) == sum(map(len, frozen.values())) + 1
+    count = sum(leaf.size for tree in frozen.values() for leaf in tree.values())
+    assert listed[-1].split() == ["sum", f"{4 * count:,}"]
+
+
+def test_the_end_of_a_session_is_status_3(run, monkeypatch):
     from bdm_jax.training import loop
 
     for finished, status in ((True, 0), (False, 3)):

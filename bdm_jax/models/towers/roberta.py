@@ -51,7 +51,7 @@ class Output(nnx.Module):
         return self.LayerNorm(self.dense(x) + residual)
 
 
-class SelfAttention(nnx.Module):
+class BertSelfAttention(nnx.Module):
     """Multi-head self-attention over all tokens, or over those that `mask` (B,S) leaves visible."""
 
     def __init__(self, config: RobertaConfig, rngs: nnx.Rngs):
@@ -79,7 +79,7 @@ class RobertaLayer(nnx.Module):
     """Post-norm transformer layer."""
 
     def __init__(self, config: RobertaConfig, rngs: nnx.Rngs):
-        self.attention = SelfAttention(config, rngs)
+        self.attention = BertSelfAttention(config, rngs)
         self.intermediate = Intermediate(config, rngs)
         self.output = Output(config.intermediate_size, config, rngs)
 

@@ -47,7 +47,10 @@ def test_equal_tokens_lose_nothing(rng):
     """Cells of four equal tokens: attention over one of each is attention over all."""
     cells = rng.standard_normal((2, 3, 2, 16)).astype(np.float32)
     x = jnp.asarray(cells.repeat(2, axis=1).repeat(2, axis=2).reshape(2, 24, 16))
-    attend = lambda x: attention(*[x.reshape(*x.shape[:2], 2, 8)] * 3).reshape(x.shape)  # noqa: E731
+
+    def attend(x):
+        return attention(*[x.reshape(*x.shape[:2], 2, 8)] * 3).reshape(x.shape)
+
     merging = match(x, (6, 4), 0.75)
     np.testing.assert_allclose(merging.restore(attend(merging.mean(x))), attend(x), atol=1e-5)
 
@@ -56,12 +59,18 @@ def test_nothing_merged_is_the_same_program(small_case, inputs):
     """And merging is less work where the first level has attention."""
     config, size = small_case
     x, params = inputs(config, size), functional.init(config, 0)
-    encode = lambda **how: lambda params: functional.bind(config, params).encode(x.latents, x.t, x.cond, **how)  # noqa: E731
+
+    def encode(**how):
+        return lambda params: functional.bind(config, params).encode(x.latents, x.t, x.cond, **how)
+
     assert str(jax.make_jaxpr(encode())(params)) == str(jax.make_jaxpr(encode(merge=0.0))(params))
     with_attention = functional.UNetConfig(block_out_channels=(32, 32), transformer_layers=(1, 0), num_heads=2)
     latents, t = np.zeros((1, 64, 64, 4), np.float32), np.zeros(1, np.float32)
     tokens = inputs(with_attention, (1, 8, 8)).cond
-    bound = lambda params: functional.bind(with_attention, params)  # noqa: E731
+
+    def bound(params):
+        return functional.bind(with_attention, params)
+
     work = [
         flops(lambda p, m=m: bound(p).encode(latents, t, tokens, merge=m), functional.abstract(with_attention))
         for m in (0.0, 0.25, 0.5)

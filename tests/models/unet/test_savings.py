@@ -69,7 +69,10 @@ def test_one_text_of_the_backbone_for_both_halves(problem, assert_parity, rng):
     params, latents, t, cond = problem(UNET)
     cond = Conditioning(cond.tokens[:2], cond.mask[:2])
     skips, mid = run(UNET, params, lambda net: net.encode(latents, t, cond))
-    noise = lambda x: jnp.asarray(rng.standard_normal((TEXTS * len(x), *x.shape[1:]), np.float32))  # noqa: E731
+
+    def noise(x):
+        return jnp.asarray(rng.standard_normal((TEXTS * len(x), *x.shape[1:]), np.float32))
+
     residuals = Residuals(tuple(map(noise, skips)), noise(mid))
     ours = run(UNET, params, lambda net: net.decode(*residuals.add_to(skips, mid), t, cond))
     both = jax.tree.map(twice, (skips, mid))
