@@ -39,20 +39,20 @@ def encode(vae: Component | None, images: jax.Array, tile: int = 0) -> np.ndarra
 def decode(vae: Component | None, latents: jax.Array, tile: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Latents (B,h,w,C) -> images (B,H,W,3) uint8, and whether each has finite values only (B,). As `encode`."""
     if vae is None:
-        return _to_pictures(np.asarray(latents, np.float32), np)
+        return _to_uint8(np.asarray(latents, np.float32), np)
     factor = vae.config.factor
     height, width = (side * factor for side in latents.shape[1:3])
     run = partial(_images, vae.config, vae.params)
-    pictures, finite = {}, {}
+    pixels, finite = {}, {}
     for part in _slices(latents, (height, width), tile):
         own = latents[part]
         if _whole((height, width), tile):
             found = _decode(vae.config, vae.params, own)
         else:
             images = tiled(partial(_on_tile, run, own), own.shape[1:3], tile // factor, factor)
-            found = _to_pictures(images, np)
-        pictures[part.start], finite[part.start] = found
-    return _joined(pictures), _joined(finite)
+            found = _to_uint8(images, np)
+        pixels[part.start], finite[part.start] = found
+    return _joined(pixels), _joined(finite)
 
 
 def _whole(size: tuple[int, int], tile: int) -> bool:
@@ -81,15 +81,15 @@ def _cut(x: jax.Array, size: tuple[int, int], top: int, left: int) -> jax.Array:
 
 
 @program
-def _encode(config: VAEConfig | TinyVAEConfig, params: Params, pictures: jax.Array) -> jax.Array:
-    images = (pictures.astype(jnp.float32) / 127.5 - 1.0).astype(param_dtype(params))
+def _encode(config: VAEConfig | TinyVAEConfig, params: Params, images: jax.Array) -> jax.Array:
+    images = (images.astype(jnp.float32) / 127.5 - 1.0).astype(param_dtype(params))
     mean, _ = bind(config, params).encode(images)
     return mean.astype(jnp.float32) * config.scaling_factor
 
 
 @program
 def _decode(config: VAEConfig | TinyVAEConfig, params: Params, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _to_pictures(_images(config, params, latents), jnp)
+    return _to_uint8(_images(config, params, latents), jnp)
 
 
 @program
@@ -99,7 +99,7 @@ def _images(config: VAEConfig | TinyVAEConfig, params: Params, latents: jax.Arra
     return bind(config, params).decode(latents).astype(jnp.float32)
 
 
-def _to_pictures(images: jax.Array | np.ndarray, xp: ModuleType) -> tuple[jax.Array | np.ndarray, ...]:
-    """Images (B,H,W,3) -> pictures uint8, and whether each has finite values only (B,); `xp` is jnp or np."""
+def _to_uint8(images: jax.Array | np.ndarray, xp: ModuleType) -> tuple[jax.Array | np.ndarray, ...]:
+    """Images (B,H,W,3) in [-1,1] -> uint8, and whether each has finite values only (B,); `xp` is jnp or np."""
     finite = xp.isfinite(images).all(axis=(1, 2, 3))
     return xp.round(xp.clip(images, -1.0, 1.0) * 127.5 + 127.5).astype(xp.uint8), finite

@@ -1,7 +1,7 @@
-"""Pictures through the autoencoder once, before training: `python -m bdm_jax.latents.precompute SOURCE OUT --vae DIR`.
+"""Images through the autoencoder once, before training: `python -m bdm_jax.latents.precompute SOURCE OUT --vae DIR`.
 
 Run by any number of processes at once (`--part 3/16`), on one folder; run again after an interruption, with another
-number of processes too, it goes on with the chunks that are missing. Shards as `bdm_jax.data.moments` tells.
+number of processes too, it resumes with the chunks that are missing. Shards: see `bdm_jax.data.moments`.
 """
 
 import json
@@ -60,22 +60,22 @@ def precompute(
 ) -> dict[str, Any]:
     """Write the moments of every record that passes, of this part's chunks; returns the counts of all finished ones.
 
-    A picture is scaled and cut to the bucket nearest to it, never distorted. Float16, on this process's devices.
+    An image is resized to cover the nearest bucket and cropped, never distorted. Float16, on this process's devices.
 
     Args:
-        source: records with pictures; with a `fingerprint`.
+        source: records with images; with a `fingerprint`.
         out: folder of the shards.
         vae: its config and weights, fp32, as a run loads them.
         buckets: (height, width) in multiples of the autoencoder's factor.
         text: also encode the captions, each cut to one window.
         part: (i, n): chunks i, i + n, i + 2 n, ... are of this process.
         chunk: records between two notes on disk; what an interruption costs at most.
-        batch_size: pictures through the networks at a time; made a multiple of the devices.
+        batch_size: images through the networks at a time; made a multiple of the devices.
         dtype: what is computed in; by default float32 on a CPU, else bfloat16.
         skips: counts the faults of this process; by default up to 1%.
 
     Raises:
-        UserError: the folder was begun with other settings, a bucket does not fit, too many faults.
+        UserError: the folder was started with other settings, a bucket does not fit, too many faults.
     """
     filters, skips = filters or Filters(), Skips() if skips is None else skips
     if not 0 <= part[0] < part[1]:
@@ -116,9 +116,9 @@ class _Encoder:
         self.text = text
         self._tower = text and Component(text.tower.config, jax.device_put(cast(text.tower.params, dtype), whole))
 
-    def moments(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+    def moments(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """At most a batch of (H,W,3) uint8 -> (B,h,w,2C) float16."""
-        return self._run(encode, self._vae, pictures).astype(np.float16)
+        return self._run(encode, self._vae, images).astype(np.float16)
 
     def states(self, texts: Sequence[str]) -> tuple[list[np.ndarray], int]:
         """Captions -> their states (S,D) float16, and how many were cut."""
@@ -156,8 +156,8 @@ def _one_chunk(chunk, source, span, buckets, filters, encoder, skips) -> None:
             if not isinstance(found, Filtered):
                 skips.bad(found)
             continue
-        bucket, record, picture = found
-        waiting[bucket].append((record, picture))
+        bucket, record, image = found
+        waiting[bucket].append((record, image))
         if len(waiting[bucket]) == encoder.batch_size:
             cut += flush(bucket)
     cut += sum(flush(bucket) for bucket in list(waiting))
@@ -166,7 +166,7 @@ def _one_chunk(chunk, source, span, buckets, filters, encoder, skips) -> None:
 
 def _write(chunk, bucket, rows, encoder, left_out, skips) -> int:
     """Encode and write one batch; returns how many captions were cut."""
-    moments = encoder.moments([picture for _, picture in rows])
+    moments = encoder.moments([image for _, image in rows])
     texts = [text for record, _ in rows for text in record.get("captions", ())]
     states, cut = encoder.states(texts) if encoder.text and texts else ([], 0)
     rest: Iterator[np.ndarray] = iter(states)
@@ -186,16 +186,16 @@ def _read(source, buckets, filters, index) -> tuple[Size, dict, np.ndarray] | Ba
     try:
         record = filters.apply(source[index])
         bucket = buckets[nearest((record["height"], record["width"]), buckets)]
-        picture = decode_image(record.pop("image"), name=record["key"], strict=True)
+        image = decode_image(record.pop("image"), name=record["key"], strict=True)
     except BadRecord as error:
         return error
-    return bucket, record, resize_to_cover(picture, bucket)
+    return bucket, record, resize_to_cover(image, bucket)
 
 
 def _counts(out: Path) -> dict[str, Any]:
     notes = finished(out).values()
     left_out: Counter[str] = sum((Counter(note["left_out"]) for note in notes), Counter())
-    written = sum(told["records"] for note in notes for told in note["files"].values())
+    written = sum(file["records"] for note in notes for file in note["files"].values())
     cut = sum(note["captions_cut"] for note in notes)
     return {"finished_chunks": len(notes), "written": written, "left_out": dict(left_out), "captions_cut": cut}
 

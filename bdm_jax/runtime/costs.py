@@ -81,8 +81,8 @@ class Collective:
 @dataclass(frozen=True)
 class Roofline:
     """Seconds of a step: of computing at the peak, of moving bytes from and to HBM, and between chips; `floor` is the
-    longest of them, `planned` has the computing at the chip's `reach` (or the memory, where that is slower) and no
-    traffic between chips hidden behind it.
+    longest of them, `planned` has the computing at the chip's `achievable_mfu` (or the memory, where that is slower)
+    and no traffic between chips hidden behind it.
     """
 
     compute: float
@@ -117,7 +117,7 @@ def flops(function: Callable, *arguments: Any) -> int:
 
 @contextmanager
 def pretend_platform(platform: str) -> Iterator[None]:
-    """What asks JAX for this machine's platform while it is traced is told another one."""
+    """What asks JAX for this machine's platform while it is traced gets another one."""
     with mock.patch.object(jax, "default_backend", lambda: platform):
         yield
 
@@ -155,7 +155,7 @@ def _multiplications(jaxpr: Any) -> int:
         if equation.primitive.name == "conv_general_dilated":
             numbers, kernel = equation.params["dimension_numbers"].rhs_spec, equation.invars[1].aval.shape
             places = math.prod(kernel[axis] for axis in numbers[1:])
-            # where a gradient spreads its picture by a stride, the zeros in between are no work
+            # where a gradient dilates its input by a stride, the zeros in between are no work
             total += out.size * places // math.prod(equation.params["lhs_dilation"])
         elif equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]

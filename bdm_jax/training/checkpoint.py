@@ -2,7 +2,7 @@
 
     checkpoints/500/state/         what Orbax writes, in the background
     checkpoints/500/sidecar.json   step, config digest, every array's type, shape and digest, every file's SHA-256, what
-                                   the loop needs to go on (data position, metrics not yet logged), its own digest
+                                   the loop needs to resume (data position, metrics not yet logged), its own digest
     checkpoints/newest.json        the step of the newest one: folders that are gone are missed
 
 A step is written as `.saving-500` and gets its name last, so a folder with a number that lacks something is damaged,

@@ -93,3 +93,14 @@ def test_a_picture_in_tiles(tiny):
     for tile, message in ((-1, "VAE tile -1 is less than 0"), (40, "VAE tile 40 is no multiple of 32 pixels; try 32")):
         with pytest.raises(UserError, match=message):
             generate(tiny, [request], Sampling(vae_tile=tile))
+
+
+def test_without_an_autoencoder_pixels_are_the_latents(rng):
+    pixels = rng.integers(0, 256, (2, 6, 4, 3), np.uint8)
+    latents = encode(None, pixels)
+    assert latents.dtype == np.float32 and latents.min() >= -1 and latents.max() <= 1
+    images, finite = decode(None, latents)
+    np.testing.assert_array_equal(images, pixels)
+    assert finite.all()
+    latents[1, 0, 0, 0] = np.nan
+    assert decode(None, latents)[1].tolist() == [True, False]
