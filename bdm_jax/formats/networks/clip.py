@@ -67,7 +67,8 @@ def text_tower(ours: Shapes, metadata: Mapping[str, str], kind: str) -> dict[str
     if width == 1280:
         config["pad_token_id"] = 0  # OpenCLIP pads with zeros
     if (projection := ours.get("text_projection.weight")) is not None:
-        config |= {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": projection[0]}
+        projected = projection[0] if projection[1] == width else projection[1]  # OpenCLIP has it the other way round
+        config |= {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": projected}
     for name in (kind,) if kind else ("text_encoder", "text_encoder_2"):
         config |= recorded(metadata, name)
     return config
