@@ -14,7 +14,7 @@ from bdm_jax.formats.layouts import to_torch, tree_from_torch, tree_to_torch
 from bdm_jax.formats.networks.ip_adapter import read_original
 from bdm_jax.models import functional
 from bdm_jax.models.attention import decoupled_attention
-from bdm_jax.models.config import SD15_UNET, ImageProjectionConfig, ResamplerConfig, UNetConfig, to_json
+from bdm_jax.models.config import SD15_UNET, SDXL_UNET, ImageProjectionConfig, ResamplerConfig, UNetConfig, to_json
 from bdm_jax.models.unet.ip_adapter import cross_attentions
 
 BASE = ImageProjectionConfig(image_embed_dim=10, cross_attention_dim=12, num_image_text_embeds=4)
@@ -144,8 +144,15 @@ def test_files_are_read_as_diffusers_reads_them(config, twin, apply, rng, assert
 
 
 def test_full_size(rng):
-    """SD1.5: the cross-attentions are 1, 3, ... 31; the projections have diffusers' tensors."""
-    assert len(cross_attentions(SD15_UNET)) == 16
+    """SD1.5: the cross-attentions are 1, 3, ... 31 (SDXL: 139); the projections have diffusers' tensors."""
+    for unet, count in ((SD15_UNET, 16), (SDXL_UNET, 70)):
+        with torch.device("meta"):
+            theirs = UNet2DConditionModel.from_config(to_json(unet))
+        places = [name.removesuffix(".processor") for name in theirs.attn_processors if ".attn2." in name]
+        assert [layer.path for layer in cross_attentions(unet)] == places and len(places) == count
+        modules = map(theirs.get_submodule, places)
+        sizes = [(layer.channels, layer.heads) for layer in cross_attentions(unet)]
+        assert sizes == [(module.inner_dim, module.heads) for module in modules]
     for config in (ImageProjectionConfig(), ResamplerConfig()):
         with torch.device("meta"):
             reference = {key: tuple(tensor.shape) for key, tensor in build(config).state_dict().items()}
