@@ -2,17 +2,18 @@
 
 import contextlib
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import tyro
 
 from bdm_jax.errors import UserError
 
-_Args = TypeVar("_Args")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # its tokenizers do without PyTorch
 
 
 def parse(kind: Any, args: Sequence[str] | None, **options: Any) -> Any:
