@@ -19,6 +19,7 @@ from bdm_jax.data.photos import PhotoSource
 from bdm_jax.data.source import Source, make_record
 from bdm_jax.data.tars import TarSource
 from bdm_jax.errors import BadRecord, UserError
+from bdm_jax.paths import EMOJI, no_such
 
 _TFDS = "dataset_info.json"
 _NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -73,6 +74,8 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
     if (names := _files(fs, root)) is not None:
         return _open_files(fs, root, names, cache)
     if not fs.isdir(root):
+        if root == os.fspath(EMOJI):
+            raise no_such(EMOJI, "data set")
         raise UserError(f"{path}: no such file or folder (for a prepared set, give the folder that contains {_TFDS})")
     if fs.isfile(posixpath.join(root, _TFDS)):
         return _open_prepared(os.fspath(path), split)
