@@ -310,8 +310,8 @@ def _subject(material: Material, name: str, path: Path, base: dict[str, Images])
 
 def _together(material: Material, found: dict[str, Path]) -> np.ndarray:
     """A Chinese prompt under all five, over several seeds: the DreamBooth backbone, three tenths of the way to the
-    style, the LoRA at as much, the word of the inversion, the subject's edges. All of them together say much: the
-    branch speaks at half its strength.
+    style, the LoRA at as much, the word of the inversion, the subject's edges. Together they weigh a lot: the
+    branch acts at half its strength.
     """
     subject, settings, share = SUBJECTS["dreambooth"], material.settings, 0.3
     system = BridgePipeline.from_pretrained(settings.model, backbone=found["dreambooth"])
