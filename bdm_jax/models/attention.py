@@ -64,7 +64,7 @@ def choose(
     masked: bool = False,
     capability: float = 0.0,
 ) -> Form:
-    """The form of attention for queries (B,T,N,K) and so many keys on a platform ("cpu", "gpu" or "tpu").
+    """The form of attention for queries (B,T,N,K) and `keys` keys on a platform ("cpu", "gpu" or "tpu").
 
     `capability` is the GPU's CUDA compute capability: from 9.0 cuDNN takes heads up to 256 wide, before that up to 128.
     """
@@ -84,7 +84,7 @@ def choose(
 def plain_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None, causal: bool = False
 ) -> jax.Array:
-    """The same as `attention`, by its definition; a `causal` query sees the keys up to its own place."""
+    """The same as `attention`, by its definition; a `causal` query attends to the keys up to its own place."""
     scores = jnp.einsum("btnk,bsnk->bnts", query, key, preferred_element_type=jnp.float32) / math.sqrt(query.shape[-1])
     if mask is not None:
         scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)

@@ -66,7 +66,7 @@ def prepare(
     """Parameters of a UNet, branch, ControlNet or autoencoder with the filters transformed for latents of `size` (H,W).
 
     For sampling on a CPU in fp32; elsewhere the parameters come back as they are. They remain right for any other
-    size, and for any number of pictures. Transformed filters take 16/9 or 4 times the memory of the plain ones (for
+    size, and for any batch size. Transformed filters take 16/9 or 4 times the memory of the plain ones (for
     512 px 2.3 GB more for an SD1.5 UNet, 0.7 GB for its branch, 0.9 GB for the autoencoder);
     all other leaves are shared with `params`.
     """
@@ -144,7 +144,7 @@ def _tiles(x, filters, rows, columns, m):
     y = jnp.stack([_sum(row, [_every(y, 3, j, columns, m) for j in range(n)]) for row in inputs])
     y = y.reshape(n * n, batch * rows * columns, channels)
     if 16 * y.shape[1] <= filters.shape[1]:
-        # Few tiles: what stands first in a product is read as it lies, what stands second is packed anew at each call.
+        # Few tiles: what stands first in a product is read as it lies, what stands second is repacked on every call.
         # Held, so that XLA does not turn it round.
         held = jax.lax.optimization_barrier
         y = held(held(jnp.einsum("noi,nti->not", filters, y)).swapaxes(1, 2))

@@ -87,7 +87,7 @@ def bind(config: Config, params: Params) -> nnx.Module:
 
 
 def is_int8(value: Any) -> bool:
-    """Whether a parameter is kept in eight bits (`bdm_jax.systems.int8`)."""
+    """Whether a parameter is kept in int8 (`bdm_jax.systems.int8`)."""
     return hasattr(value, "qvalue")
 
 

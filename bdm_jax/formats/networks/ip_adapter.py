@@ -18,7 +18,7 @@ IMAGE_PROJECTION = KeyTable(modules=(("image_embeds", "proj"),))
 
 
 def resampler(depth: int) -> KeyTable:
-    """The authors' names of Plus' Resampler of so many layers, which keeps keys and values in one tensor."""
+    """The authors' names of Plus' Resampler of `depth` layers, which keeps keys and values in one tensor."""
     pairs, splits = [], []
     for i in range(depth):
         at = f"layers.{i}"

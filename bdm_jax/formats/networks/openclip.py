@@ -24,7 +24,7 @@ _LAYER = (
 
 
 def openclip_text(layers: int) -> KeyTable:
-    """OpenCLIP's names of a text tower of so many layers, query, key and value in one tensor."""
+    """OpenCLIP's names of a text tower of N layers, query, key and value in one tensor."""
     text = "text_model"
     pairs = [
         (f"{text}.embeddings.token_embedding", "token_embedding"),

@@ -10,7 +10,7 @@ TABLES: dict[str, KeyTable] = {}
 
 
 def original_t2i_adapter(levels: int, layers: int, light: bool = False) -> KeyTable:
-    """TencentARC's names of a T2I-Adapter with so many levels (a light one's last included), of so many layers."""
+    """TencentARC's names of a T2I-Adapter of some levels (a light one's last included) and layers in each."""
     pairs = []
     for i in range(levels):
         ours, first = f"adapter.body.{i}", i * layers

@@ -28,14 +28,14 @@ _HEAD = 64  # channels of a head in networks with linear projections (SD2.x, SDX
 
 
 def ldm_unet(transformer_layers: Sequence[int], layers: int) -> KeyTable:
-    """CompVis' names of a UNet (`model.diffusion_model.` removed) whose levels have so many layers, each with a
+    """CompVis' names of a UNet (`model.diffusion_model.` removed) whose levels have `layers` layers, each with a
     transformer where `transformer_layers` is not 0.
     """
     return KeyTable(modules=(*_ldm_encoder(transformer_layers, layers), *_ldm_decoder(transformer_layers, layers)))
 
 
 def ldm_controlnet(transformer_layers: Sequence[int], layers: int, hints: int = 6) -> KeyTable:
-    """lllyasviel's names of a ControlNet (`control_model.` removed) whose hint network has so many inner layers."""
+    """lllyasviel's names of a ControlNet (`control_model.` removed) whose hint network has `hints` inner layers."""
     hint, levels = "controlnet_cond_embedding", len(transformer_layers)
     pairs = [(f"{hint}.conv_in", "input_hint_block.0"), (f"{hint}.conv_out", f"input_hint_block.{2 * hints + 2}")]
     pairs += [(f"{hint}.blocks.{i}", f"input_hint_block.{2 * i + 2}") for i in range(hints)]

@@ -1,7 +1,7 @@
 """TAESD, the tiny autoencoder of Stable Diffusion's latents (O. Bohan 2023; diffusers' AutoencoderTiny, its names and
 numerics).
 
-Plain 3x3 convolutions and ReLUs, 2.4 million parameters in place of AutoencoderKL's 84: pictures good enough to judge
+Plain 3x3 convolutions and ReLUs, 2.4 million parameters in place of AutoencoderKL's 84: images good enough to judge
 a prompt by.
 """
 

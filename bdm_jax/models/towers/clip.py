@@ -37,7 +37,7 @@ class TextOutput(NamedTuple):
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head self-attention; a causal one's token sees itself and what stands before it."""
+    """Multi-head self-attention; a causal one's token attends to itself and to what stands before it."""
 
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, rngs: nnx.Rngs):
         width = config.hidden_size
@@ -202,14 +202,14 @@ class CLIPVision(nnx.Module):
         return self.visual_projection(model.post_layernorm(x[:, 0])), before
 
 
-def normalised(picture: np.ndarray, side: int) -> np.ndarray:
+def normalised(pixels: np.ndarray, side: int) -> np.ndarray:
     """An image (H,W,3) uint8 -> (side,side,3) fp32 as CLIP's image processor has it: the shorter side to size by
     bicubic interpolation, the middle of the longer, channels at zero mean and unit variance over CLIP's set.
     """
-    height, width = picture.shape[:2]
+    height, width = pixels.shape[:2]
     scale = side / min(height, width)
     size = (side, int(scale * height)) if width <= height else (int(scale * width), side)
-    image = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
+    image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
     left, top = ((edge - side) // 2 for edge in size)
     pixels = np.asarray(image.crop((left, top, left + side, top + side)), np.float32) / 255
     return (pixels - np.array(_MEAN, np.float32)) / np.array(_DEVIATION, np.float32)

@@ -96,7 +96,7 @@ class RobertaStack(nnx.Module):
 
 
 class Roberta(nnx.Module):
-    """Token ids (B,S) int32 -> states (B,S,D), the last layer's output. `mask` None sees padding too, as BDM1.0
+    """Token ids (B,S) int32 -> states (B,S,D), the last layer's output. `mask` None attends to padding too, as BDM1.0
     does.
     """
 

@@ -1,7 +1,7 @@
 """The BDM branch (arXiv 2309.00952) and the ControlNet it descends from (arXiv 2302.05543).
 
-Both are a UNet encoder whose features leave through 1x1 convolutions that start at zero. A ControlNet also sees a
-picture; the branch sees none: its only news is a text in another language.
+Both are a UNet encoder whose features leave through 1x1 convolutions that start at zero. A ControlNet also reads
+an image; the branch reads none: all that it adds is a text in another language.
 """
 
 import re
@@ -86,7 +86,7 @@ class Branch(ResidualEncoder):
 
 
 class HintEmbedding(nnx.Module):
-    """A ControlNet's picture (B, 2^k H, 2^k W, 3) in [0, 1] -> (B, H, W, width of the first level); k strides of
+    """A ControlNet's image (B, 2^k H, 2^k W, 3) in [0, 1] -> (B, H, W, width of the first level); k strides of
     two.
     """
 
@@ -107,7 +107,7 @@ class HintEmbedding(nnx.Module):
 
 
 class ControlNet(ResidualEncoder):
-    """A stock ControlNet: reads the backbone's own text and a picture."""
+    """A stock ControlNet: reads the backbone's own text and an image."""
 
     config: ControlNetConfig
 

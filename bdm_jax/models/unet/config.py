@@ -6,7 +6,7 @@ from typing import Any
 
 from bdm_jax.models.values import check, pick, plain
 
-# Original size, crop and target size of a picture, two numbers each, that SDXL and Kolors are told.
+# Original size, crop and target size of an image, two numbers each, on which SDXL and Kolors are conditioned.
 SIZE_IDS = 6
 
 
@@ -152,7 +152,7 @@ class BranchConfig(EncoderConfig):
 
 @dataclass(frozen=True)
 class ControlNetConfig(EncoderConfig):
-    """A stock ControlNet: the branch plus an embedding of its picture, whose layers' widths come last."""
+    """A stock ControlNet: the branch plus an embedding of its image, whose layers' widths come last."""
 
     conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
     conditioning_channels: int = 3
@@ -177,7 +177,7 @@ class T2IAdapterConfig:
 
 @dataclass(frozen=True)
 class ImageProjectionConfig:
-    """IP-Adapter's base: one vector of a picture becomes a few tokens of context."""
+    """IP-Adapter's base: one vector of an image becomes a few tokens of context."""
 
     image_embed_dim: int = 1024
     cross_attention_dim: int = 768
@@ -186,7 +186,7 @@ class ImageProjectionConfig:
 
 @dataclass(frozen=True)
 class ResamplerConfig:
-    """IP-Adapter Plus: `num_queries` tokens of context from the tokens of a picture; `hidden_dims` wide inside."""
+    """IP-Adapter Plus: `num_queries` tokens of context from the tokens of an image; `hidden_dims` wide inside."""
 
     embed_dims: int = 1280
     output_dims: int = 768

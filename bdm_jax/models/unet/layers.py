@@ -34,7 +34,7 @@ def conv(inputs: int, outputs: int, rngs: nnx.Rngs, kernel: int = 3, stride: int
 
 
 def repeat(x: jax.Array, batch: int) -> jax.Array:
-    """Every row of x (B,...) as often, one after the other, as gives `batch` rows."""
+    """Every row of x (B,...) repeated, one after the other, to `batch` rows."""
     return x if len(x) == batch else jnp.repeat(x, batch // len(x), axis=0)
 
 
@@ -166,7 +166,7 @@ class GEGLU(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """GEGLU to four times the width and back, x (B,T,C); on a CPU so many tokens at a time that what is in between
+    """GEGLU to four times the width and back, x (B,T,C); on a CPU in chunks small enough that what is in between
     stays in the cache. `net.1` is diffusers' dropout: it holds nothing.
     """
 

@@ -1,6 +1,6 @@
 """Token merging (Bolya and Hoffman 2023, arXiv 2303.17604): self-attention over fewer tokens, an approximation.
 
-One token of every 2x2 cell stays, always the one on the top left, so that a picture does not depend on chance; of the
+One token of every 2x2 cell stays, always the one on the top left, so that an image does not depend on chance; of the
 others, those that are most like one that stays are merged into it. Attention reads and answers the means; every token
 that went into one takes its answer. (The paper's code picks the token that stays at random.)
 """

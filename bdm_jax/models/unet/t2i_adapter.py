@@ -1,4 +1,4 @@
-"""T2I-Adapter (Mou et al. 2023, arXiv 2302.08453; diffusers' T2IAdapter): one pass over a picture gives features that
+"""T2I-Adapter (Mou et al. 2023, arXiv 2302.08453; diffusers' T2IAdapter): one pass over an image gives features that
 are added inside the backbone's encoder.
 
 Feature i goes to level i of the encoder, after the level's last layer and before its downsampler: it is added to the
@@ -66,7 +66,7 @@ class AdapterLevels(nnx.Module):
 
 
 class T2IAdapter(nnx.Module):
-    """A picture (B,H,W,C) in [0, 1] -> one feature per level of the UNet's encoder, (B,h,w,width of the level).
+    """An image (B,H,W,C) in [0, 1] -> one feature per level of the UNet's encoder, (B,h,w,width of the level).
 
     H and W are multiples of `downscale_factor`; the first feature has as many pixels as the latents, each further one
     half as many a side.
@@ -76,8 +76,8 @@ class T2IAdapter(nnx.Module):
         self.config = config
         self.adapter = AdapterLevels(config, rngs)
 
-    def __call__(self, picture: jax.Array) -> tuple[jax.Array, ...]:
-        x = unshuffle(picture, self.config.downscale_factor)
+    def __call__(self, image: jax.Array) -> tuple[jax.Array, ...]:
+        x = unshuffle(image, self.config.downscale_factor)
         x = self.adapter.conv_in(x) if hasattr(self.adapter, "conv_in") else x
         features = []
         for block in self.adapter.body:
