@@ -12,7 +12,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from bdm_jax import configs
-from bdm_jax.plan.__main__ import Plan, estimate, from_json, parse_topology
+from bdm_jax.plan.estimate import Plan, estimate, from_json
+from bdm_jax.plan.shapes import step_shapes
+from bdm_jax.plan.topology import parse_topology
 
 DOCS = Path(__file__).resolve().parent
 PAIRS = 1e9
@@ -34,10 +36,12 @@ def curves() -> dict[str, tuple[list[Plan], list[Plan]]]:
     found = {}
     for chip, (name, fsdp, batch) in _RUNS.items():
         config, slices = configs.load(name), [parse_topology(text) for text in SLICES[chip]]
+        shapes = step_shapes(config.task, config.compute_dtype())
         known = {where.name: plan for where in slices if (plan := compiled(where.name))}
         largest = list(known.values())[-1]
-        many = [known.get(where.name) or estimate(config, largest, where, fsdp, batch) for where in slices]
-        one = [estimate(replace(config, accumulate=1), largest, where, fsdp, 1) for where in slices]
+        many = [known.get(where.name) or estimate(config, largest, where, fsdp, batch, shapes) for where in slices]
+        whole = replace(config, accumulate=1)
+        one = [estimate(whole, largest, where, fsdp, 1, shapes) for where in slices]
         found[chip] = many, one
     return found
 

@@ -142,6 +142,24 @@ def test_python_examples_import_what_there_is(page):
                     assert exists(f"{node.module}.{alias.name}"), f"{node.module}.{alias.name}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["README.md", "docs/using.md", "docs/architecture.md"])
+def test_python_examples_run(name, tmp_path, monkeypatch):
+    """The examples of a page, one after the other, in an empty folder with the bundled assets."""
+    from bdm_jax.systems import families
+
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
+    rows, names = dict(families.FAMILIES), {}  # a page may add a row
+    try:
+        for language, code in blocks(text_of(ROOT / name)):
+            if language == "python":
+                exec(compile(code, name, "exec"), names)
+    finally:
+        families.FAMILIES.clear()
+        families.FAMILIES.update(rows)
+
+
 @each_page
 def test_paths_exist(page):
     tops = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} - {"out", "data"}
@@ -150,7 +168,8 @@ def test_paths_exist(page):
             first = code.split("/")[0]
             if first in tops | ROOMS or code.endswith(".py"):
                 places = (ROOT, ROOT / "bdm_jax", ROOT / "bdm_jax" / "data")
-                assert any((place / code).exists() for place in places), code
+                found = any((place / code).exists() for place in places)
+                assert found or ("/" not in code and any((ROOT / "bdm_jax").rglob(code))), code
 
 
 @each_page
