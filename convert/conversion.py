@@ -118,8 +118,8 @@ def _jax_file(weights: Weights, path: Path) -> list[Path]:
             if ours in tensors:
                 raise FileError(f"{weights.path}: holds {ours} under two names, {names[ours].key} and {key}")
             tensors[ours], names[ours] = part, name
-    told = {key: value for key, value in weights.metadata.items() if key != "format"}
-    write_safetensors(path, tensors, {**told, "format": "jax", SOURCE_KEYS: names_in_header(names)})
+    metadata = {key: value for key, value in weights.metadata.items() if key != "format"}
+    write_safetensors(path, tensors, {**metadata, "format": "jax", SOURCE_KEYS: names_in_header(names)})
     return [path]
 
 
@@ -140,8 +140,8 @@ def _ours(key: str, array: np.ndarray, parts: tuple[NetworkInFile, ...]) -> list
 
 
 def _same_file(weights: Weights, path: Path, dtype: str) -> list[Path]:
-    told = {key: value for key, value in weights.metadata.items() if key != SOURCE_KEYS}
-    write_safetensors(path, as_dtype(weights.as_before(), dtype, str(weights.path)), {**told, "format": "pt"})
+    metadata = {key: value for key, value in weights.metadata.items() if key != SOURCE_KEYS}
+    write_safetensors(path, as_dtype(weights.as_before(), dtype, str(weights.path)), {**metadata, "format": "pt"})
     return [path]
 
 
@@ -231,13 +231,13 @@ def _pipeline_folder(folder: Path, src: Path, networks: dict[str, tuple[Found, C
 
 def _ldm_file(networks: dict[str, tuple[Found, Config, Tensors]], dst: Path, dtype: str, prediction: str) -> list[Path]:
     tensors: Tensors = {}
-    told = {"format": "pt", "modelspec.prediction_type": {"v_prediction": "v"}.get(prediction, prediction)}
+    metadata = {"format": "pt", "modelspec.prediction_type": {"v_prediction": "v"}.get(prediction, prediction)}
     for name, (part, config, tree) in networks.items():
         prefix, table = _ldm_names(part, name, config, "text_encoder_2" in networks)
         named = {prefix + key: array for key, array in tree_to_torch(tree, table).items()}
         tensors |= as_dtype(named, dtype, str(part.path))
-        told |= size_metadata(config, name) | {f"source.{name}": part.path.name}
-    write_safetensors(dst, tensors, told)
+        metadata |= size_metadata(config, name) | {f"source.{name}": part.path.name}
+    write_safetensors(dst, tensors, metadata)
     return [dst]
 
 

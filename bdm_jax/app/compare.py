@@ -50,7 +50,7 @@ class Comparison:
     image: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """A picture to begin from."""
     mask: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """White where the image is drawn anew; of the image's size."""
+    """White where the image is repainted; of the image's size."""
     out: Path = Path("out/compare.png")
     """The table's file."""
     palette: bool = False

@@ -25,7 +25,7 @@ PARTS = (
     "text_weights",
 )
 _MAX_JSON = 1 << 20
-_OLD_SAMPLER = "dpmpp-2m"  # of pictures that do not say it: the only default that there was
+_OLD_SAMPLER = "dpmpp-2m"  # of images that do not say it: the only default that there was
 _TEXTS = ("prompt", "negative", "english", "english_negative")
 _PIXELS = ("image", "mask")
 _WEB_UI_SAMPLERS = {
@@ -69,7 +69,7 @@ def describe(
 def restore(values: Mapping[str, Any]) -> tuple[Request, Sampling]:
     """The request (without its image and mask, which a file only names) and the settings that `describe` described.
 
-    What is missing is as by default: older pictures say less. Raises ValueError for values of a wrong kind.
+    What is missing is as by default: older images say less. Raises ValueError for values of a wrong kind.
     """
     request = {name: _checked(name, values[name], str) for name in _TEXTS if name in values}
     if "seed" in values:
@@ -87,12 +87,12 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings inside a PNG that we wrote: what `describe` gave, its values of the right kinds.
 
     Files are not trusted: no pixel is decoded, and what is read is bounded. Raises UserError for a file that is no
-    such picture.
+    such image.
     """
     path = Path(path)
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: larger than {MAX_BYTES >> 20} MiB, no picture of ours")
+            raise UserError(f"{path}: larger than {MAX_BYTES >> 20} MiB, no image of ours")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=("PNG",)) as image:
@@ -107,7 +107,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def filled(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a picture with those that it does not say, being older, as by default (but for its size)."""
+    """The settings of a image with those that it does not say, being older, as by default (but for its size)."""
     known = describe(Request(""), Sampling(sampler=_OLD_SAMPLER), {})
     return {field.name: known[field.name] for field in dataclasses.fields(Sampling) if field.name != "size"} | {
         **values
@@ -115,9 +115,9 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def complete_settings(path: Path) -> dict[str, Any] | None:
-    """The settings of a picture that opens down to its last row; None of one that does not.
+    """The settings of a image that opens down to its last row; None of one that does not.
 
-    Raises UserError for a whole picture that is not ours.
+    Raises UserError for a whole image that is not ours.
     """
     try:
         data = path.read_bytes()
@@ -135,7 +135,7 @@ def complete_settings(path: Path) -> dict[str, Any] | None:
 
 
 def digest(pixels: np.ndarray) -> str:
-    """SHA-256 of an image's or mask's shape and pixels: the same picture in another format is the same."""
+    """SHA-256 of an image's or mask's shape and pixels: the same image in another format is the same."""
     shape = "x".join(map(str, pixels.shape))
     return hashlib.sha256(shape.encode() + b"\n" + np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
@@ -143,14 +143,14 @@ def digest(pixels: np.ndarray) -> str:
 def text_chunks(values: Mapping[str, Any]) -> dict[str, str]:
     """The text chunks of a PNG that carries these settings (see `images.pictures.write_png`).
 
-    `bdm_jax` as JSON and, where they are those of one picture (see `describe`), `parameters` as web UIs read them.
+    `bdm_jax` as JSON and, where they are those of one image (see `describe`), `parameters` as web UIs read them.
     """
     web_ui = {"parameters": web_ui_parameters(values)} if "prompt" in values else {}
     return {**web_ui, KEY: json.dumps(values, ensure_ascii=False)}
 
 
 def web_ui_parameters(values: Mapping[str, Any]) -> str:
-    """The settings of a picture as web UIs write them: prompt, negative prompt, one line of named values.
+    """The settings of a image as web UIs write them: prompt, negative prompt, one line of named values.
 
     Settings that are as by default, and those without effect, are left out.
     """
@@ -214,7 +214,7 @@ def _parse(path: Path, text: Any) -> dict[str, Any]:
     try:
         values = json.loads(text)
         if not isinstance(values, dict) or "prompt" not in values:
-            raise ValueError("they are not those of one picture")
+            raise ValueError("they are not those of one image")
         restore(values)
         for name in (*PARTS, *_PIXELS, *(f"{pixels}_sha256" for pixels in _PIXELS)):
             if values.get(name) is not None:

@@ -1,4 +1,4 @@
-"""Which networks and plug-ins draw: the flags that name them, reading them, and what a picture says of them."""
+"""Which networks and plug-ins draw: the flags that name them, reading them, and what an image records of them."""
 
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ class Parts(_Networks):
                 raise UserError(f"{path}: no such file or folder")
 
     def names(self) -> dict[str, str]:
-        """What a picture says about them: names without their folders."""
+        """What an image records about them: names without their folders."""
         given = {name: getattr(self, name) for name in PARTS if getattr(self, name) not in (None, ())}
         return {name: _name(name, part) for name, part in given.items()}
 
@@ -140,7 +140,7 @@ def load_image_prompt(text: str, dtype: str | None = None) -> "ImagePrompt":
 
 
 def _name(kind: str, part: Path | str | tuple[str, ...]) -> str:
-    """What a picture says about a part: its name without folders; of a plug-in's map or picture also a digest."""
+    """What an image records about a part: its name without folders; of a plug-in's map or image also a digest."""
     if isinstance(part, Path):
         return part.resolve().name
     if isinstance(part, str):

@@ -1,7 +1,7 @@
 """Drawing into a folder: names, what is there already, shares of several processes, a log, contact sheets.
 
-A run is a list of pictures, each of which knows its file's name and everything that it depends on. A picture that
-is there, whole and with the same settings inside, is not drawn again; so a run that was cut off goes on where it was.
+A run is a list of images, each of which knows its file's name and everything that it depends on. A image that
+is there, whole and with the same settings inside, is not drawn again; so a run that was cut off resumes.
 """
 
 import hashlib
@@ -37,12 +37,12 @@ except ImportError:  # not on Windows, where one process draws
 
 LOG = "pictures.jsonl"
 PREVIEW = "preview.png"
-_SHEET = 100  # pictures on one contact sheet
+_SHEET = 100  # images on one contact sheet
 
 
 @dataclass(frozen=True)
 class PlannedImage:
-    """One picture of a run: its file's name, what to draw, and all that it depends on as it lies in the file."""
+    """One image of a run: its file's name, what to draw, and all that it depends on as it lies in the file."""
 
     name: str
     request: Request
@@ -51,12 +51,12 @@ class PlannedImage:
 
 @dataclass(frozen=True)
 class Run:
-    """Pictures to be drawn with the same settings into one folder; `sheet` is what its contact sheet is called."""
+    """Images to be drawn with the same settings into one folder; `sheet` is what its contact sheet is called."""
 
     out: Path
     settings: Sampling
     controls: Sequence[Control]
-    pictures: list[PlannedImage]
+    images: list[PlannedImage]
     sheet: str
 
 
@@ -70,12 +70,12 @@ def plan(
     parts: Mapping[str, str],
     rows: Sequence[int] | None = None,
 ) -> Run:
-    """The pictures of a run, named.
+    """The images of a run, named.
 
     Args:
-      parts: the names of the model and of what was put in place of its own, for the settings inside the pictures.
+      parts: the names of the model and of what was put in place of its own, for the settings inside the images.
       rows: for prompts from a file, the number of each request's row: names come from row and seed, so that the same
-        file finds its pictures again. Without, they are numbered on after those that the folder holds.
+        file finds its images again. Without, they are numbered on after those that the folder holds.
 
     Every process of a job is to call this: the first one names and tidies for all. Raises UserError for images that
     cannot be read.
@@ -83,14 +83,14 @@ def plan(
     described = describe_all(pipeline, requests, settings, parts, controls)
     first = broadcast_from_first(next_index(out))
     numbers = rows or range(first, first + len(requests))
-    pictures = [
+    images = [
         PlannedImage(file_name(number, request.prompt or request.english, request.seed), request, values)
         for number, request, values in zip(numbers, requests, described, strict=True)
     ]
     if is_first():
-        _tidy(out, pictures)
+        _tidy(out, images)
     all_agree(True)  # the others begin when it is tidy
-    return Run(out, settings, controls, pictures, "contact-sheet" if rows else f"{first:04d}-contact-sheet")
+    return Run(out, settings, controls, images, "contact-sheet" if rows else f"{first:04d}-contact-sheet")
 
 
 def describe_all(
@@ -100,7 +100,7 @@ def describe_all(
     parts: Mapping[str, str],
     controls: Sequence[Control] = (),
 ) -> list[dict[str, Any]]:
-    """What each request's picture depends on (see `metadata.describe`), with the sampler, guidance and size used.
+    """What each request's image depends on (see `metadata.describe`), with the sampler, guidance and size used.
 
     Raises UserError for images that cannot be read.
     """
@@ -125,27 +125,27 @@ def draw(
     progress: Progress | None = None,
     preview_every: int = 0,
 ) -> tuple[int, Iterator[Path]]:
-    """Draw what is not there yet of this process's share (every n-th picture of n processes).
+    """Draw what is not there yet of this process's share (every n-th image of n processes).
 
     Returns how many of the share are there already, and an iterator that draws and yields files as they are done.
-    Each picture gets a line in OUT/pictures.jsonl: file, SHA-256, settings. Whoever finds all of the run's pictures
+    Each image gets a line in OUT/pictures.jsonl: file, SHA-256, settings. Whoever finds all of the run's images
     done at the end makes the contact sheets.
 
     Args:
       preview_every: after so many steps, the first process shows how far it is in OUT/preview.png; 0 for never.
 
-    Raises UserError, before anything is drawn, for a file of a picture's name that has other settings inside; and as
+    Raises UserError, before anything is drawn, for a file of a image's name that has other settings inside; and as
     `generate` does.
     """
-    share = run.pictures[jax.process_index() :: jax.process_count()]
-    there = {picture.name: sha256 for picture in share if (sha256 := _done(run.out, picture))}
-    left = [picture for picture in share if picture.name not in there]
+    share = run.images[jax.process_index() :: jax.process_count()]
+    there = {image.name: sha256 for image in share if (sha256 := _done(run.out, image))}
+    left = [image for image in share if image.name not in there]
     drawing: Iterator[np.ndarray] = iter(())
     if left:
         shown = {}
         if preview_every and is_first():
             shown = {"on_preview": preview.writer(pipeline.vae, run.out / PREVIEW), "preview_every": preview_every}
-        requests = [picture.request for picture in left]
+        requests = [image.request for image in left]
         how = {"controls": run.controls, "batch_size": batch_size, "progress": progress}
         drawing = generate(pipeline, requests, run.settings, **how, **shown)
     return len(there), _draw(run, share, there, left, drawing)
@@ -156,11 +156,11 @@ def _draw(
 ) -> Iterator[Path]:
     try:
         _mend_log(run.out / LOG, share, there)
-        for picture, pixels in zip(left, drawing, strict=True):
-            sha256 = write_png(run.out / picture.name, pixels, text_chunks(picture.settings))
+        for image, pixels in zip(left, drawing, strict=True):
+            sha256 = write_png(run.out / image.name, pixels, text_chunks(image.settings))
             with _locked(run.out / LOG) as log:
-                _append(log, run.out / LOG, _line(picture, sha256))
-            yield run.out / picture.name
+                _append(log, run.out / LOG, _line(image, sha256))
+            yield run.out / image.name
     finally:
         if is_first():
             (run.out / PREVIEW).unlink(missing_ok=True)
@@ -170,7 +170,7 @@ def _draw(
 def _seen(
     source: Source | None, name: str, known: dict[tuple[str, Path], tuple[str, tuple[int, ...]]]
 ) -> tuple[str, tuple[int, ...]] | None:
-    """Digest and (height, width) of an image or a mask; files that many pictures begin from are read once."""
+    """Digest and (height, width) of an image or a mask; files that many images begin from are read once."""
     if source is None or isinstance(source, np.ndarray):
         return None if source is None else (digest(source), source.shape[:2])
     if (name, source) not in known:
@@ -179,12 +179,12 @@ def _seen(
     return known[name, source]
 
 
-def _done(out: Path, picture: PlannedImage) -> str | None:
-    """The file's SHA-256 where the picture is there and whole. Raises UserError where it is another's."""
-    path = out / picture.name
+def _done(out: Path, image: PlannedImage) -> str | None:
+    """The file's SHA-256 where the image is there and whole. Raises UserError where it is another's."""
+    path = out / image.name
     if not path.exists() or (found := complete_settings(path)) is None:
         return None
-    found, wanted = filled(found), json.loads(json.dumps(picture.settings))
+    found, wanted = filled(found), json.loads(json.dumps(image.settings))
     for name in (*wanted, *found):
         if found.get(name) != wanted.get(name):
             theirs, ours = (json.dumps(values.get(name), ensure_ascii=False) for values in (found, wanted))
@@ -195,19 +195,19 @@ def _done(out: Path, picture: PlannedImage) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _line(picture: PlannedImage, sha256: str) -> bytes:
-    values = {"file": picture.name, "sha256": sha256, **picture.settings}
+def _line(image: PlannedImage, sha256: str) -> bytes:
+    values = {"file": image.name, "sha256": sha256, **image.settings}
     return (json.dumps(values, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def _mend_log(path: Path, share: Sequence[PlannedImage], there: Mapping[str, str]) -> None:
-    """Exactly one line for every picture of the share that is there, none for the others, and no torn one.
+    """Exactly one line for every image of the share that is there, none for the others, and no torn one.
 
-    Lines of pictures outside the share are left alone.
+    Lines of images outside the share stay.
     """
     if not there and not path.exists():
         return
-    names = {picture.name for picture in share}
+    names = {image.name for image in share}
     with _locked(path) as log:
         old = path.read_bytes()
         kept, logged = [], set()
@@ -218,7 +218,7 @@ def _mend_log(path: Path, share: Sequence[PlannedImage], there: Mapping[str, str
             kept.append(line)
             logged.add(name)
         unlogged = there.keys() - logged
-        missing = [_line(picture, there[picture.name]) for picture in share if picture.name in unlogged]
+        missing = [_line(image, there[image.name]) for image in share if image.name in unlogged]
         new = b"".join([*kept, *missing])
         if new == old:
             return
@@ -275,32 +275,32 @@ def _is(path: Path, handle: int) -> bool:
 
 
 def _sheets(run: Run) -> Iterator[Path]:
-    """Contact sheets of a run that is complete, a hundred pictures on each, read from their files one by one."""
-    pictures = run.pictures
-    if len(pictures) < 2 or not all((run.out / picture.name).exists() for picture in pictures):
+    """Contact sheets of a run that is complete, a hundred images on each, read from their files one by one."""
+    images = run.images
+    if len(images) < 2 or not all((run.out / image.name).exists() for image in images):
         return
-    seeds = len({picture.request.seed for picture in pictures})
-    groups = len(pictures) // seeds
-    columns = seeds if 1 < seeds <= 10 and groups > 1 and groups * seeds == len(pictures) else None
-    pages = [pictures[begin : begin + _SHEET] for begin in range(0, len(pictures), _SHEET)]
-    shared = {name: value for name, value in pictures[0].settings.items() if _same(pictures, name, value)}
+    seeds = len({image.request.seed for image in images})
+    groups = len(images) // seeds
+    columns = seeds if 1 < seeds <= 10 and groups > 1 and groups * seeds == len(images) else None
+    pages = [images[begin : begin + _SHEET] for begin in range(0, len(images), _SHEET)]
+    shared = {name: value for name, value in images[0].settings.items() if _same(images, name, value)}
     for number, page in enumerate(pages, 1):
         path = run.out / (f"{run.sheet}-{number}.png" if len(pages) > 1 else f"{run.sheet}.png")
         captions = [p.request.prompt or p.request.english for p in page]
         if seeds > 1 and columns:
             captions = [f"{caption} {p.request.seed}" for caption, p in zip(captions, page, strict=True)]
-        sheet = contact_sheet((read_image(run.out / picture.name) for picture in page), captions, columns)
-        write_png(path, sheet, text_chunks({"sheet": [picture.name for picture in page], "settings": shared}))
+        sheet = contact_sheet((read_image(run.out / image.name) for image in page), captions, columns)
+        write_png(path, sheet, text_chunks({"sheet": [image.name for image in page], "settings": shared}))
         yield path
 
 
-def _same(pictures: Sequence[PlannedImage], name: str, value: Any) -> bool:
-    return all(picture.settings.get(name) == value for picture in pictures)
+def _same(images: Sequence[PlannedImage], name: str, value: Any) -> bool:
+    return all(image.settings.get(name) == value for image in images)
 
 
-def _tidy(out: Path, pictures: Sequence[PlannedImage]) -> None:
-    """Remove what a killed run of these pictures has left half-written."""
-    names = {picture.name for picture in pictures} | {LOG, PREVIEW}
+def _tidy(out: Path, images: Sequence[PlannedImage]) -> None:
+    """Remove what a killed run of these images has left half-written."""
+    names = {image.name for image in images} | {LOG, PREVIEW}
     names = {name[:40] for name in names}  # as much of a name as `atomic_file` keeps
     for path in out.glob(".*.tmp"):
         if path.name[1:].rsplit(".", 2)[0] in names:

@@ -8,7 +8,7 @@ from bdm_jax.plugins.spec import Spec
 
 
 def parse_spec(text: str) -> Spec:
-    """`FILE`, `FILE:0.8` or `FILE:0.8:0.5`: strength in the UNet or branch, strength in its text tower (the same).
+    """`FILE`, `FILE:0.8` or `FILE:0.8:0.5`: strength in the UNet or branch, strength in its text encoder (the same).
 
     Numbers are read from the end, what is left is the path, colons included. Raises UserError.
     """
@@ -48,8 +48,8 @@ def parse_control(text: str) -> tuple[Path, Path, dict[str, str | float]]:
     needed.
     """
     settings = {"strength": "1", "start": "0", "end": "1", "from": "canny"}
-    (network, picture), values = _parse("control", text, ("NETWORK", "MAP"), settings)
-    return network, picture, values
+    (network, image), values = _parse("control", text, ("NETWORK", "MAP"), settings)
+    return network, image, values
 
 
 def parse_image_prompt(text: str) -> tuple[Path, Path, Path, dict[str, float]]:

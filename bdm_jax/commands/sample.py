@@ -56,7 +56,7 @@ def draw(arguments: Arguments, requests: list[Request], rows: list[int] | None, 
         pipeline, run, batch_size=arguments.batch_size, progress=progress, preview_every=arguments.preview_every
     )
     if there:
-        print(f"note: {there} of {len(run.pictures)} pictures are there already", file=sys.stderr)
+        print(f"note: {there} of {len(run.images)} pictures are there already", file=sys.stderr)
     files = []
     for file in drawn:
         files.append(file)

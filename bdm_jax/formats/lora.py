@@ -61,7 +61,7 @@ _CONTEXT_WIDTHS = {1024: "SD2.x", 2048: "SDXL", 1280: "SDXL refiner"}
 
 @dataclass(frozen=True)
 class LoraKey:
-    """Where one tensor of a file belongs: network (None: not said), module in the file's spelling, part."""
+    """Where one tensor of a file belongs: network (None: not recorded), module in the file's spelling, part."""
 
     network: str | None
     module: str

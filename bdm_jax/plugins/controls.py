@@ -1,7 +1,7 @@
 """Networks that read a map, beside the branch: ControlNets (Zhang et al. 2023) and T2I-Adapters (Mou et al. 2023).
 
-What they add adds up. The Chinese words go to the branch; a ControlNet, which was trained on CLIP's English states,
-gets the English or the empty prompt. A T2I-Adapter reads its map only, once per picture; what it adds inside the
+What they add adds up. The Chinese prompt goes to the branch; a ControlNet, which was trained on CLIP's English states,
+gets the English or the empty prompt. A T2I-Adapter reads its map only, once per image; what it adds inside the
 backbone's encoder is seen by the backbone alone.
 """
 
@@ -35,7 +35,7 @@ class Control:
 
 
 def check(control: Control, unet: UNetConfig, factor: int) -> None:
-    """Raises UserError for a network of another base model and for settings that cannot be.
+    """Raises UserError for a network of another base model and for settings that are not valid.
 
     `factor`: pixels per latent on a side.
     """
@@ -63,15 +63,15 @@ def check(control: Control, unet: UNetConfig, factor: int) -> None:
 
 
 def check_size(control: Control, size: tuple[int, int]) -> None:
-    """Raises UserError for a map that is not as large as the pictures."""
+    """Raises UserError for a map that is not as large as the images."""
     if control.hint.shape[:2] != size:
         own, wanted = (f"{shape[1]}x{shape[0]}" for shape in (control.hint.shape, size))
-        raise UserError(f"{control.name}: its map has {own} pixels, the picture {wanted}; draw or resize it to that")
+        raise UserError(f"{control.name}: its map has {own} pixels, the image {wanted}; draw or resize it to that")
 
 
 def embed(control: Control, hint: np.ndarray) -> jax.Array | tuple[jax.Array, ...]:
     """A map (H,W,3) uint8 -> what a ControlNet adds after its first convolution, (1,h,w,C), or what a T2I-Adapter adds
-    at each level; once per picture.
+    at each level; once per image.
     """
     config, params = control.network
     if isinstance(config, T2IAdapterConfig) and config.in_channels == 1:

@@ -1,8 +1,8 @@
-"""IP-Adapters (Ye et al. 2023, arXiv 2308.06721): a picture is read beside the text, by the backbone alone.
+"""IP-Adapters (Ye et al. 2023, arXiv 2308.06721): a image is read beside the text, by the backbone alone.
 
-A CLIP vision tower and the adapter's projection make tokens of the picture, and the adapter's layers keys and values of
-these for every cross-attention of the backbone: once for all steps and pictures. What guidance leads away from is, as
-in diffusers, the base adapter's reading of a vector of zeros, or Plus' of a picture of zeros.
+A CLIP vision tower and the adapter's projection make tokens of the image, and the adapter's layers keys and values of
+these for every cross-attention of the backbone: once for all steps and images. What guidance leads away from is, as
+in diffusers, the base adapter's reading of a vector of zeros, or Plus' of a image of zeros.
 """
 
 import math
@@ -36,11 +36,11 @@ from bdm_jax.systems.components import Component
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """A picture (H,W,3) uint8, the vision tower that looks at it, and the tensors of an IP-Adapter's file."""
+    """A image (H,W,3) uint8, the vision tower that looks at it, and the tensors of an IP-Adapter's file."""
 
     adapter: Mapping[str, Any]
     vision: Component
-    picture: np.ndarray
+    image: np.ndarray
     strength: float = 1.0
     name: str = "image prompt"
 
@@ -54,7 +54,7 @@ def read(prompt: ImagePrompt, unet: UNetConfig) -> tuple[Component, Params]:
     """The adapter's projection and its layers for this backbone, as they lie in the file.
 
     Raises UserError or FileError for what is no IP-Adapter, is one of another backbone or vision tower, or is damaged;
-    and for a strength that cannot be.
+    and for a strength that is not a number.
     """
     if not math.isfinite(prompt.strength):
         raise UserError(f"{prompt.name}: strength {prompt.strength} is not a finite number")
@@ -79,9 +79,9 @@ def keys(prompt: ImagePrompt, unet: Component) -> dict[str, tuple[jax.Array, jax
     (config, projection), layers = read(prompt, unet.config)
     dtype = unet.params["conv_in.bias"].dtype
     projection, layers = ({key: np.asarray(a, dtype) for key, a in tree.items()} for tree in (projection, layers))
-    picture = normalised(prompt.picture, prompt.vision.config.image_size)
+    image = normalised(prompt.image, prompt.vision.config.image_size)
     configs = unet.config, prompt.vision.config, config
-    return _keys(configs, prompt.vision.params, projection, layers, picture, np.float32(prompt.strength))
+    return _keys(configs, prompt.vision.params, projection, layers, image, np.float32(prompt.strength))
 
 
 @program
@@ -90,12 +90,12 @@ def _keys(
     vision: Params,
     projection: Params,
     layers: Params,
-    picture: jax.Array,
+    image: jax.Array,
     strength: jax.Array,
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     unet, tower, config = configs
-    images = jnp.stack([jnp.zeros_like(picture), picture]).astype(param_dtype(vision))
-    vectors, states = bind(tower, vision)(images)
+    both = jnp.stack([jnp.zeros_like(image), image]).astype(param_dtype(vision))
+    vectors, states = bind(tower, vision)(both)
     seen = states if isinstance(config, ResamplerConfig) else vectors.at[0].set(0)
     dtype = param_dtype(projection)
     tokens = bind(config, projection)(seen.astype(dtype))

@@ -164,9 +164,9 @@ def _resolved(file: LoraFile, names, networks, target: str | None) -> tuple[_Fou
         for number, halves in modules.items():
             spelling = order[number] if network in names else f"{network}:{number}"
             parts += [(network, spelling, part, array) for part, array in halves.items()]
-    for said, spelling, part, array in parts:
+    for named, spelling, part, array in parts:
         targets = families.lora_networks()
-        made_for = said or next((name for name in targets if spelling in names.get(name, {})), targets[0])
+        made_for = named or next((name for name in targets if spelling in names.get(name, {})), targets[0])
         network = families.mirror(made_for) if target == "branch" else made_for
         if network not in names:
             _refuse_family(file, networks)
@@ -231,21 +231,21 @@ def _changes(parts: Mapping[str, np.ndarray], module: str, tree: Mapping[str, An
 
 def _settings(file: LoraFile, network: str, module: str) -> dict[str, Any]:
     """Of a peft config, what holds for one module: alpha, r, use_rslora. Raises FileError."""
-    said = file.settings.get(network, file.settings.get(None))
-    if not said:
+    config = file.settings.get(network, file.settings.get(None))
+    if not config:
         return {}
-    alpha = said.get("lora_alpha" if said.get("peft_type", "LORA") == "LORA" else "alpha")
+    alpha = config.get("lora_alpha" if config.get("peft_type", "LORA") == "LORA" else "alpha")
     values = {
-        "alpha": _of_module(file, said.get("alpha_pattern"), module, alpha),
-        "r": _of_module(file, said.get("rank_pattern"), module, said.get("r")),
+        "alpha": _of_module(file, config.get("alpha_pattern"), module, alpha),
+        "r": _of_module(file, config.get("rank_pattern"), module, config.get("r")),
     }
     for name, value in values.items():
         number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
         if value is not None and not (number and (name == "alpha" or value > 0)):
             raise FileError(f"{file.path}: {name} {shown(value)} in its config is not a number of use")
-    if said.get("peft_type") == "IA3":
-        values["on_input"] = _means(file, said.get("feedforward_modules"), module)
-    return {**values, "use_rslora": said.get("use_rslora") is True}
+    if config.get("peft_type") == "IA3":
+        values["on_input"] = _means(file, config.get("feedforward_modules"), module)
+    return {**values, "use_rslora": config.get("use_rslora") is True}
 
 
 def _of_module(file: LoraFile, patterns: Any, module: str, otherwise: Any) -> Any:

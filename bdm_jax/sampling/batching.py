@@ -57,7 +57,7 @@ def read_jobs(
 
 
 def batches(jobs: list[PreparedRequest], batch_size: int) -> list[list[PreparedRequest]]:
-    """Neighbours of one kind go together: the windows of one prompt never change another's picture."""
+    """Neighbours of one kind go together: the windows of one prompt never change another's image."""
     groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job.kind)]
     return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
@@ -73,7 +73,7 @@ def _concatenate(tokens: Sequence[Tokens], which: slice) -> Tokens:
 
 
 def size_ids(size: tuple[int, int], count: int) -> np.ndarray:
-    """(count,6) fp32, what SDXL is told of an image: its original size, where it was cropped, the size to draw."""
+    """(count,6) fp32, the sizes that SDXL reads: an image's original size, where it was cropped, the size to draw."""
     height, width = size
     return np.tile(np.array([height, width, 0, 0, height, width], np.float32), (count, 1))
 
@@ -92,7 +92,7 @@ def as_english(request: Request) -> Request:
 
 
 def default_size(pipeline: BridgePipeline, controls: Sequence[Control | ImagePrompt] = ()) -> tuple[int, int]:
-    """(height, width) in pixels of the pictures that the UNet was trained on, or of the first control's map."""
+    """(height, width) in pixels of the images that the UNet was trained on, or of the first control's map."""
     factor = pipeline.factor
     if maps := [control.hint for control in controls if isinstance(control, Control)]:
         return _floored(maps[0], factor)

@@ -117,9 +117,9 @@ def _dtype(name: str) -> np.dtype:
 def size_metadata(config: Config, kind: str | None = None) -> dict[str, str]:
     """Metadata from which `bdm_jax.formats.detect` finds what weights cannot tell of the sizes of such a network."""
     values = to_json(config)
-    told = ("attention_head_dim", "norm_num_groups", "sample_size", "scaling_factor", "num_attention_heads")
-    told += ("hidden_act", "bos_token_id", "eos_token_id", "pad_token_id", "norm_eps", "layer_norm_eps")
-    told += ("addition_time_embed_dim",)
+    names = ("attention_head_dim", "norm_num_groups", "sample_size", "scaling_factor", "num_attention_heads")
+    names += ("hidden_act", "bos_token_id", "eos_token_id", "pad_token_id", "norm_eps", "layer_norm_eps")
+    names += ("addition_time_embed_dim",)
     return {
-        f"bdm_jax.{kind or families.kind_of(config)}": json.dumps({key: values[key] for key in told if key in values})
+        f"bdm_jax.{kind or families.kind_of(config)}": json.dumps({key: values[key] for key in names if key in values})
     }

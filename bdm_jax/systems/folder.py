@@ -30,10 +30,10 @@ class FoundSystem:
     Attributes:
       networks: by name, not yet in memory.
       tokenizers: folder by name; None stands for the bundled one that fits the text encoder.
-      schedule: the noise schedule, None where nothing says it.
-      prediction: what the UNet predicts, where a single file says it.
+      schedule: the noise schedule, None where nothing records it.
+      prediction: what the UNet predicts, where a single file records it.
       pipeline_class: diffusers' name of the system.
-      settings: guidance, masked, zero_empty, those that are said.
+      settings: guidance, masked, zero_empty: those that the folder records.
     """
 
     networks: dict[str, Found] = field(default_factory=dict)

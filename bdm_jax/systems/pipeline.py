@@ -33,7 +33,7 @@ class BridgePipeline:
       family: its row in `families`.
       parts: networks (`Component`) and tokenizers by name.
       schedule: the noise schedule; the family's own where None is given.
-      guidance: the scale that its pictures look best at; the family's where None is given.
+      guidance: the scale that its images look best at; the family's where None is given.
       masked: whether its branch was trained with the padding of its prompts hidden.
       zero_empty: whether an empty prompt of the backbone is zeros; the family's habit where None is given.
 

@@ -16,7 +16,7 @@ from bdm_jax.text.grammar import parse
 from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.text.windows import join, windows_needed
 
-NEAR_ZERO = 0.01  # a smaller part of the mean magnitude is what the mean of so many numbers is by chance
+NEAR_ZERO = 0.01  # a smaller part of the mean magnitude is what the mean of N numbers is by chance
 
 
 class Tokens(NamedTuple):
@@ -43,7 +43,7 @@ def read(
 ) -> Tokens:
     """Prompts with weights (see `grammar`) -> tokens; all take the n <= 5 windows that the longest needs.
 
-    Each segment of equal weight is tokenized on its own. Positive and negative prompts of one picture go in together,
+    Each segment of equal weight is tokenized on its own. Positive and negative prompts of one image go in together,
     so that both have as many states. Warns with PromptWarning where a prompt exceeds five windows or has characters
     without a token.
 

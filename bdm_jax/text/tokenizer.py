@@ -38,7 +38,7 @@ class Tokenizer:
       format: what its windows look like.
       length: tokens in a window, both ends included (77 for CLIP, 52 for Chinese-CLIP).
       start, end, pad: ids around and after the content; start or end None where it has none (T5, ChatGLM).
-      byte_pairs: CLIP's kind, which spells anything; a list of words (BERT's, Chinese) otherwise.
+      byte_pairs: CLIP's kind, which spells anything; a list of words (BERT's, Chinese) or pieces (T5's) otherwise.
     """
 
     def __init__(

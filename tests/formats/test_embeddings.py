@@ -170,7 +170,7 @@ def test_what_is_refused_is_named(case, vectors, tmp_path):
     make, message = BAD[case]
     torch.save(make(vectors), tmp_path / "x.pt")
     with pytest.raises(FileError, match=message) as caught:
-        read_embeddings(tmp_path / "x.pt")
+        read_embeddings(tmp_path / "x.pt", ("clip_l", "clip_g"))
     assert str(caught.value).startswith(f"{tmp_path / 'x.pt'}: ") and "\n" not in str(caught.value)
 
 

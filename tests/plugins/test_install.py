@@ -76,7 +76,7 @@ def test_words_of_either_language(tiny, rng):
     named = replace(REQUEST, english="a <lamp>")
     assert not np.array_equal(picture(taught, named), picture(tiny, named))
     vectors = rng.standard_normal((2, tiny.branch_text_encoder.config.hidden_size), np.float32)
-    taught = with_embeddings(tiny, [Embedding("某物", vectors)], "branch_text_encoder")
+    taught = with_embeddings(tiny, [Embedding("某物", vectors)], "branch")
     named = replace(REQUEST, prompt="红色的某物")
     assert not np.array_equal(picture(taught, named), picture(tiny, named))
 

@@ -239,7 +239,7 @@ def test_files_that_do_not_fit(tmp_path):
         "text_encoder": (1, 768),
         "text_encoder_2": (1, 1280),
     }
-    with pytest.raises(UserError, match="an SDXL embedding, for text_encoder, text_encoder_2; here is no text_encoder_2"):
+    with pytest.raises(UserError, match="SDXL embedding, for text_encoder, text_encoder_2; here is no text_encoder_2"):
         for_encoders([both], {"text_encoder": 768})
     halves = for_encoders([both], {"text_encoder": 768, "text_encoder_2": 1280})
     assert {name: [(one.token, one.vectors.shape) for one in own] for name, own in halves.items()} == {
@@ -249,7 +249,7 @@ def test_files_that_do_not_fit(tmp_path):
     one, other = Embedding("<a>", np.ones((2, 768))), Embedding("<a>", np.ones((3, 1280)))  # diffusers' two files
     halves = for_encoders([other, one], {"text_encoder": 768, "text_encoder_2": 1280})
     assert [len(own[0].vectors) for own in halves.values()] == [2, 3]
-    with pytest.raises(UserError, match="<a>.: has no vectors for the text_encoder_2"):
+    with pytest.raises(UserError, match="<a>: has no vectors for the text_encoder_2"):
         for_encoders([one], {"text_encoder": 768, "text_encoder_2": 1280})
     save_file({"clip_l": torch.ones(1, 768)}, tmp_path / "one.safetensors")
     assert load_embeddings(tmp_path / "one.safetensors")[0].token == "one"
@@ -262,7 +262,7 @@ def test_files_that_do_not_fit(tmp_path):
 @pytest.mark.parametrize(
     ("embeddings", "message"),
     [
-        ([("<a>", np.ones((1, 1024)))], "<a>: vectors of width 1024 .SD2.x or Chinese.* for a text encoder of width 32"),
+        ([("<a>", np.ones((1, 1024)))], "<a>: vectors of width 1024 .SD2.x or Chin.* for a text encoder of width 32"),
         ([("<a>", np.ones((1, 1280)))], "width 1280 .SDXL"),
         ([("<a>", np.ones((2, 33)))], "width 33 for a text encoder of width 32"),
         ([("<a>", np.ones(WIDTH))], r"<a>: vectors of shape \(32,\); expected \(N, 32\)"),

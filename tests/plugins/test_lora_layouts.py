@@ -417,7 +417,7 @@ def test_the_real_file_itself_tells_the_order_of_its_text_tower(full_size):
 
 def test_every_spelling_at_full_size_is_one_module(full_size):
     """No two modules of a network are spelled alike once dots are underscores."""
-    for network, tree in full_size.items():
+    for tree in full_size.values():
         modules = {key.rpartition(".")[0] for key in tree}
         names = module_names(modules)
         assert set(names.values()) == modules

@@ -132,7 +132,7 @@ def test_t2i_adapters_that_cannot_be(tiny, adapters, hint):
         r"made for another base model \(channels \(16, 64\), the backbone's \(16, 32\)\)": Control(wide, hint),
         r"made for another base model \(factor 16, the backbone's 8\)": Control(coarse, hint),
         "reads 2 channels": Control(deep, hint),
-        "its map has 48x24 pixels, the picture 32x32": Control(good, hint[:24]),
+        "its map has 48x24 pixels, the image 32x32": Control(good, hint[:24]),
         "strength inf": Control(good, hint, float("inf")),
     }
     for message, control in cases.items():

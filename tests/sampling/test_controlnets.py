@@ -137,7 +137,7 @@ def test_controls_that_cannot_be(tiny, networks, hints, tmp_path):
     cases = {
         "made for another base model \\(text width 32, the backbone's 16\\)": Control(wide, hints[0]),
         "a UNetConfig in place of a ControlNet": Control(tiny.unet, hints[0]),
-        "its map has 48x24 pixels, the picture 32x32": Control(good, hints[0][:24]),
+        "its map has 48x24 pixels, the image 32x32": Control(good, hints[0][:24]),
         "strength nan": Control(good, hints[0], float("nan")),
         "start 0.5 and end 0.5": Control(good, hints[0], start=0.5, end=0.5),
     }
