@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from bdm_jax.convert.__main__ import main
+from bdm_jax.convert.conversion import to_jax, to_torch
 
 from bdm_jax.errors import FileError, UserError
 from bdm_jax.formats.files import read_header, write_safetensors
 from bdm_jax.formats.layouts import tree_to_torch
-from bdm_jax.formats.tables import ldm_unet
+from bdm_jax.formats.networks.unet import ldm_unet
+from bdm_jax.formats.open import contents_of, find
 from bdm_jax.formats.weights import read_weights
 from bdm_jax.models.config import UNetConfig
 from bdm_jax.models.functional import init
-from bdm_jax.systems.components import contents_of, find, load_component, size_metadata
+from bdm_jax.systems.components import load_component, load_found, size_metadata
 from bdm_jax.systems.pipeline import BridgePipeline
-from convert.__main__ import main
-from convert.conversion import to_jax, to_torch
 
 PARTS = ("unet", "vae", "text_encoder")
 
@@ -197,7 +198,7 @@ def test_inpainting_model_is_named(tiny_folder, tmp_path):
     tensors = {key: np.array(value) for key, value in read_weights(tiny_folder / "unet").tensors.items()}
     tensors["conv_in.weight"] = np.zeros((16, 9, 3, 3), np.float32)
     write_safetensors(tmp_path / "x.safetensors", tensors, {})
-    with pytest.raises(UserError, match="UNet inpainting unet; this library has the networks of SD1.x"):
+    with pytest.raises(UserError, match="UNet inpainting unet; this library has no such network"):
         find(tmp_path / "x.safetensors")
     assert contents_of(tmp_path / "x.safetensors")[1].parts[0].family == "UNet inpainting"
 
@@ -206,7 +207,7 @@ def test_averaged_weights_of_a_training_checkpoint(tmp_path):
     """LDM's EMA keeps names without dots: read where there is nothing else, or where asked for."""
     config = UNetConfig(block_out_channels=(8, 8, 8, 8), num_heads=2, norm_num_groups=4, cross_attention_dim=8)
     params = init(config, 0)
-    names = tree_to_torch(params, ldm_unet(config.attention_levels, config.layers_per_block))
+    names = tree_to_torch(params, ldm_unet(config.transformer_layers, config.layers_per_block))
     plain = {f"model.diffusion_model.{name}": np.ascontiguousarray(array) for name, array in names.items()}
     dotless = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in plain}
     average = {dotless[name]: 2 * array for name, array in plain.items()} | {"model_ema.decay": np.float32([0.999])}
@@ -214,7 +215,7 @@ def test_averaged_weights_of_a_training_checkpoint(tmp_path):
     write_safetensors(tmp_path / "both.safetensors", plain | average, size_metadata(config))
 
     def first(name, **kind):
-        component = find(tmp_path / name, **kind)["unet"].load()
+        component = load_found(find(tmp_path / name, **kind)["unet"])
         assert component.config == config
         return component.params["conv_in.kernel"]
 
