@@ -142,24 +142,6 @@ def test_python_examples_import_what_there_is(page):
                     assert exists(f"{node.module}.{alias.name}"), f"{node.module}.{alias.name}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["README.md", "docs/using.md", "docs/architecture.md"])
-def test_python_examples_run(name, tmp_path, monkeypatch):
-    """The examples of a page, one after the other, in an empty folder with the bundled assets."""
-    from bdm_jax.systems import families
-
-    (tmp_path / "assets").symlink_to(ROOT / "assets")
-    monkeypatch.chdir(tmp_path)
-    rows, names = dict(families.FAMILIES), {}  # a page may add a row
-    try:
-        for language, code in blocks(text_of(ROOT / name)):
-            if language == "python":
-                exec(compile(code, name, "exec"), names)
-    finally:
-        families.FAMILIES.clear()
-        families.FAMILIES.update(rows)
-
-
 @each_page
 def test_paths_exist(page):
     tops = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} - {"out", "data"}
@@ -215,3 +197,21 @@ def test_pages_in_two_languages_say_the_same(pair):
     assert tables[0] == tables[1]
     names = [{name for name in inline_code(text) if re.match(r"--|bdm_jax", name)} for text in bare]
     assert names[0] == names[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["README.md", "docs/using.md", "docs/architecture.md"])
+def test_python_examples_run(name, tmp_path, monkeypatch):
+    """The examples of a page, one after the other, in an empty folder with the bundled assets."""
+    from bdm_jax.systems import families
+
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
+    rows, names = dict(families.FAMILIES), {}  # a page may add a row
+    try:
+        for language, code in blocks(text_of(ROOT / name)):
+            if language == "python":
+                exec(compile(code, name, "exec"), names)
+    finally:
+        families.FAMILIES.clear()
+        families.FAMILIES.update(rows)
