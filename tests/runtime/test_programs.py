@@ -117,7 +117,7 @@ def test_other_surroundings_are_another_program(folder, given, monkeypatch, chan
     programs._surroundings.cache_clear()
     if change == "sources":
         real = programs.Path.read_bytes
-        monkeypatch.setattr(programs.Path, "read_bytes", lambda file: real(file) + b" " * (file.name == "denoise.py"))
+        monkeypatch.setattr(programs.Path, "read_bytes", lambda file: real(file) + b" " * (file.name == "denoiser.py"))
     elif change == "flags":
         monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " ")
     elif change == "versions":
