@@ -30,15 +30,10 @@ class Bridge(SimpleNamespace):
     def but(self, plugin):
         return Bridge(plugins=self.plugins | {plugin})
 
-    def with_loras(self, specs):
-        assert [spec.path.name for spec in specs] == ["emoji-lora.safetensors"]
-        return self.but("lora")
 
-    def with_embeddings(self, embeddings):
-        return self.but("inversion")
-
-    def with_blend(self, path, weight, base):
-        return self.but("style")
+def with_loras(bridge, specs):
+    assert [spec.path.name for spec in specs] == ["emoji-lora.safetensors"]
+    return bridge.but("lora")
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +69,9 @@ def stand_in(artwork, tmp_path, monkeypatch):
         return Bridge(plugins={plugin_of[backbone.parent.name]} if backbone else set())
 
     monkeypatch.setattr(showcase.BridgePipeline, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(showcase, "with_loras", with_loras)
+    monkeypatch.setattr(showcase, "with_embeddings", lambda bridge, embeddings: bridge.but("inversion"))
+    monkeypatch.setattr(showcase, "with_blend", lambda bridge, path, weight, base: bridge.but("style"))
     monkeypatch.setattr(showcase, "generate", generate)
     monkeypatch.setattr(showcase, "load_component", lambda path, kind: object())
     monkeypatch.setattr(showcase, "load_embeddings", lambda path: [])
