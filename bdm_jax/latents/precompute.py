@@ -32,7 +32,6 @@ from bdm_jax.models.config import RobertaConfig, VAEConfig
 from bdm_jax.models.functional import bind, cast
 from bdm_jax.systems.components import Component, default_dtype, load_component
 from bdm_jax.text.tokenizer import Tokenizer
-from bdm_jax.text.windows import split
 
 _THREADS = 8
 
@@ -123,9 +122,8 @@ class _Encoder:
     def states(self, texts: Sequence[str]) -> tuple[list[np.ndarray], int]:
         """Captions -> their states (S,D) float16, and how many were cut."""
         tokenizer, states = self.text.tokenizer, []
-        special = (tokenizer.start, tokenizer.end, tokenizer.pad)
-        contents, room = tokenizer.content(list(texts)), tokenizer.length - 2
-        ids = [split([content[:room]], 1, tokenizer.length, *special)[0] for content in contents]
+        contents, room = tokenizer.content(list(texts)), tokenizer.format.room
+        ids = [tokenizer.format.fill([content[:room]], 1)[0] for content in contents]
         for start in range(0, len(ids), self.batch_size):
             states += list(self._run(_states, self._tower, ids[start : start + self.batch_size]))
         return states, sum(len(content) > room for content in contents)

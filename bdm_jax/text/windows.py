@@ -44,8 +44,12 @@ class WindowFormat:
         return 1 if self.left else MAX_WINDOWS
 
     def cut(self, parts: Iterable[Sequence]) -> list[Sequence]:
-        """Contents of a prompt's parts -> contents of its windows (see `cut`)."""
-        return cut(parts, self.room + 2)
+        """Contents of a prompt's parts -> contents of its windows, as many as they need.
+
+        Every part begins a new window; one without content needs none.
+        """
+        size = self.room
+        return [part[begin : begin + size] for part in parts for begin in range(0, len(part), size)]
 
     def fill(self, contents: Sequence[Sequence[int]], windows: int) -> np.ndarray:
         """Contents of windows -> ids (windows, length) int32, every window a well-formed text.
@@ -75,23 +79,9 @@ class WindowFormat:
         return rows
 
 
-def cut(parts: Iterable[Sequence], length: int) -> list[Sequence]:
-    """Contents of a prompt's parts -> contents of its windows, as many as they take.
-
-    Every part begins a new window; one without content takes none.
-    """
-    size = length - 2
-    return [part[begin : begin + size] for part in parts for begin in range(0, len(part), size)]
-
-
 def windows_needed(counts: Iterable[int]) -> int:
     """Windows for prompts that would take these, the same for all: at least 1, at most 5."""
     return min(max(counts, default=1) or 1, MAX_WINDOWS)
-
-
-def split(contents: Sequence[Sequence], windows: int, length: int, start: int, end: int, pad: int) -> np.ndarray:
-    """Contents of windows -> ids (windows, length) int32: start, content, end, padding (see `WindowFormat.fill`)."""
-    return WindowFormat(length, (start,), (end,), pad).fill(contents, windows)
 
 
 def join(states: jax.Array, start: int = 1, end: int = 1) -> jax.Array:

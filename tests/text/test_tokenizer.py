@@ -163,7 +163,7 @@ def test_added_tokens_are_not_lost_in_a_folder(chinese, tmp_path):
     [
         (lambda folder: shutil.rmtree(folder), "no such tokenizer folder"),
         (lambda folder: (folder / "vocab.txt").unlink(), "no vocabulary; expected tokenizer.json or vocab.txt"),
-        (lambda folder: edit(folder, tokenizer_class="LlamaTokenizer"), "'T5Tokenizer' is not one of"),
+        (lambda folder: edit(folder, tokenizer_class="LlamaTokenizer"), "'LlamaTokenizer' is not one of"),
         (lambda folder: edit(folder, model_max_length=2), "leaves no room"),
     ],
 )

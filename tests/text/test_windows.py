@@ -3,10 +3,18 @@
 import numpy as np
 import pytest
 
-from bdm_jax.text.windows import cut, join, split, windows_needed
+from bdm_jax.text.windows import WindowFormat, join, windows_needed
 
 CHINESE = dict(start=101, end=102, pad=0)
 ENGLISH = dict(start=49406, end=49407, pad=49407)
+
+
+def split(contents, windows, length, start, end, pad):
+    return WindowFormat(length, (start,), (end,), pad).fill(contents, windows)
+
+
+def cut(parts, length):
+    return WindowFormat(length, (101,), (102,), 0).cut(parts)
 
 
 def reference_rows(content, windows, length, start, end, pad):

@@ -8,7 +8,6 @@ from bdm_jax.data import captions
 from bdm_jax.errors import BadRecord
 from bdm_jax.latents.moments import record_key
 from bdm_jax.text.tokenizer import Tokenizer
-from bdm_jax.text.windows import split
 
 
 @dataclass(frozen=True)
@@ -58,5 +57,4 @@ class Captions:
 
 def window(tokenizer: Tokenizer, content: list[int]) -> np.ndarray:
     """Token ids -> one window (S,) int32 with start, end and padding; truncated to the tokenizer's length."""
-    content, length = content[: tokenizer.length - 2], tokenizer.length
-    return split([content], 1, length, tokenizer.start, tokenizer.end, tokenizer.pad)[0]
+    return tokenizer.format.fill([content[: tokenizer.format.room]], 1)[0]
