@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest_plugins = ["bridge"]  # the tiny system
+pytest_plugins = ["bridge", "sources"]  # the tiny system; records of every format
 
 PARITY = 1e-4  # fp32 on both sides: what remains is the order of summation, measured at 1e-6 to 1e-5
 

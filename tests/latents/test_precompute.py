@@ -99,7 +99,7 @@ def test_training_reads_them_bucket_by_bucket(whole):
 @pytest.mark.parametrize("processes", [2, 3])
 def test_any_number_of_processes_write_the_same(whole, vae, folder, tmp_path, processes):
     for part in reversed(range(processes)):
-        with pytest.raises(UserError, match="chunks are there") if part < processes - 1 else contextlib.nullcontext():
+        with pytest.raises(UserError, match="chunks are complete") if part < processes - 1 else contextlib.nullcontext():
             open_moments(tmp_path) if part < processes - 1 else None
         assert (
             precompute.main([str(folder), str(tmp_path), "--vae", str(vae), *OPTIONS, "--part", f"{part}/{processes}"])
@@ -126,7 +126,7 @@ def test_goes_on_after_sigkill(whole, vae, folder, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert 2 <= len(finished(tmp_path)) < 8
-    with pytest.raises(UserError, match="of 8 chunks are there: run the same precompute again"):
+    with pytest.raises(UserError, match="of 8 chunks are complete: run the same precompute command again"):
         open_moments(tmp_path)
     before = {number: os.stat(tmp_path / f"chunk-{number:06d}.json").st_mtime_ns for number in finished(tmp_path)}
     assert precompute.main(arguments) == 0
@@ -154,7 +154,7 @@ def test_a_missing_file_is_named(vae, folder, tmp_path):
     assert precompute.main([str(folder), str(tmp_path), "--vae", str(vae), *OPTIONS]) == 0
     path = tmp_path / "chunk-000003-32x32.array_record"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="chunk-000003-32x32.array_record: missing or cut"):
+    with pytest.raises(UserError, match="chunk-000003-32x32.array_record: missing or truncated"):
         open_moments(tmp_path)
 
 
