@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -161,7 +162,7 @@ def check(config: TrainConfig) -> None:
         return
     now, before = config.to_json(), read_json(path)
     if before.get("digest") != config.digest():
-        changed = sorted(key for key in now if key not in _FREE_TO_CHANGE and now[key] != before.get(key))
+        changed = list(_differences(now, before))
         raise UserError(
             f"{config.run} holds a run with other settings ({', '.join(changed)}): "
             "choose another --run, or remove that folder"
@@ -173,6 +174,21 @@ def remember(config: TrainConfig) -> None:
     check(config)
     if is_first():
         write_json(config.run / "config.json", {**config.to_json(), "digest": config.digest()})
+
+
+def _differences(now: dict[str, Any], before: dict[str, Any], within: str = "") -> Iterator[str]:
+    """Names of the settings that differ; those that only one version of the library has are marked."""
+    free = _FREE_IN_PARTS if within else {*_FREE_TO_CHANGE, "digest"}
+    for name in sorted({*now, *before} - free):
+        path = f"{within}{name}"
+        if name not in before:
+            yield f"{path}, which is new"
+        elif name not in now:
+            yield f"{path}, which an older version had"
+        elif isinstance(now[name], dict) and isinstance(before[name], dict):
+            yield from _differences(now[name], before[name], f"{path}.")
+        elif now[name] != before[name]:
+            yield path
 
 
 def _is_folder(value: Any) -> bool:

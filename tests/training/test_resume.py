@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from bdm_jax.errors import UserError
-from bdm_jax.formats.files import DIFFUSERS_WEIGHTS, read_header
-from bdm_jax.training.config import remember
+from bdm_jax.formats.files import DIFFUSERS_WEIGHTS, read_header, read_json, write_json
+from bdm_jax.training.config import TrainConfig, remember
 from bdm_jax.training.loop import train
+from bdm_jax.training.objectives.backbone import BackboneTask
 
 FROZEN = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 PATIENCE = 600  # seconds for one process to start, compile and take a few steps, on a busy machine
@@ -74,3 +75,19 @@ def test_a_run_with_other_settings_is_refused(branch_run, tmp_path):
     remember(replace(config, minutes=9.0, sample_every=7))
     with pytest.raises(UserError, match=r"other settings \(seed\)"):
         remember(replace(config, seed=1))
+    with pytest.raises(UserError, match=r"other settings \(optimizer.learning_rate, task.caption_dropout\)"):
+        optimizer = replace(config.optimizer, learning_rate=0.5)
+        remember(replace(config, optimizer=optimizer, task=replace(config.task, caption_dropout=0.5)))
+
+
+def test_a_run_of_an_older_version_with_other_fields_says_which(tmp_path):
+    """A UNet's attention_levels became transformer_layers: such a run is not resumed."""
+    config = TrainConfig(task=BackboneTask(style_in_caption=True), run=tmp_path / "run", steps=5)
+    remember(config)
+    values = read_json(config.run / "config.json")
+    values["task"]["unet"]["attention_levels"] = [True, True, True, False]
+    del values["task"]["unet"]["transformer_layers"]
+    write_json(config.run / "config.json", {**values, "digest": "of another version"})
+    message = r"task.unet.attention_levels, which an older version had, task.unet.transformer_layers, which is new\)"
+    with pytest.raises(UserError, match=message):
+        remember(config)
