@@ -70,6 +70,8 @@ def step_shapes(task: Any, dtype: Any, size: int = 512, given: Sizes | None = No
 
     try:
         objective = task.objective(task.sizes(read))
+    except UserError:
+        raise
     except ValueError as error:  # of configs
         raise UserError(f"these networks do not fit together: {error}") from error
     trained, frozen = objective.shapes()

@@ -201,9 +201,7 @@ def _everywhere(read):
     """`read()` if it succeeds in every process; _Damage in every process if it fails in one."""
     try:
         value, damage = read(), None
-    except UserError:
-        raise
-    except Exception as error:  # Orbax and TensorStore raise whatever the damaged bytes lead them to
+    except Exception as error:  # of Orbax and TensorStore: whatever damaged bytes lead to
         value, damage = None, _Damage(_line(error))
     if not all_agree(damage is None):
         raise damage or _Damage("another process cannot read it")

@@ -10,13 +10,19 @@ from bdm_jax.data.records import open_source
 from bdm_jax.errors import UserError
 from bdm_jax.images.decode import decode_image
 from bdm_jax.latents.moments import record_key, record_moments, round_trip
-from bdm_jax.models.functional import bind
+from bdm_jax.models.config import VAEConfig
+from bdm_jax.models.functional import bind, init
 from bdm_jax.paths import EMOJI
-from bdm_jax.systems.components import load_component
+from bdm_jax.systems.components import Component
 
 
-def test_there_and_back_in_batches_is_one_by_one(backbone_folder, rng):
-    vae = load_component(backbone_folder / "vae")
+@pytest.fixture(scope="module")
+def vae():
+    config = VAEConfig(block_out_channels=(4, 4, 4, 4, 8), layers_per_block=1, norm_num_groups=2, sample_size=128)
+    return Component(config, init(config, 0))
+
+
+def test_there_and_back_in_batches_is_one_by_one(vae, rng):
     pictures = list(rng.integers(0, 256, (17, 32, 32, 3), np.uint8))
     network = bind(*vae)
     for picture, back in zip(pictures, round_trip(vae, pictures), strict=True):
@@ -25,8 +31,8 @@ def test_there_and_back_in_batches_is_one_by_one(backbone_folder, rng):
         assert back.dtype == np.uint8 and np.abs(back - expected).max() <= 0.51
 
 
-def test_moments_are_kept_and_made_again_for_other_weights(backbone_folder, tmp_path):
-    vae, every = load_component(backbone_folder / "vae"), open_source(EMOJI)
+def test_moments_are_kept_and_made_again_for_other_weights(vae, tmp_path):
+    every = open_source(EMOJI)
     source = [every[i] for i in range(3)]
     first = record_moments(vae, source, tmp_path / "latents.npz")
     image = decode_image(source[2]["image"])[None] / np.float32(127.5) - 1
@@ -42,8 +48,8 @@ def test_moments_are_kept_and_made_again_for_other_weights(backbone_folder, tmp_
     assert not np.array_equal(first[2], changed[2])
 
 
-def test_pictures_of_several_sizes_are_refused_by_name(backbone_folder):
-    vae, source = load_component(backbone_folder / "vae"), open_source(EMOJI)
+def test_pictures_of_several_sizes_are_refused_by_name(vae):
+    source = open_source(EMOJI)
     small = io.BytesIO()
     Image.new("RGB", (64, 96)).save(small, "PNG")
     records = [source[0], {**source[1], "image": small.getvalue()}]
