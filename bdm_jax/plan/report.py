@@ -66,9 +66,11 @@ def shapes_report(
     yield f"batch       {config.batch_size} images, {per_chip:g} per chip{parts}"
     total = sum(memory.values())
     verdict = "fits" if total <= where.chip.hbm else "DOES NOT FIT"
+    if total > where.chip.hbm >= total - memory["activations"]:
+        verdict = "may not fit (activations are an upper bound: compile the step to know, or lower --batch-per-chip)"
     yield f"memory      {gb(total)} of {gb(where.chip.hbm)} per chip: {verdict}"
     for name, size in memory.items():
-        yield f"            {name:12} {gb(size):>10}"
+        yield f"            {name:12} {gb(size):>10}{' at most' if name == 'activations' else ''}"
 
 
 def gb(size: float) -> str:

@@ -33,6 +33,7 @@ from bdm_jax.models.config import (
 from bdm_jax.models.functional import abstract, bind
 from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.plan import command, estimate, topology
+from bdm_jax.plan.report import shapes_report
 from bdm_jax.plan.shapes import (
     activation_bytes,
     analytic_flops,
@@ -280,6 +281,16 @@ def test_memory_by_shapes_adds_up(tiny):
     again = step_shapes(replace(tiny.task, remat="blocks"), BF16, 64)
     assert activation_bytes(again, BF16) < 0.6 * activation_bytes(shapes, BF16)
     assert zero1["activations"] == activation_bytes(shapes, BF16)  # one image a chip
+
+
+def test_activations_alone_do_not_rule_a_plan_out(tiny):
+    """By shapes they are an upper bound: only what else must lie there says for certain that it does not fit."""
+    where, shapes = parse_topology("v5e:4x4"), step_shapes(tiny.task, BF16, 64)
+    verdicts = {"fits": (1, 15), "may not fit": (1, 16), "DOES NOT FIT": (17, 0)}
+    for verdict, (state, activations) in verdicts.items():
+        memory = {"state": state * 10**9, "activations": activations * 10**9}
+        said = "\n".join(shapes_report(tiny, where, {"data": 16}, shapes, memory))
+        assert f"per chip: {verdict}" in said
 
 
 @pytest.mark.slow
