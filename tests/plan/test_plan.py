@@ -285,7 +285,7 @@ def test_memory_by_shapes_adds_up(tiny):
 
 def test_activations_alone_do_not_rule_a_plan_out(tiny):
     """By shapes they are an upper bound: only what else must lie there says for certain that it does not fit."""
-    where, shapes = parse_topology("v5e:4x4"), step_shapes(tiny.task, BF16, 64)
+    where, shapes = topology.parse_topology("v5e:4x4"), step_shapes(tiny.task, BF16, 64)
     verdicts = {"fits": (1, 15), "may not fit": (1, 16), "DOES NOT FIT": (17, 0)}
     for verdict, (state, activations) in verdicts.items():
         memory = {"state": state * 10**9, "activations": activations * 10**9}
