@@ -230,12 +230,12 @@ def test_what_does_not_fit_is_one_line_and_status_2(script, two_buckets, squares
     (unfinished / "chunk-000002.json").unlink()
     cases = [
         (("emoji-branch", "--data.folder", other), f"{other} was precomputed with vae "),
-        (("emoji-branch", "--data.folder", unfinished), "3 of 4 chunks are there: run the same precompute again"),
-        (("emoji-branch", "--data.folder", squares, "--data.also", unfinished), "3 of 4 chunks are there"),
+        (("emoji-branch", "--data.folder", unfinished), "3 of 4 chunks are complete: run the same precompute command again"),
+        (("emoji-branch", "--data.folder", squares, "--data.also", unfinished), "3 of 4 chunks are complete"),
         (("emoji-branch", "--data.folder", two_buckets, "--data.style", "fluent"), "all of which are trained on"),
         (("emoji-branch", "--data.folder", two_buckets, "--data.weights", "1", "2"), "for each of the 1 sets"),
         (("emoji-branch", "--data.folder", two_buckets, "--data.skip-rate", "2"), "data.skip_rate=2.0"),
-        (("emoji-vae", "--data.folder", two_buckets), "holds precomputed latents, this training reads pictures"),
+        (("emoji-vae", "--data.folder", two_buckets), "holds precomputed latents, this training reads images"),
     ]
     for arguments, message in cases:
         status, err = script(*arguments)
