@@ -265,7 +265,7 @@ def test_a_frozen_6b_tower_beside_a_2_6b_unet_fits_v5e(tmp_path, capsys, run, ne
     whole = sum(
         2 * leaf.size for leaf in jax.tree.leaves(step_shapes(configs.load(run).task, BF16, 1024, given).frozen)
     )
-    assert frozen == pytest.approx(whole / 16, rel=0.01) and whole > 2 * count
+    assert frozen == pytest.approx(whole / 16, rel=0.01) and whole >= 2 * count
     assert values["total_bytes"] - frozen + whole > 16e9, "whole on every chip they would not fit"
 
 
