@@ -43,8 +43,8 @@ def test_saved_images_can_be_drawn_again(demo, tmp_path):
 
 
 def test_an_image_to_begin_from_is_described(demo, tmp_path):
-    start = np.full((64, 64, 3), 200, np.uint8)
-    output = demo("猫", image=start, strength=0.5, steps=2)
+    start = Image.new("RGB", (64, 64), (200, 200, 200))
+    output = demo("猫", image=start, strength=0.5, steps=2, seed=np.int64(0), negative=None)
     assert output.settings[0]["image_sha256"] and output.settings[0]["width"] == 64
 
 
@@ -56,6 +56,9 @@ def test_an_image_to_begin_from_is_described(demo, tmp_path):
         ({"num_inference_steps": 3}, "it is called steps here"),
         ({"steps": 0}, "steps 0 is less than 1"),
         ({"seed": 2**32}, "seed 4294967296 is outside"),
+        ({"seed": "12"}, "seed '12': expected a whole number"),
+        ({"seed": [1.7]}, "seed 1.7: expected a whole number"),
+        ({"english": ["a"]}, r"english \['a'\]: expected a text"),
     ],
 )
 def test_options_that_there_are_not(demo, options, message):

@@ -87,8 +87,9 @@ def draw(
             raise UserError(f"unknown option {name!r}: it is called {_ELSEWHERE[name]} here")
         if name not in (*_OF_REQUESTS, *_OF_SAMPLING):
             raise unknown("option", name, ("seed", *_OF_REQUESTS, *_OF_SAMPLING))
-    prompts, seeds = [prompt] if isinstance(prompt, str) else prompt, [seed] if isinstance(seed, int) else seed
-    common = {name: value for name, value in options.items() if name in _OF_REQUESTS}
+    prompts, seeds = _several("prompt", prompt, str), _several("seed", seed, int | np.integer)
+    common = {name: _pixels(name, value) for name, value in options.items() if name in _OF_REQUESTS}
+    common = {name: value for name, value in common.items() if value is not None}  # as diffusers' habit negative=None
     requests = [Request(text, seed=int(one), **common) for text in prompts for one in seeds]
     settings = Sampling(**{name: value for name, value in options.items() if name in _OF_SAMPLING})
     described = describe_all(pipeline, requests, settings, {}, controls)
@@ -97,3 +98,22 @@ def draw(
     for image, values in zip(images, described, strict=True):
         image.info.update(text_chunks(values))
     return PipelineOutput(images, described)
+
+
+def _several(name: str, value: Any, kind: Any) -> list[Any]:
+    """One value of a kind, or a list of them, as a list. Raises UserError for anything else."""
+    values = list(value) if isinstance(value, list | tuple | range | np.ndarray) else [value]
+    for one in values:
+        if not isinstance(one, kind) or isinstance(one, bool):
+            expected = "a text or a list of texts" if kind is str else "a whole number or a list of them"
+            raise UserError(f"{name} {one!r}: expected {expected}")
+    return values
+
+
+def _pixels(name: str, value: Any) -> Any:
+    """An option of a request: PIL images as arrays, texts checked. Raises UserError for a text that is none."""
+    if isinstance(value, Image.Image):
+        return np.asarray(value.convert("L" if name == "mask" else "RGB"))
+    if name not in ("image", "mask") and not isinstance(value, str | None):
+        raise UserError(f"{name} {value!r}: expected a text")
+    return value

@@ -28,6 +28,8 @@ def from_json(values: dict[str, Any]) -> Schedule:
     """
     if values.get("_class_name") in _EDM_CLASSES:
         return _edm(values)
+    if str(values.get("_class_name", "")).startswith("FlowMatch"):
+        raise ValueError(f"scheduler_config.json: {values['_class_name']} (flow matching) is not implemented")
     if values.get("trained_betas") is not None:
         raise ValueError("scheduler_config.json: trained_betas is not implemented")
     return DiscreteSchedule(**_known(DiscreteSchedule, values))

@@ -10,6 +10,7 @@ import jax
 import tyro
 
 from bdm_jax import command_line, configs
+from bdm_jax.errors import UserError
 from bdm_jax.formats.files import write_json
 from bdm_jax.plan.estimate import check_batch, make_plan, sweep
 from bdm_jax.plan.report import report, shapes_report, sweep_report
@@ -90,6 +91,11 @@ def _plan(args: Sequence[str] | None) -> int:
 
 
 def _changed(config: TrainConfig, settings: PlanArgs, where: Slice) -> TrainConfig:
+    for name in ("batch_per_chip", "accumulate", "fsdp", "tensor", "size"):
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} is less than 1")
+    if settings.size % 8:
+        raise UserError(f"--size {settings.size} is no multiple of 8, an autoencoder's factor")
     asked = {name: getattr(settings, name) for name in ("fsdp", "tensor", "strategy", "frozen")}
     mesh = replace(config.mesh, **{name: value for name, value in asked.items() if value is not None})
     remat = {"task": replace(config.task, remat=settings.remat)} if settings.remat else {}

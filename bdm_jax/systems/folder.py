@@ -78,7 +78,10 @@ def find_parts(
     """
     found = find_system(model, variant)
     if backbone is not None:
+        bridge = [name for name in (*found.networks, *found.tokenizers) if families.in_bridge(name)]
         found = _with_backbone(found, find_system(backbone, variant))
+        if lost := [name for name in bridge if name not in found.family.parts]:
+            raise UserError(f"{backbone}: {found.family.title}, in which {model}'s {', '.join(lost)} have no place")
     known = [part.name for part in families.parts() if part.configs and part.name in families.names()]
     for name, path in networks.items():
         if name not in known:
@@ -86,6 +89,9 @@ def find_parts(
         part = pick_network(find(path, variant), path, name, families.other_kinds(name))
         beside = _tokenizer_beside(name, path)
         found = replace(found, networks={**found.networks, name: part}, tokenizers={**found.tokenizers, **beside})
+    for name, path in networks.items():
+        if name not in found.family.parts:
+            raise UserError(f"{path}: {model} is a system of the family {found.family.title}, which has no {name}")
     return found
 
 

@@ -82,6 +82,7 @@ def test_scheduler_config_survives_diffusers(schedule):
         ({"prediction_type": "flow_prediction"}, "flow_prediction"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "squaredcos_cap_v2"),
         ({"trained_betas": [0.1]}, "trained_betas"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "flow matching"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(values, named):

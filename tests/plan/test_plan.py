@@ -283,6 +283,13 @@ def test_memory_by_shapes_adds_up(tiny):
     assert zero1["activations"] == activation_bytes(shapes, BF16)  # one image a chip
 
 
+@pytest.mark.parametrize("flag", ["--accumulate=0", "--accumulate=-2", "--batch-per-chip=0", "--size=0", "--size=100"])
+def test_impossible_sizes_are_one_line(capsys, flag):
+    assert command.main(["bdm-sd15", "--topology", "v5e:4x4", "--shapes", flag]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {flag.partition('=')[0]} ") and said.count("\n") == 1
+
+
 def test_activations_alone_do_not_rule_a_plan_out(tiny):
     """By shapes they are an upper bound: only what else must lie there says for certain that it does not fit."""
     where, shapes = topology.parse_topology("v5e:4x4"), step_shapes(tiny.task, BF16, 64)

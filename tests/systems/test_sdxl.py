@@ -246,3 +246,14 @@ def test_single_file(ours, folder, tmp_path, monkeypatch):
         for key, value in component.params.items():
             np.testing.assert_array_equal(value, single.networks[name].params[key], err_msg=f"{name} {key}")
     assert single.unet.config == ours.unet.config and single.vae.config == ours.vae.config
+
+
+def test_parts_that_the_family_does_not_have_are_refused(folder, tiny_folder):
+    """A part or a backbone that was asked for is never left out without a word."""
+    branch = {name: tiny_folder / name for name in ("branch", "branch_text_encoder")}
+    with pytest.raises(UserError, match="SDXL, which has no branch"):
+        BridgePipeline.from_pretrained(folder, **branch)
+    with pytest.raises(UserError, match="SD1.x, which has no text_encoder_2"):
+        BridgePipeline.from_pretrained(tiny_folder, text_encoder_2=folder / "text_encoder_2")
+    with pytest.raises(UserError, match="SDXL, in which .*branch_text_encoder.* have no place"):
+        BridgePipeline.from_pretrained(tiny_folder, backbone=folder)
