@@ -13,7 +13,7 @@ from reference import System, assert_same_step, key_of, scaling, step
 
 from bdm_jax.app.spec import parse_spec
 from bdm_jax.errors import UserError
-from bdm_jax.models.config import CLIP_L_TEXT, SD15_UNET, BranchConfig
+from bdm_jax.models.config import CLIP_L_TEXT, SD15_UNET, branch_config
 from bdm_jax.models.functional import abstract, bind, init
 from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.paths import TOKENIZERS
@@ -55,16 +55,11 @@ def bridge_folder(backbone_folder, tmp_path):
     backbone = BridgePipeline.from_pretrained(backbone_folder, "float32")
     tower = load_component(backbone_folder.parent / "tower", "float32")
     unet = backbone.unet.config
-    config = BranchConfig(
-        **{name: getattr(unet, name) for name in ("in_channels", "block_out_channels", "transformer_layers")},
-        **{name: getattr(unet, name) for name in ("layers_per_block", "num_heads", "norm_num_groups")},
-        cross_attention_dim=16,
-    )
+    config = branch_config(unet, 16)
     branch = init(config, 5)
     branch = {path: value + 0.05 if "controlnet_" in path else value for path, value in branch.items()}
     folder = tmp_path / "bridge"
-    replace(
-        backbone,
+    backbone.replace(
         branch=type(tower)(config, branch),
         branch_text_encoder=tower,
         branch_tokenizer=Tokenizer.from_pretrained(TOKENIZERS / "chinese", 16),
