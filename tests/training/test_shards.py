@@ -230,7 +230,7 @@ def test_what_does_not_fit_is_one_line_and_status_2(script, two_buckets, squares
     (unfinished / "chunk-000002.json").unlink()
     cases = [
         (("emoji-branch", "--data.folder", other), f"{other} was precomputed with vae "),
-        (("emoji-branch", "--data.folder", unfinished), "3 of 4 chunks are complete: run the same precompute command again"),
+        (("emoji-branch", "--data.folder", unfinished), "3 of 4 chunks are complete: run the same precompute"),
         (("emoji-branch", "--data.folder", squares, "--data.also", unfinished), "3 of 4 chunks are complete"),
         (("emoji-branch", "--data.folder", two_buckets, "--data.style", "fluent"), "all of which are trained on"),
         (("emoji-branch", "--data.folder", two_buckets, "--data.weights", "1", "2"), "for each of the 1 sets"),
