@@ -1,6 +1,7 @@
 """BDM at the paper's scale (arXiv 2309.00952): a Chinese branch on a frozen Stable Diffusion 1.5, 512 x 512.
 
 python train.py bdm-sd15 --data.folder DIR [--task.backbone DIR --task.text-encoder DIR --task.tokenizer DIR]
+With --task.start-from qihoo360/BDM1.0 (or a folder or file) it goes on from 360's branch, or any other of SD1.5.
 Hardware: that of its variants, whose heads say days and cost: bdm-sd15-v5e, bdm-sd15-v5p, bdm-sd15-gpu.
 
 The paper's: SD1.5 frozen, its prompt "" throughout; only the branch is trained; AdamW at 1e-5, batches of 3200, about a
@@ -16,9 +17,9 @@ from bdm_jax.training.objectives.branch import BranchTask
 
 CONFIG = TrainConfig(
     task=BranchTask(
-        backbone=Path("models/stable-diffusion-v1-5"),
-        text_encoder=Path("models/bdm/branch_text_encoder"),
-        tokenizer=Path("models/bdm/branch_tokenizer"),
+        backbone=Path("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        text_encoder=Path("OFA-Sys/chinese-clip-vit-huge-patch14"),
+        tokenizer=Path("OFA-Sys/chinese-clip-vit-huge-patch14"),
         style_in_caption=True,  # without effect on sets that have captions of their own
         guidance=7.5,
     ),

@@ -1,18 +1,20 @@
 """The whole demo from nothing: pictures, autoencoder, backbone, branch, and the folder that `sample.py` opens.
 
-python -m configs.demo                   on a GPU minutes, on two CPU cores some hours
-python -m configs.demo --minutes 9       one session; run it again until it exits with 0 (3: more are needed)
+python -m configs.demo                   for a GPU; on two CPU cores it takes days
+python -m configs.demo --budget 30       in about half an hour, whatever the machine: fewer steps, or more
+python -m configs.demo --minutes 60      one session; run it again until it exits with 0 (3: more are needed)
 """
 
 import json
+import math
 import os
-import platform
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -20,14 +22,18 @@ from bdm_jax import command_line
 from bdm_jax.data.emoji.render_emoji import main as render_emoji
 from bdm_jax.data.records import open_source
 from bdm_jax.errors import UserError
+from bdm_jax.formats.files import read_json
 from bdm_jax.paths import DEMO, EMOJI, new_folder
+from bdm_jax.training.budget import steps_within
 from bdm_jax.training.config import TrainConfig, check
 from bdm_jax.training.loop import train
 from bdm_jax.training.sets import select
 
-from . import load
+from . import emoji_vae, load
 
 MORE_SESSIONS = 3
+RECORD = "training.json"
+_STAGES = ("vae", "backbone", "text", "branch")
 
 
 @dataclass(frozen=True)
@@ -36,9 +42,12 @@ class DemoArgs:
 
     minutes: float | None = None
     """length of this session; to the end where None"""
+    budget: float | None = None
+    """minutes that all of it may take: each stage gets the steps, and the cosine of its rate, that fit into its share;
+    None for the recipe's steps"""
     runs: Path = Path("runs")
     """folder of the training runs"""
-    out: Path = DEMO
+    out: Path = Path("runs/demo")
     """folder of the finished model"""
 
 
@@ -48,12 +57,25 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def make(settings: DemoArgs) -> int:
-    """Do what is not done yet; 0 when the folder is complete, 3 when more sessions are needed."""
-    deadline = time.monotonic() + 60 * settings.minutes if settings.minutes else None
+    """Do what is not done yet; 0 when the folder is complete, 3 when more sessions are needed.
+
+    Raises:
+        UserError: minutes or a budget that are not positive, a budget that is too short, an `out` that holds something
+            else than a model made here, and what the trainings raise.
+    """
+    for name, value in (("minutes", settings.minutes), ("budget", settings.budget)):
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} {value}: must be a positive number")
+    if settings.out.exists() and not (settings.out / RECORD).is_file():
+        raise UserError(f"--out {settings.out}: is there already and holds no model made here; choose another name")
+    deadline = None if settings.minutes is None else time.monotonic() + 60 * settings.minutes
     if not (EMOJI / "dataset_info.json").is_file() and render_emoji([]):
         return 2
     runs = stages(settings.runs)
-    for config in runs:
+    for number, share in enumerate(_shares()):
+        config = runs[number]
+        if settings.budget is not None:
+            config = runs[number] = _within(config, 60 * share * settings.budget)
         check(config)
         if (config.run / "export" / "done").is_file():
             continue
@@ -70,7 +92,7 @@ def make(settings: DemoArgs) -> int:
 
 def stages(runs: Path) -> list[TrainConfig]:
     """The four runs, each reading what those before left in `runs`."""
-    names = ("emoji-vae", "emoji-backbone", "emoji-text", "emoji-branch")
+    names = [f"emoji-{name}" for name in _STAGES]
     vae, backbone, text, branch = (replace(load(name), run=runs / name) for name in names)
     backbone, text = (replace(run, task=replace(run.task, vae=vae.run / "export" / "vae")) for run in (backbone, text))
     towers = {part: text.run / "export" / f"branch_{part}" for part in ("text_encoder", "tokenizer")}
@@ -78,8 +100,25 @@ def stages(runs: Path) -> list[TrainConfig]:
     return [vae, backbone, text, branch]
 
 
+def _shares() -> list[float]:
+    """Of the whole time, for each stage: as the bundled demo was trained."""
+    stages = json.loads((DEMO / RECORD).read_text("utf-8"))["stages"]
+    seconds = [stages[name]["seconds"] + stages[name].get("compile_s", 0.0) for name in _STAGES]
+    return [one / sum(seconds) for one in seconds]
+
+
+def _within(config: TrainConfig, seconds: float) -> TrainConfig:
+    """The run with as many steps as fit, or with those that it has begun with."""
+    begun = config.run / "config.json"
+    if begun.is_file():
+        return replace(config, steps=read_json(begun)["steps"])
+    print(f"{config.run.name}: how many steps fit into {seconds / 60:.1f} minutes is measured first", flush=True)
+    return replace(config, steps=steps_within(config, seconds))
+
+
 def assemble(runs: list[TrainConfig], out: Path) -> None:
-    """Copy the last run's folder to `out`, with training.json: configs, final figures, hardware, concepts trained on.
+    """Copy the last run's folder to `out`, with training.json: hardware, concepts trained on, and of each stage steps,
+    seconds, final figures and the curve of its losses.
 
     Raises:
         UserError: a frozen component is not byte for byte what it was before the branch was trained.
@@ -92,38 +131,44 @@ def assemble(runs: list[TrainConfig], out: Path) -> None:
     source = open_source(EMOJI)
     indices = select(source, runs[-1].data, "zh")
     record = {
-        "style": runs[-1].data.style,
-        "style_in_caption": runs[-1].task.style_in_caption,
         "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "runs": [{**config.to_json(), "run": config.run.name, "final": _final(config)} for config in runs],
+        "jax": jax.__version__,
+        "stages": {name: _stage(config) for name, config in zip(_STAGES, runs, strict=True)},
+        "style": runs[-1].data.style or emoji_vae.STYLE,
+        "style_in_caption": False,
+        "scenes": runs[-1].data.scenes,
         "concepts": sorted({source[int(i)]["id"] for i in indices}),
     }
-    for run in record["runs"]:  # folders of the machine that trained say nothing to others
-        run["data"].pop("folder")
-        run["task"] = {name: value for name, value in run["task"].items() if name not in _folders(run["task"])}
     with new_folder(out.with_name(f"{out.name}.new")) as folder:
         shutil.copytree(branch, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("done"))
-        (folder / "training.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
     if out.exists():
         shutil.rmtree(out)
     out.with_name(f"{out.name}.new").rename(out)
 
 
-def _folders(task: dict[str, object]) -> list[str]:
-    return [name for name in ("vae", "backbone", "text_encoder", "tokenizer") if isinstance(task.get(name), str)]
-
-
-def _final(config: TrainConfig) -> dict[str, float]:
-    """Means over the last tenth of the run's metrics, and its seconds of training."""
-    lines = [json.loads(line) for line in (config.run / "metrics.jsonl").read_text().splitlines()]
+def _stage(config: TrainConfig) -> dict[str, Any]:
+    """What a run took, the means over the last tenth of its metrics, and about a dozen points of its curve."""
+    lines = [json.loads(line) for line in (config.run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    seconds, before, elapsed = 0.0, 0, []
+    for line in lines:
+        rate = line.pop("images_per_second")
+        seconds += (line["step"] - before) * config.batch_size / rate
+        before = line["step"]
+        elapsed.append(round(seconds, 1))
     tail = lines[-max(1, len(lines) // 10) :]
-    names = [name for name in tail[0] if name != "step"]
-    final = {name: round(sum(line[name] for line in tail) / len(tail), 5) for name in names}
-    steps = [line["step"] for line in lines]
-    taken = [b - a for a, b in zip([0, *steps], steps, strict=False)]
-    seconds = sum(n * config.batch_size / line["images_per_second"] for n, line in zip(taken, lines, strict=True))
-    return {**final, "minutes": round(seconds / 60, 1)}
+    means = {name: sum(line[name] for line in tail) / len(tail) for name in tail[0] if name != "step"}
+    return {
+        "steps": config.steps,
+        "batch": config.batch_size,
+        "seconds": round(seconds, 1),
+        "samples_per_second": round(config.steps * config.batch_size / seconds, 1),
+        "final": {name: round(value, 5) for name, value in means.items()},
+        "curve": [
+            {"step": line["step"], "seconds": at, "loss": round(line["loss"], 5)}
+            for line, at in list(zip(lines, elapsed, strict=True))[:: max(1, len(lines) // 12)]
+        ],
+    }
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """The demo's English backbone: UNet and text tower, trained together; it never sees the zh_only concepts.
 
 python train.py emoji-backbone          (after emoji-vae)
-Two CPU cores: 32 minutes at 45 images/s, to a loss of 0.07 (0.48 is what it has without its text).
+One H200: two minutes at 19,000 images/s, to a loss of 0.10.
 """
 
 from pathlib import Path
 
 from bdm_jax.models.config import CLIPTextConfig, UNetConfig
-from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
+from bdm_jax.paths import DEMO
+from bdm_jax.training.config import OptimizerConfig, TrainConfig
 from bdm_jax.training.objectives.backbone import BackboneTask
 
 from . import emoji_vae
@@ -18,21 +19,18 @@ TEXT = CLIPTextConfig(
     intermediate_size=512,
     num_hidden_layers=3,
     num_attention_heads=4,
-    max_position_embeddings=16,
+    max_position_embeddings=24,
     bos_token_id=8512,
     eos_token_id=8513,
     pad_token_id=8513,
 )
 
-# As many concepts as two CPU cores learn in about half an hour; on a GPU take all: --data.concepts None.
-DATA = DataConfig(style=emoji_vae.STYLE, concepts=300)
-
 CONFIG = TrainConfig(
     task=BackboneTask(
         unet=UNetConfig(
-            in_channels=16,
-            out_channels=16,
-            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            sample_size=16,
             block_out_channels=(96, 192),
             transformer_layers=(1, 1),
             layers_per_block=1,
@@ -42,10 +40,12 @@ CONFIG = TrainConfig(
         ),
         text_encoder=TEXT,
         timestep_bias="later",
+        tokenizer=DEMO / "tokenizer",  # in windows of 24
         vae=emoji_vae.CONFIG.run / "export" / "vae",
     ),
     run=Path("runs/emoji-backbone"),
-    steps=5500,
-    data=DATA,
-    optimizer=OptimizerConfig(learning_rate=1e-3),
+    steps=10_000,
+    batch_size=256,
+    data=emoji_vae.DATA,
+    optimizer=OptimizerConfig(learning_rate=1.2e-3, warmup_steps=200, b2=0.99, ema_decay=0.9995),
 )

@@ -1,8 +1,7 @@
 """The demo's branch: reads Chinese, on the frozen English backbone whose own prompt is "".
 
 python train.py emoji-branch            (after emoji-backbone and emoji-text)
-Two CPU cores: 22 minutes at 55 images/s. The loss starts at 0.48, the backbone's without text, and ends at 0.12; 0.07
-is what the backbone has with its own text.
+One H200: two minutes at 21,800 images/s, to a loss of 0.19; 0.10 is what the backbone has with its own text.
 """
 
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from bdm_jax.training.config import OptimizerConfig, TrainConfig
 from bdm_jax.training.objectives.branch import BranchTask
 
-from . import emoji_backbone, emoji_text
+from . import emoji_backbone, emoji_text, emoji_vae
 
 CONFIG = TrainConfig(
     task=BranchTask(
@@ -18,9 +17,11 @@ CONFIG = TrainConfig(
         text_encoder=emoji_text.CONFIG.run / "export" / "branch_text_encoder",
         tokenizer=emoji_text.CONFIG.run / "export" / "branch_tokenizer",
         timestep_bias="later",
+        guidance=1.5,
     ),
     run=Path("runs/emoji-branch"),
-    steps=4500,
-    data=emoji_backbone.DATA,
-    optimizer=OptimizerConfig(learning_rate=1e-3, copied_factor=0.2),
+    steps=10_000,
+    batch_size=256,
+    data=emoji_vae.DATA,
+    optimizer=OptimizerConfig(learning_rate=1.2e-3, copied_factor=0.3, warmup_steps=200, b2=0.99, ema_decay=0.9995),
 )

@@ -1,7 +1,7 @@
 """Textual inversion on the demo: a word of two vectors for a picture that the backbone knows by other words.
 
 python train.py emoji-inversion         (the bundled demo model is all it needs)
-Two CPU cores: six minutes. "<stripes>" begins as a black cat and ends as the tiger; the model stays as it is,
+Two CPU cores: eight minutes. "<stripes>" begins as a black cat and ends as the tiger; the model stays as it is,
 byte for byte. What it does: docs/plugins.md.
 """
 
@@ -22,7 +22,7 @@ CONFIG = TrainConfig(
         timestep_bias="later",
     ),
     run=Path("runs/emoji-inversion"),
-    steps=500,
+    steps=150,
     data=DataConfig(style="fluent"),
     optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=20, weight_decay=0.0, ema_decay=0.98),
 )

@@ -1,16 +1,17 @@
 """The tower that the demo's branch reads with: Chinese captions against pictures, as Chinese-CLIP was trained.
 
 python train.py emoji-text              (after emoji-vae)
-Two CPU cores: 2 minutes at 700 captions/s; 97% of the captions find their picture among 128.
+One H200: eight seconds; 93% of the captions find their picture among 1,024.
 """
 
 from pathlib import Path
 
 from bdm_jax.models.config import RobertaConfig
+from bdm_jax.paths import DEMO
 from bdm_jax.training.config import OptimizerConfig, TrainConfig
 from bdm_jax.training.objectives.text_tower import TextTask
 
-from . import emoji_backbone, emoji_vae
+from . import emoji_vae
 
 CONFIG = TrainConfig(
     task=TextTask(
@@ -19,15 +20,16 @@ CONFIG = TrainConfig(
             intermediate_size=512,
             num_hidden_layers=3,
             num_attention_heads=4,
-            max_position_embeddings=16,
+            max_position_embeddings=24,
         ),
+        tokenizer=DEMO / "branch_tokenizer",  # in windows of 24
         vae=emoji_vae.CONFIG.run / "export" / "vae",
     ),
     run=Path("runs/emoji-text"),
-    steps=600,
-    batch_size=128,
-    sample_every=300,
-    checkpoint_every=300,
-    data=emoji_backbone.DATA,
-    optimizer=OptimizerConfig(learning_rate=1e-3, ema_decay=0.99),
+    steps=3000,
+    batch_size=1024,
+    sample_every=1000,
+    checkpoint_every=1000,
+    data=emoji_vae.DATA,
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=200, b2=0.99, ema_decay=0.99),
 )

@@ -1,7 +1,8 @@
-"""The demo's autoencoder: 128 x 128 drawings to 8 x 8 x 16 latents and back.
+"""The demo's autoencoder: 128 x 128 drawings to 16 x 16 x 4 latents and back.
 
 python train.py emoji-vae
-Two CPU cores: 39 minutes at 10 images/s, to a PSNR of 23.0 dB. On more than four devices raise --batch-size.
+One H200: two minutes at 4,900 images/s, to a PSNR of 31.9 dB on scenes. With less hardware take smaller batches and
+fewer steps.
 """
 
 from pathlib import Path
@@ -10,21 +11,22 @@ from bdm_jax.models.config import VAEConfig
 from bdm_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
 from bdm_jax.training.objectives.autoencoder import VAETask
 
-STYLE = "fluent"
+STYLE = "fluent"  # what prompts that name no style are drawn in
+DATA = DataConfig(scenes=128_000)  # of both styles
 
 CONFIG = TrainConfig(
     task=VAETask(
         vae=VAEConfig(
-            block_out_channels=(16, 16, 32, 64, 128),
+            block_out_channels=(32, 64, 128, 128),
             layers_per_block=1,
-            latent_channels=16,
-            norm_num_groups=2,
+            latent_channels=4,
+            norm_num_groups=8,
             sample_size=128,
         ),
     ),
     run=Path("runs/emoji-vae"),
-    steps=6000,
-    batch_size=4,
-    data=DataConfig(style=STYLE),
-    optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.0, ema_decay=0.995),
+    steps=8300,
+    batch_size=64,
+    data=DATA,
+    optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=200, b2=0.99, weight_decay=0.0, ema_decay=0.998),
 )

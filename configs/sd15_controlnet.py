@@ -1,6 +1,6 @@
 """A ControlNet for SD1.5, beginning as its encoder, on pictures with captions; the map is made of each picture.
 
-python train.py sd15-controlnet --task.model models/stable-diffusion-v1-5 --data.folder pictures/ --task.hint canny
+python train.py sd15-controlnet --data.folder pictures/ --task.hint canny
 Out comes runs/sd15-controlnet/export/controlnet, for `sample.py --control` and diffusers. --task.hint-column names a
 field of the records that holds a ready map instead (depth, poses, ...).
 Hardware: one accelerator of 24 GB with batch 4, more by accumulation. Cost: not measured; not run yet on real weights.

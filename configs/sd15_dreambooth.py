@@ -1,6 +1,6 @@
 """DreamBooth: an SD1.5 backbone that knows one subject, of three to five photographs, by a rare word.
 
-python train.py sd15-dreambooth --task.model models/stable-diffusion-v1-5 --data.folder photos/ \\
+python train.py sd15-dreambooth --data.folder photos/ \\
     --task.prompts "a photo of sks dog" --task.class-prompt "a photo of a dog" --run runs/my-dog
 Out comes a pipeline folder, runs/my-dog/export, which any branch takes as --backbone. The 200 pictures of the class are
 drawn first, by the untouched model, unless --task.class-images names a folder.

@@ -1,6 +1,6 @@
 """Fine-tuning an SD1.5 backbone's UNet on another set or style, pictures with captions.
 
-python train.py sd15-finetune --task.model models/stable-diffusion-v1-5 --data.folder pictures/ --run runs/my-model
+python train.py sd15-finetune --data.folder pictures/ --run runs/my-model
 Out comes a pipeline folder, runs/my-model/export, which any branch takes as --backbone.
 Hardware: one accelerator of 40 GB, batch 4 by accumulation. Cost: not measured; not run yet on real weights. It should
 draw in the set's style without a word for it. Latents are kept in memory, 128 KB a picture.

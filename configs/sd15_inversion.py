@@ -1,6 +1,6 @@
 """Textual inversion: a new word for SD1.5's text tower, of three to five photographs; the model itself stays.
 
-python train.py sd15-inversion --task.model models/stable-diffusion-v1-5 --data.folder photos/ \\
+python train.py sd15-inversion --data.folder photos/ \\
     --task.token "<my-dog>" --task.begin dog --task.vectors 4 --run runs/my-word
 Out comes runs/my-word/export/learned_embeds.safetensors, for `sample.py --embedding`, web UIs and diffusers. With
 --task.target branch it is a word of the Chinese tower: give Chinese --task.prompts.

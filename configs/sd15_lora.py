@@ -1,6 +1,6 @@
 """A LoRA of an SD1.5 backbone's attentions, on a folder of pictures with captions beside them (dog.jpg, dog.txt).
 
-python train.py sd15-lora --task.model models/stable-diffusion-v1-5 --data.folder pictures/ --run runs/my-style
+python train.py sd15-lora --data.folder pictures/ --run runs/my-style
 Out comes runs/my-style/export/my-style.safetensors, for `sample.py --lora`, web UIs and diffusers. With --task.target
 branch and Chinese captions it changes the branch; --task.networks both trains the text tower too.
 Hardware: one GPU of 16 GB or one TPU core, batch 1 to 4. Cost: not measured; not run yet on real weights. It should

@@ -9,7 +9,7 @@ import itertools
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,10 +22,11 @@ from bdm_jax.errors import UserError
 from bdm_jax.evaluate.features import Features
 from bdm_jax.evaluate.gallery import choose, open_gallery, request
 from bdm_jax.formats.files import write_json
-from bdm_jax.paths import DEMO
+from bdm_jax.paths import DEMO, check_output
 from bdm_jax.runtime import compile_cache
 from bdm_jax.sampling.generate import generate
-from bdm_jax.sampling.settings import Request, Sampling, check
+from bdm_jax.sampling.settings import Request, Sampling, any_seed, check
+from bdm_jax.systems.fetch import local
 from bdm_jax.systems.pipeline import BridgePipeline
 
 _INT8 = "text-weights=int8"  # changes the model, not how it draws
@@ -45,7 +46,7 @@ class ApproximationArgs:
 
     compared: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME=VALUE[,...]")] = _COMPARED
     """Settings of sample.py, each a row of the table."""
-    model: Path = DEMO
+    model: command_line.ModelPath = DEMO
     """Pipeline folder with training.json beside its components."""
     count: int = 96
     """Random concepts of those trained on."""
@@ -66,6 +67,7 @@ def compare(asked: ApproximationArgs, features: Features | None = None) -> list[
     """
     if asked.count < 1:
         raise UserError(f"count {asked.count} is less than 1")
+    asked = replace(asked, model=local(asked.model), seed=any_seed(asked.seed))
     variants = {"exact": asked.settings} | {text: _settings(text, asked.settings) for text in asked.compared}
     int8 = {name for name in variants if _INT8 in name.split(",")}
     pipeline = BridgePipeline.from_pretrained(asked.model)
@@ -92,6 +94,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         asked = command_line.parse(ApproximationArgs, args, prog="python -m bdm_jax.evaluate.approximations")
+        check_output("--json", asked.json)
         compile_cache.enable()
         rows = compare(asked)
         if asked.json:

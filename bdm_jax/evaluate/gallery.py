@@ -1,6 +1,5 @@
 """The artwork of the concepts that a model was trained on, searched by what it draws."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +45,11 @@ class Gallery:
         first: dict[bytes, int] = {}
         self.same = np.array([first.setdefault(art.tobytes(), i) for i, art in enumerate(self.artwork)])
         self._known = features(self.artwork)
+        self._row_of = {row["id"]: i for i, row in enumerate(rows)}
+
+    def row_of(self, id_: str) -> int:
+        """The row of a concept."""
+        return self._row_of[id_]
 
     @property
     def duplicates(self) -> list[list[str]]:
@@ -53,14 +57,30 @@ class Gallery:
         shared = [np.flatnonzero(self.same == i) for i in np.unique(self.same)]
         return [[self.rows[i]["zh"] for i in group] for group in shared if len(group) > 1]
 
-    def search(self, wanted: Sequence[int], images: list[np.ndarray]) -> SearchResult:
-        """Find each image's nearest artwork and compare it with the wanted one."""
+    def search(
+        self, wanted: Sequence[int], images: list[np.ndarray], among: Sequence[int] | None = None
+    ) -> SearchResult:
+        """Find each image's nearest artwork and compare it with the wanted one.
+
+        among: search these rows and the wanted one only; all where None.
+        """
         wanted = np.asarray(wanted, np.int64)
+        allowed = None
+        if among is not None:
+            allowed = np.zeros((len(wanted), len(self.rows)), bool)
+            allowed[:, among] = allowed[np.arange(len(wanted)), wanted] = True
         found = self._features(images)
-        nearest = _nearest(found, self._known)
-        pooled = _nearest(found.mean(1, keepdims=True), self._known.mean(1, keepdims=True))
+        nearest = _nearest(found, self._known, allowed)
+        pooled = _nearest(found.mean(1, keepdims=True), self._known.mean(1, keepdims=True), allowed)
         right, pooled = (self.same[rows] == self.same[wanted] for rows in (nearest, pooled))
         return SearchResult(wanted, images, nearest, right, pooled)
+
+    def closest(self, images: list[np.ndarray], candidates: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+        """(N,) int: which of its own candidates (each (H,W,3), as many for every image) each image looks most like."""
+        found = self._features(images)
+        known = self._features([candidate for own in candidates for candidate in own])
+        known = known.reshape(len(images), -1, *known.shape[1:])
+        return np.array([_nearest(a[None], b)[0] for a, b in zip(found, known, strict=True)])
 
 
 def open_gallery(
@@ -98,8 +118,8 @@ def request(row: dict, language: str, phrased: bool, seed: int) -> Request:
     return Request(text, seed=seed) if language == "zh" else Request("", english=text, seed=seed)
 
 
-def results_sheet(results: dict[str, SearchResult], gallery: Gallery, columns: int = 10, side: int = 80) -> bytes:
-    """PNG bytes: per figure a heading and cells of artwork, image, Chinese name; in red, what a wrong one shows."""
+def results_sheet(results: dict[str, SearchResult], gallery: Gallery, columns: int = 10, side: int = 80) -> np.ndarray:
+    """(H,W,3): per figure a heading and cells of artwork, image, Chinese name; in red, what a wrong one shows."""
     heading, caption = font(20), font(12)
     width, height = 2 * side + 16, side + 24
     lines = {name: -(-len(result.wanted) // columns) for name, result in results.items()}
@@ -116,9 +136,7 @@ def results_sheet(results: dict[str, SearchResult], gallery: Gallery, columns: i
             text = gallery.rows[wanted]["zh"] + ("" if right else f" ≠ {gallery.rows[nearest]['zh']}")
             pen.text((x, y + side), drawable(text)[:16], "black" if right else "red", caption)
         top += lines[name] * height
-    out = io.BytesIO()
-    sheet.save(out, "PNG")
-    return out.getvalue()
+    return np.asarray(sheet)
 
 
 def _trained_on(model: Path, style: str | None) -> tuple[set[str], str, bool]:
@@ -136,8 +154,9 @@ def _trained_on(model: Path, style: str | None) -> tuple[set[str], str, bool]:
     return set(training["concepts"]), style, bool(training.get("style_in_caption"))
 
 
-def _nearest(found: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Rows of `known` (M,R,C) with the greatest cosine to each of `found` (N,R,C)."""
+def _nearest(found: np.ndarray, known: np.ndarray, allowed: np.ndarray | None = None) -> np.ndarray:
+    """Rows of `known` (M,R,C) with the greatest cosine to each of `found` (N,R,C), among those `allowed` (N,M)."""
     found, known = (x.reshape(len(x), -1).astype(np.float32) for x in (found, known))
     known = known / np.linalg.norm(known, axis=1, keepdims=True)
-    return np.argmax(found @ known.T, axis=1)
+    similar = found @ known.T
+    return np.argmax(similar if allowed is None else np.where(allowed, similar, -np.inf), axis=1)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from bdm_jax.data.emoji.palette import psnr, reduce_colours
 from bdm_jax.errors import UserError
 
 STYLES = {
@@ -44,7 +45,7 @@ def records(packages: Path, styles: tuple[str, ...] = tuple(STYLES), size: int =
         size: side of the square images in pixels.
 
     Yields:
-        dict with `image` (PNG bytes, RGB over white), `id` (hex code points joined by "-"), `character`, `style`,
+        dict with `image` (PNG bytes, with transparency), `id` (hex code points joined by "-"), `character`, `style`,
         `zh`, `en` (names), `zh_keywords`, `en_keywords` (list of str, without the name), `zh_only` (bool).
 
     Raises:
@@ -96,25 +97,34 @@ def annotations(packages: Path, language: str) -> dict[str, tuple[str, list[str]
 
 
 def rasterise(svg: str, size: int) -> np.ndarray:
-    """SVG text -> uint8 (size, size, 3) over white."""
+    """SVG text -> uint8 (size, size, 4): RGB, not multiplied by alpha, and alpha."""
     try:
         import resvg_py
     except ImportError as error:
         raise UserError("rendering needs the package resvg-py: pip install resvg-py") from error
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
-    pixels = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
-    if pixels.shape != (size, size, 3):
-        raise UserError(f"resvg rendered {pixels.shape} instead of {(size, size, 3)}; the icon is not square")
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
+    pixels = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))
+    if pixels.shape != (size, size, 4):
+        raise UserError(f"resvg rendered {pixels.shape} instead of {(size, size, 4)}; the icon is not square")
     return pixels
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """uint8 (H, W, 3) -> small PNG bytes: a palette of 256 colours if that is visually lossless, else RGB."""
-    image = Image.fromarray(pixels)
-    palette = _exact_palette(image) or image.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1, dither=0)
-    chosen = palette if _psnr(pixels, np.asarray(palette.convert("RGB"))) >= _VISUALLY_LOSSLESS else image
-    out = io.BytesIO()
-    chosen.save(out, "PNG", optimize=True)
+    """uint8 (H, W, 4) -> small PNG bytes: a palette of 256 colours with alpha if that is visually lossless, else RGBA.
+
+    Visually lossless is a PSNR of at least 48 dB over white and over black. What is clear is stored as white.
+    """
+    palette, index = reduce_colours(pixels)
+    lossless = psnr(pixels, palette[index]) >= _VISUALLY_LOSSLESS
+    options, out = {}, io.BytesIO()
+    if lossless:
+        image = Image.fromarray(index)
+        image.putpalette(palette[:, :3].tobytes())
+        clear = max(1, int(np.sum(palette[:, 3] < 255)))  # at least one entry, so that an opaque icon is a cut-out too
+        options = {"transparency": palette[:clear, 3].tobytes()}
+    else:
+        image = Image.fromarray(np.where(pixels[..., 3:] == 0, np.uint8([255, 255, 255, 0]), pixels))
+    image.save(out, "PNG", optimize=True, **options)
     return out.getvalue()
 
 
@@ -144,22 +154,3 @@ def _read_json(packages: Path, package: str, name: str) -> dict:
 def _clean(text: str) -> str:
     """NFC, straight quotation marks (as in Chinese-CLIP's training), common forms of rare characters."""
     return unicodedata.normalize("NFC", text).translate(_COMMON_FORMS).strip()
-
-
-def _exact_palette(image: Image.Image) -> Image.Image | None:
-    """The image with a palette of exactly its own colours, if there are at most 256."""
-    colours = image.getcolors(256)
-    if colours is None:
-        return None
-    table = sorted(colour for _, colour in colours)
-    index = {colour: i for i, colour in enumerate(table)}
-    pixels = np.asarray(image).reshape(-1, 3)
-    palette = Image.new("P", image.size)
-    palette.putpalette([channel for colour in table for channel in colour])
-    palette.putdata([index[tuple(pixel)] for pixel in pixels.tolist()])
-    return palette
-
-
-def _psnr(a: np.ndarray, b: np.ndarray) -> float:
-    error = np.mean((a.astype(np.float64) - b) ** 2)
-    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)

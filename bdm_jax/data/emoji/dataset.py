@@ -14,16 +14,19 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
     `zh_only` marks concepts of Chinese culture, which English-side training must not see.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
     code_path = epath.Path(__file__)  # otherwise TFDS needs importlib_resources, which it does not declare
-    RELEASE_NOTES = {"1.0.0": "Fluent flat and Noto artwork at 128 x 128 with the names of CLDR 48.2."}
+    RELEASE_NOTES = {
+        "1.0.0": "Fluent flat and Noto artwork at 128 x 128 with the names of CLDR 48.2.",
+        "2.0.0": "Artwork with its transparency.",
+    }
     MANUAL_DOWNLOAD_INSTRUCTIONS = "npm packages, unpacked; `python -m bdm_jax.data.emoji.render_emoji` fetches them."
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = artwork.SIZE
         features = tfds.features.FeaturesDict(
             {
-                "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
+                "image": tfds.features.Image(shape=(size, size, 4), encoding_format="png"),
                 "id": tfds.features.Text(doc="hex code points joined by -"),
                 "character": tfds.features.Text(),
                 "style": tfds.features.Text(doc=f"one of {', '.join(sorted(artwork.STYLES))}"),
@@ -36,7 +39,8 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
         )
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Emoji artwork in two styles over white, with Unicode CLDR names in Chinese and English.",
+            description="Emoji artwork in two styles, with transparency, and Unicode CLDR names in Chinese and "
+            "English.",
             features=features,
             homepage="https://cldr.unicode.org/",
             license="Artwork: MIT (fluent), Apache-2.0 (noto); captions: Unicode-3.0. See NOTICE.",

@@ -46,6 +46,13 @@ def test_joins_by_code_point_without_skin_tones(packages):
     assert tall.shape == (16, 16, 3) and (tall[:, 0] == 255).all() and (tall[:, 8] == [0, 0, 255]).all()
 
 
+def test_artwork_keeps_its_transparency(packages):
+    pytest.importorskip("resvg_py")
+    filled, tall = (decode.decode_cutout(row["image"]) for row in artwork.records(packages, ("noto",), 16))
+    assert (filled == [255, 0, 0, 255]).all(), "a cut-out too, with nothing around it"
+    assert (tall[:, 0, 3] == 0).all() and (tall[:, 8] == [0, 0, 255, 255]).all()
+
+
 def test_a_missing_package_is_named(packages):
     (packages / "@iconify-json/fluent-emoji-flat/icons.json").unlink()
     with pytest.raises(UserError, match="npm install @iconify-json/fluent-emoji-flat@1.2.6"):
@@ -53,12 +60,20 @@ def test_a_missing_package_is_named(packages):
 
 
 def test_png_is_exact_where_there_are_few_colours():
-    few = np.zeros((32, 32, 3), np.uint8)
-    few[::2, :, 1] = np.arange(32) * 7
+    few = np.zeros((32, 32, 4), np.uint8)
+    few[..., 1] = np.arange(32) * 7
+    few[::2, :, 3], few[1::2, :, 3] = 255, 100
+    few[5:9, :, 3] = 0
+    expected = few.copy()
+    expected[5:9] = (255, 255, 255, 0)  # so that readers that know no transparency see white
     data = artwork.encode_png(few)
-    assert np.array_equal(decode.decode_image(data), few) and Image.open(io.BytesIO(data)).mode == "P"
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    assert np.array_equal(decode.decode_image(artwork.encode_png(noise)), noise)
+    assert Image.open(io.BytesIO(data)).mode == "P"
+    assert np.array_equal(decode.decode_cutout(data), expected)
+
+
+def test_png_is_true_to_noise():
+    noise = np.random.default_rng(0).integers(1, 256, (64, 64, 4), dtype=np.uint8)
+    assert np.array_equal(decode.decode_cutout(artwork.encode_png(noise)), noise)
 
 
 def test_summary_counts():

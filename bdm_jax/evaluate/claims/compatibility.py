@@ -1,4 +1,4 @@
-"""The demo's branch, unchanged, with each plug-in trained by configs/emoji_*.py: `python -m bdm_jax.evaluate.showcase`.
+"""Compatibility: the branch, unchanged, with each plug-in that configs/emoji_*.py trained for its backbone.
 
 For every plug-in two questions, each with figures:
 
@@ -22,7 +22,6 @@ Cosines are of EfficientNet-Lite0's features, as in `bdm_jax.evaluate`, less the
 every image. Plug-ins that are not trained yet are named and left out.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,18 +29,14 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
-from rich.progress import track
 
-from bdm_jax import command_line
 from bdm_jax.data.captions import concepts
 from bdm_jax.data.records import open_source
 from bdm_jax.errors import UserError
-from bdm_jax.evaluate.features import Features, efficientnet_lite0
-from bdm_jax.formats.files import read_json, write_json
+from bdm_jax.evaluate.studio import STRIDE, Images, Line, Outcome, Studio, bar
+from bdm_jax.formats.files import read_json
 from bdm_jax.images.decode import decode_image
 from bdm_jax.images.pictures import table
-from bdm_jax.paths import DEMO, EMOJI, atomic_file
 from bdm_jax.plugins.controls import Control
 from bdm_jax.plugins.hints import canny
 from bdm_jax.plugins.install import with_blend, with_embeddings, with_loras
@@ -61,30 +56,9 @@ FILES = {
 }
 OLD, NEW = "fluent", "noto"
 _SHOWN = 12  # columns of a sheet
+_TAKES = 8  # images of each subject
 
-Images = list[np.ndarray]
 Sheet = dict[str, Images]  # heading of a row -> its images
-
-
-@dataclass(frozen=True)
-class ShowcaseArgs:
-    """Measure the demo's branch with every plug-in that was trained for its backbone."""
-
-    model: Path = DEMO
-    """the bridge, with its training.json"""
-    runs: Path = Path("runs")
-    """folder of the training runs"""
-    out: Path = Path("out/showcase")
-    """folder for figures.json and the sheets of images"""
-    count: int = 100
-    """concepts, at random among those trained on in both languages and drawn in both styles"""
-    seeds: int = 8
-    """images of each subject"""
-    seed: int = 0
-    """of the choice and of the noise"""
-    steps: int = 20
-    lora_strength: float = 1.0
-    control_strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -112,11 +86,15 @@ class Material:
     Attributes:
         concepts: the chosen records, in the old style.
         art: style -> artwork of the chosen concepts, in their order.
+        first: the seed of the first image, of the sampling at hand.
+
+    Raises UserError if no concept that was trained on is in both styles.
     """
 
-    def __init__(self, settings: ShowcaseArgs, features: Features):
-        self.settings, self.original = settings, BridgePipeline.from_pretrained(settings.model)
-        source = open_source(EMOJI)
+    def __init__(self, studio: Studio):
+        self.settings, self.original, self.first = studio.settings, studio.pipeline, studio.settings.seed
+        settings, features = studio.settings, studio.features
+        source = open_source(settings.data)
         rows = {style: [source[int(i)] for i in concepts(source, style, language="zh")] for style in (OLD, NEW)}
         self._art = {(style, row["id"]): decode_image(row["image"]) for style in rows for row in rows[style]}
         trained = set(read_json(settings.model / "training.json").get("concepts", ()))
@@ -143,7 +121,7 @@ class Material:
 
     def requests(self, language: str) -> list[Request]:
         """One per chosen concept; the seed is the place in the list, whatever draws it."""
-        numbered = list(enumerate(self.concepts, self.settings.seed))
+        numbered = list(enumerate(self.concepts, self.first))
         if language == "zh":
             return [Request(row["zh"], seed=seed) for seed, row in numbered]
         return [Request("", english=row["en"], seed=seed) for seed, row in numbered]
@@ -171,30 +149,63 @@ class Material:
         self, pipeline: BridgePipeline, requests: list[Request], controls: Sequence[Control] = (), **settings: Any
     ) -> Images:
         """Images; of requests without a Chinese prompt by the bare backbone, unless said otherwise."""
-        drawing = Sampling(self.settings.steps, **{"bare": not requests[0].prompt, **settings})
-        return list(generate(pipeline, requests, drawing, controls=controls, batch_size=8))
+        own = self.settings
+        drawing = Sampling(own.steps, own.sampler, own.guidance, **{"bare": not requests[0].prompt, **settings})
+        return list(generate(pipeline, requests, drawing, controls=controls, batch_size=own.batch_size))
 
 
-def show(settings: ShowcaseArgs, features: Features | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """All figures (plain values) and a sheet of images (H,W,3) for each plug-in.
+def measure(studio: Studio) -> Outcome:
+    """Lines `NAME_effect` and `NAME_concepts`, the shares that are kept, of each plug-in found in `--runs`.
 
-    Raises:
-        UserError, FileError: no model, no plug-in at all, or one that does not fit the model.
+    Raises UserError, FileError: no concept in both styles, or a plug-in that does not fit the model.
     """
-    found = {name: settings.runs / path for name, path in FILES.items() if (settings.runs / path).exists()}
+    runs = studio.settings.runs
+    found = {name: runs / path for name, path in FILES.items() if (runs / path).exists()}
+    missing = ", ".join(f"emoji-{name}" for name in FILES if name not in found)
+    notes = [f"not trained in {runs}, so not measured: {missing} (python train.py NAME)"] if missing else []
     if not found:
-        raise UserError(f"{settings.runs}: no plug-in was trained there: python train.py emoji-style, emoji-lora, ...")
-    material = Material(settings, features or efficientnet_lite0())
+        return Outcome([], notes=notes)
+    material, figures, sheets = Material(studio), [], {}
+    for n in range(studio.settings.seeds):
+        material.first = studio.settings.seed + n * STRIDE
+        figures.append(_figures(material, found, sheets))
+    if len(found) == len(FILES):
+        sheets["together"] = _together(material, found)
+    count = len(material.concepts)
+    lines = [Line("untouched", "concepts right without a plug-in", _each(figures, "untouched", "accuracy"), count)]
+    for name in found:
+        lines += _lines(name, figures, count)
+    return Outcome(
+        lines, {f"compatibility-{name}": sheet for name, sheet in sheets.items()}, {"samplings": figures}, notes
+    )
+
+
+def _lines(name: str, figures: list[dict[str, Any]], count: int) -> list[Line]:
+    effect, kept = _each(figures, name, "effect_kept"), _each(figures, name, "accuracy_kept")
+    lines = []
+    if None not in effect:  # it does nothing on the bare backbone
+        shown = _TAKES if name in SUBJECTS else count
+        lines.append(
+            Line(f"{name}_effect", "of its effect on the bare backbone is kept with the branch", effect, shown)
+        )
+    if None not in kept:
+        lines.append(Line(f"{name}_concepts", "of the concepts right without it stay right with it", kept, count))
+    return lines
+
+
+def _each(figures: list[dict[str, Any]], name: str, key: str) -> tuple:
+    return tuple(one[name][key] for one in figures)
+
+
+def _figures(material: Material, found: dict[str, Path], sheets: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Of one sampling (plain values); `sheets` gets those that it lacks."""
     base = {language: material.draw(material.original, material.requests(language)) for language in ("en", "zh")}
     untouched = _accuracies(material, base)
     figures: dict[str, Any] = {"untouched": untouched}
     names = [row["zh"] for row in material.concepts]
-    sheets = {
-        "untouched": _sheet({"artwork": material.art[OLD], "backbone": base["en"], "+ branch": base["zh"]}, names)
-    }
-    for name in track(found, description="plug-ins"):
-        measure = _controlled if name == "controlnet" else _subject if name in SUBJECTS else _styled
-        drawn, effect, rows = measure(material, name, found[name], base)
+    for name in bar(found, "plug-ins", len(found)):
+        measured = _controlled if name == "controlnet" else _subject if name in SUBJECTS else _styled
+        drawn, effect, rows = measured(material, name, found[name], base)
         accuracy = _accuracies(material, drawn)
         figures[name] = {
             **accuracy,
@@ -203,44 +214,9 @@ def show(settings: ShowcaseArgs, features: Features | None = None) -> tuple[dict
             "effect_with_branch": effect["zh"],
             "effect_kept": _share(effect["zh"], effect["en"]),
         }
-        sheets[name] = _sheet(rows, [f"{i}" for i in range(settings.seeds)] if name in SUBJECTS else names)
-    if len(found) == len(FILES):
-        sheets["together"] = _together(material, found)
-    missing = [f"emoji-{name}" for name in FILES if name not in found]
-    return {"concepts": len(names), "figures": figures, "not_trained_yet": missing}, sheets
-
-
-def main(args: Sequence[str] | None = None) -> int:
-    """Print the figures, write them and the sheets; 2 for bad input."""
-
-    def command() -> None:
-        settings = command_line.parse(ShowcaseArgs, args, prog="python -m bdm_jax.evaluate.showcase")
-        report, sheets = show(settings)
-        settings.out.mkdir(parents=True, exist_ok=True)
-        write_json(settings.out / "figures.json", report)
-        for name, sheet in sheets.items():
-            with atomic_file(settings.out / f"{name}.png") as file:
-                Image.fromarray(sheet).save(file, "PNG")
-        _print(report)
-
-    return command_line.run(command)
-
-
-def _print(report: dict[str, Any]) -> None:
-    figures = report["figures"]
-    print(f"accuracy of {report['concepts']} concepts, in brackets the share of the untouched system's")
-    print("             with the branch   among all   bare, in English   effect bare   with the branch")
-    for name, figure in figures.items():
-        cells = [
-            f"{figure[key]:.0%}" + (f" ({_percent(figure[f'{key}_kept'])})" if name != "untouched" else "")
-            for key in ("accuracy", "among_all", "bare")
-        ]
-        if name != "untouched":
-            cells += [f"{figure['effect_bare']:.3f}"]
-            cells += [f"{figure['effect_with_branch']:.3f} ({_percent(figure['effect_kept'])})"]
-        print(f"{name:12} {cells[0]:>15} {cells[1]:>11} {cells[2]:>18}" + "".join(f" {cell:>14}" for cell in cells[3:]))
-    if report["not_trained_yet"]:
-        print(f"not trained yet: {', '.join(report['not_trained_yet'])}")
+        if name not in sheets:
+            sheets[name] = _sheet(rows, [f"{i}" for i in range(_TAKES)] if name in SUBJECTS else names)
+    return figures
 
 
 def _with(material: Material, name: str, path: Path) -> BridgePipeline:
@@ -248,8 +224,7 @@ def _with(material: Material, name: str, path: Path) -> BridgePipeline:
     if name in ("style", "dreambooth"):
         return BridgePipeline.from_pretrained(material.settings.model, backbone=path)
     if name == "lora":
-        strength = material.settings.lora_strength
-        return with_loras(material.original, [Spec(path, strength, strength)])
+        return with_loras(material.original, [Spec(path, 1.0, 1.0)])
     return with_embeddings(material.original, load_embeddings(path))
 
 
@@ -267,7 +242,7 @@ def _styled(material: Material, name: str, path: Path, base: dict[str, Images]):
 
 def _controlled(material: Material, name: str, path: Path, base: dict[str, Images]):
     maps, network = [canny(image) for image in material.art[OLD]], load_component(path, kind="controlnet")
-    controls = [[Control(network, hint, material.settings.control_strength)] for hint in maps]
+    controls = [[Control(network, hint, 1.0)] for hint in maps]
     wordless = [replace(request, prompt="") for request in material.requests("zh")]
 
     def draw(requests: list[Request], language: str) -> Images:
@@ -288,9 +263,9 @@ def _controlled(material: Material, name: str, path: Path, base: dict[str, Image
 
 
 def _subject(material: Material, name: str, path: Path, base: dict[str, Images]):
-    subject, system, settings = SUBJECTS[name], _with(material, name, path), material.settings
-    seeds = range(settings.seed, settings.seed + settings.seeds)
-    image = [material.artwork(subject.id, subject.style)] * settings.seeds
+    subject, system = SUBJECTS[name], _with(material, name, path)
+    seeds = range(material.first, material.first + _TAKES)
+    image = [material.artwork(subject.id, subject.style)] * _TAKES
 
     def draw(pipeline: BridgePipeline, english: str, language: str) -> Images:
         requests = [Request("", english=english, seed=seed) for seed in seeds]
@@ -319,8 +294,8 @@ def _together(material: Material, found: dict[str, Path]) -> np.ndarray:
     system = with_loras(system, [Spec(found["lora"], share, share)])
     system = with_embeddings(system, load_embeddings(found["inversion"]))
     edges = canny(material.artwork(subject.id, NEW))
-    control = Control(load_component(found["controlnet"], kind="controlnet"), edges, settings.control_strength)
-    seeds = range(settings.seed, settings.seed + settings.seeds)
+    control = Control(load_component(found["controlnet"], kind="controlnet"), edges, 1.0)
+    seeds = range(material.first, material.first + _TAKES)
     words = f"{subject.english}, ({SUBJECTS['inversion'].english}:{share})"
     rows = {
         "map": [edges] * len(seeds),
@@ -351,10 +326,6 @@ def _accuracies(material: Material, drawn: dict[str, Images]) -> dict[str, float
     return {"accuracy": accuracy, "among_all": among_all, "bare": material.accuracy(drawn["en"])[0]}
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
-
-
 def _share(part: float, whole: float) -> float | None:
     return part / whole if whole > 0 else None
 
@@ -367,7 +338,3 @@ def _units(features: np.ndarray) -> np.ndarray:
 
 def _sheet(rows: Sheet, names: list[str]) -> np.ndarray:
     return table([images[:_SHOWN] for images in rows.values()], names[:_SHOWN], list(rows))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
