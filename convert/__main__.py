@@ -10,21 +10,23 @@ from typing import Annotated, Literal
 import tyro
 
 from bdm_jax import command_line
-from bdm_jax.formats.open import contents_of
 
 from .conversion import to_jax, to_torch
-from .inspection import describe, is_whole, show
+from .inspection import describe, show, status
 
-Where = Annotated[Path, tyro.conf.Positional]
+Source = Annotated[command_line.ModelPath, tyro.conf.Positional]
+Target = Annotated[Path, tyro.conf.Positional]
 _MARKS = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes)
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """Say what a weight file or component folder holds."""
+    """Say what a weight file, component folder or pipeline folder holds. The exit status is 0 where all of it is
+    understood, 1 where something in it would be left out, 2 where it would be refused.
+    """
 
-    path: Where
-    """file or folder"""
+    path: Source
+    """file or folder; by a name on a hub or a link, of which the headers are read by ranges"""
     json: bool = False
     """one JSON object for programs"""
     variant: str | None = None
@@ -37,9 +39,9 @@ class Inspect:
 class ToJax:
     """Write a file or folder in this library's names and layouts (HWIO, in x out); a pipeline folder part by part."""
 
-    src: Where
+    src: Source
     """a weight file, a component folder or a pipeline folder"""
-    dst: Where
+    dst: Target
     """what to write, of the same kind"""
 
 
@@ -47,9 +49,9 @@ class ToJax:
 class ToTorch:
     """Write a file or folder as PyTorch libraries read it."""
 
-    src: Where
+    src: Source
     """a weight file, a component folder or a pipeline folder, of any layout"""
-    dst: Where
+    dst: Target
     """what to write: a folder for diffusers, a .safetensors file for ldm, else the same kind as SRC"""
     layout: Literal["same", "diffusers", "ldm"] = "same"
     """names to write"""
@@ -58,7 +60,9 @@ class ToTorch:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """0; 2 for bad input, and when `inspect` finds keys that are unknown, missing, misshaped, or values not finite."""
+    """0; 2 for bad input, and when `inspect` finds keys that are unknown, missing, misshaped, or values not finite; 1
+    when it finds something that is in no network and not understood.
+    """
 
     def command() -> int:
         name = command_line.called("python -m convert")
@@ -76,12 +80,12 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _inspect(asked: Inspect) -> int:
-    report = describe(*contents_of(asked.path, asked.variant), asked.allow)
+    report = describe(asked.path, asked.variant, asked.allow)
     if asked.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:
         show(report)
-    return 0 if is_whole(report) else 2
+    return status(report)
 
 
 if __name__ == "__main__":

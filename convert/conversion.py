@@ -5,6 +5,8 @@ this library's layout says so in its header, with the names that its tensors cam
 """
 
 import shutil
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from bdm_jax.formats.files import (
     JAX_WEIGHTS,
     TRANSFORMERS_WEIGHTS,
     Tensors,
+    shown,
     write_json,
     write_safetensors,
 )
@@ -25,7 +28,7 @@ from bdm_jax.formats.networks.clip import CLIP_TEXT
 from bdm_jax.formats.networks.openclip import openclip_text
 from bdm_jax.formats.networks.unet import ldm_controlnet, ldm_unet
 from bdm_jax.formats.open import Found, find
-from bdm_jax.formats.tables import KeyTable
+from bdm_jax.formats.tables import KeyTable, ignorable
 from bdm_jax.formats.weights import SOURCE_KEYS, FormerName, Weights, names_in_header, read_weights
 from bdm_jax.models.config import (
     CLIPTextConfig,
@@ -38,9 +41,14 @@ from bdm_jax.models.functional import abstract
 from bdm_jax.paths import new_folder
 from bdm_jax.systems import families
 from bdm_jax.systems.components import DTYPES, as_dtype, config_of, save_component, size_metadata
-from bdm_jax.systems.folder import INDEX, SCHEDULE, bundled_tokenizer, load_schedule, model_index, scheduler_values
+from bdm_jax.systems.fetch import local
+from bdm_jax.systems.folder import bundled_tokenizer, load_schedule, scheduler_values
+from bdm_jax.systems.index import INDEX, SCHEDULE, model_index
+
+from .inspection import not_finite
 
 LAYOUTS = ("same", "diffusers", "ldm")
+WEIGHT_SUFFIXES = {".safetensors", ".ckpt", ".bin", ".pt", ".pth"}
 
 
 def to_jax(src: str | Path, dst: str | Path) -> list[Path]:
@@ -48,7 +56,8 @@ def to_jax(src: str | Path, dst: str | Path) -> list[Path]:
 
     Raises UserError or FileError; then nothing is there under `dst`.
     """
-    src, dst = _checked(src, dst)
+    src = local(src)
+    src, dst = _checked(src, dst, file=src.is_file())
     if src.is_file():
         return _jax_file(read_weights(src), dst)
     with new_folder(dst) as folder:
@@ -69,11 +78,12 @@ def to_torch(src: str | Path, dst: str | Path, layout: str = "same", dtype: str 
 
     Raises UserError or FileError; then nothing is there under `dst`.
     """
-    src, dst = _checked(src, dst)
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
     if dtype not in ("same", *DTYPES):
         raise unknown("dtype", dtype, ("same", *DTYPES))
+    src = local(src)
+    src, dst = _checked(src, dst, file=layout == "ldm" or (layout == "same" and src.is_file()))
     if layout == "same" and src.is_file():
         return _same_file(read_weights(src), dst, dtype)
     if layout == "same":
@@ -95,13 +105,29 @@ def to_torch(src: str | Path, dst: str | Path, layout: str = "same", dtype: str 
     return [dst]
 
 
-def _checked(src: str | Path, dst: str | Path) -> tuple[Path, Path]:
-    src, dst = Path(src), Path(dst)
+def _checked(src: Path, dst: str | Path, file: bool) -> tuple[Path, Path]:
+    """file: whether one is written, in safetensors, and not a folder: the name must not say something else."""
+    dst = Path(dst)
     if not src.exists():
         raise UserError(f"{src}: no such file or folder")
     if dst.exists():
         raise UserError(f"{dst}: is there already; choose another name")
+    if not file and dst.suffix.lower() in WEIGHT_SUFFIXES:
+        one = "to-torch --layout ldm writes one file" if src.is_dir() else "to-torch without --layout writes a file"
+        raise UserError(f"{dst}: a folder is written here, choose a name without {dst.suffix} ({one})")
+    if file and dst.suffix.lower() in WEIGHT_SUFFIXES - {".safetensors"}:
+        raise UserError(f"{dst}: what is written is safetensors, choose a name that ends in .safetensors")
     return src, dst
+
+
+def _note_not_finite(path: Path, tensors: Tensors, names: Mapping[str, str]) -> None:
+    """Warns of weights that are NaN or infinite, which are converted as they are. names: those of the file."""
+    if bad := [names.get(key, key) for key, array in tensors.items() if not_finite(array)]:
+        more = f", and in {len(bad) - 1} more" if len(bad) > 1 else ""
+        warnings.warn(
+            f"{path}: NaN or infinite values in {shown(bad[0])}{more}: converted as they are, no use to draw with",
+            stacklevel=3,
+        )
 
 
 # ------------------------------------------------------------------------------------------------ the same, other names
@@ -111,10 +137,12 @@ def _jax_file(weights: Weights, path: Path) -> list[Path]:
     contents = detect({key: array.shape for key, array in weights.tensors.items()}, weights.metadata)
     if not contents.parts:
         raise UserError(f"{weights.path}: {contents.name}; no network that this library reads")
+    _note_not_finite(weights.path, weights.tensors, weights.keys)
     tensors: Tensors = {}
     names: dict[str, FormerName] = {}
     for key, array in weights.tensors.items():
-        for ours, part, name in _ours(key, array, contents.parts):
+        before = key if weights.names else weights.in_file(key)
+        for ours, part, name in _ours(key, before, array, contents.parts):
             if ours in tensors:
                 raise FileError(f"{weights.path}: holds {ours} under two names, {names[ours].key} and {key}")
             tensors[ours], names[ours] = part, name
@@ -123,23 +151,26 @@ def _jax_file(weights: Weights, path: Path) -> list[Path]:
     return [path]
 
 
-def _ours(key: str, array: np.ndarray, parts: tuple[NetworkInFile, ...]) -> list[tuple[str, np.ndarray, FormerName]]:
+def _ours(
+    key: str, before: str, array: np.ndarray, parts: tuple[NetworkInFile, ...]
+) -> list[tuple[str, np.ndarray, FormerName]]:
     """A tensor's leaves in our names and layouts, below their network's kind where the file holds several; of no
-    network as it is.
+    network as it is. `before`: its name in the file.
     """
-    for part in parts:
+    for part in sorted(parts, key=lambda part: -len(part.prefix)):
         name = key.removeprefix(part.prefix)
-        if key.startswith(part.prefix) and (found := leaves(name, array, part.table)):
+        if key.startswith(part.prefix) and not ignorable(key) and (found := leaves(name, array, part.table)):
             transposed, below = part.table.keeps_transposed(name), f"{part.kind}." if len(parts) > 1 else ""
             return [
-                (below + ours, leaf, FormerName(key, index, len(found), transposed))
+                (below + ours, leaf, FormerName(before, index, len(found), transposed))
                 for index, (ours, leaf) in enumerate(found.items())
             ]
     plain = key.rpartition(".")[2] not in ("kernel", "scale", "embedding")
-    return [(key if plain else f"{key}:as-it-was", array, FormerName(key))]
+    return [(key if plain else f"{key}:as-it-was", array, FormerName(before))]
 
 
 def _same_file(weights: Weights, path: Path, dtype: str) -> list[Path]:
+    _note_not_finite(weights.path, weights.tensors, weights.keys)
     metadata = {key: value for key, value in weights.metadata.items() if key != SOURCE_KEYS}
     write_safetensors(path, as_dtype(weights.as_before(), dtype, str(weights.path)), {**metadata, "format": "pt"})
     return [path]
@@ -187,7 +218,8 @@ def _networks(src: Path) -> dict[str, tuple[Found, Config, Tensors]]:
     networks = {}
     for kind, part in found.items():
         config = config_of(part)
-        tree = tree_from_torch(part.tensors, abstract(config), str(part.path), part.table)
+        _note_not_finite(part.path, part.tensors, part.names)
+        tree = tree_from_torch(part.tensors, abstract(config), str(part.path), part.table, part.names, part.prefix)
         networks[kind] = part, config, tree
     if not networks:
         raise UserError(f"{src}: neither a component folder (config.json) nor a pipeline folder")

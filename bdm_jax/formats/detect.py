@@ -8,11 +8,13 @@ writes. `formats.networks` knows the networks; here their finders are run and th
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from bdm_jax.formats.networks import autoencoders, bert, clip, clip_vision, openclip, t2i_adapter, unet
 from bdm_jax.formats.networks.network import NetworkInFile, Shapes
-from bdm_jax.formats.tables import PLAIN, KeyTable
+from bdm_jax.formats.tables import PLAIN, KeyTable, ignorable
+
+T = TypeVar("T")
 
 __all__ = ["Contents", "NetworkInFile", "detect", "kind_of", "table_for"]
 
@@ -49,21 +51,41 @@ class Contents:
         names = [f"{part.family} {part.kind} ({part.layout})" for part in self.parts] + list(self.others)
         return ", ".join(names) or "unknown"
 
+    def of(self, part: NetworkInFile, file: Mapping[str, T]) -> dict[str, T]:
+        """What of a file (anything by name) is a network's, by the name without its prefix: not what no network needs,
+        nor what lies under the longer prefix of another.
+        """
+        others = tuple(one.prefix for one in self.parts if len(one.prefix) > len(part.prefix))
+        return {
+            key: value
+            for key, value in part.of(file).items()
+            if not ignorable(part.prefix + key) and not (part.prefix + key).startswith(others)
+        }
 
-_T2I = "T2I-Adapter"
+    def left(self, keys: Iterable[str]) -> list[str]:
+        """The keys of a file that no network here takes and that are not known to carry nothing for one."""
+        prefixes = tuple(part.prefix for part in self.parts)
+        return [key for key in keys if not key.startswith(prefixes) and not ignorable(key)]
+
+
+CLONEOFSIMO = "LoRA (cloneofsimo)"
+_T2I, _BARE_VAE = "T2I-Adapter", "autoencoder without quant_conv (SD3, Flux)"
+_ALSO_READ = {"t2i_adapter": _T2I, "vae": _BARE_VAE}  # by kind, what a network that is read would be called below
 
 # What is recognised by its keys and is no network of ours: (name, pattern that one key must match).
 _OTHERS = (
     (
         "LoRA (kohya)",
-        r"(lora_(unet|te\d?|branch(_te)?)|lycoris)_.*\.(lora_|hada_|lokr_|dora_|alpha|diff|on_input|w_norm).*",
+        r"((lora|oft)_(unet|te\d?|branch(_te)?)|lycoris)_.*"
+        r"\.(lora_|hada_|lokr_|dora_|alpha|diff|on_input|w_norm|[ab][12]\.|b?oft_).*",
     ),
     (
         "LoRA (diffusers or peft)",
-        r".*\.(lora_[AB]|lora\.(up|down)|lora_linear_layer\.(up|down)|lora_magnitude).*"
-        r"|base_model\.model\..*\.(hada_|lokr_|ia3_l).*",
+        r".*\.(lora_[AB]|lora\.(up|down)|lora_linear_layer\.(up|down)|lora_magnitude|to_\w+_lora\.(up|down)).*"
+        r"|base_model\.model\..*\.(hada_|lokr_|ia3_l|oft_).*",
     ),
-    ("LoRA (cloneofsimo)", r"(unet|text_encoder)?:?\d+:(up|down)|.*_lora\.(up|down)\.weight"),
+    ("LoRA (CompVis' names)", r"(model\.)?diffusion_model\..*\.(lora_(up|down|mid)|hada_w|lokr_w).*"),
+    (CLONEOFSIMO, r"(unet|text_encoder)?:?\d+:(up|down)"),
     ("Textual Inversion (A1111)", r"string_to_param.*|emb_params"),
     ("Textual Inversion (SDXL)", r"clip_[lg]"),
     ("Textual Inversion", r"<.*>"),
@@ -73,6 +95,8 @@ _OTHERS = (
     ("Flux", r"(.*\.)?double_blocks\.\d+\..*|single_transformer_blocks\.\d+\..*"),
     ("half of a TAESD: give the folder with both files", r"(14|19)\.weight"),
     ("motion module", r".*motion_modules\..*"),
+    ("text encoder T5", r"(.*\.)?encoder\.block\.\d+\.layer\.\d+\.SelfAttention\..*"),
+    (_BARE_VAE, r"(first_stage_model\.|vae\.)?decoder\.(up\.0\.block|up_blocks)\..*"),
 )
 
 
@@ -85,8 +109,8 @@ def detect(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> Content
         except (LookupError, ValueError) as error:  # sizes are read from tensors that may be missing or misshaped
             others.append(f"damaged {find.__name__.removeprefix('find_')} ({error})")
     others += [name for name, pattern in _OTHERS if any(re.fullmatch(pattern, key) for key in shapes)]
-    if any(part.kind == "t2i_adapter" for part in parts):
-        others.remove(_T2I)  # it is read
+    read = {_ALSO_READ.get(part.kind) for part in parts}
+    others = [name for name in others if name not in read]
     return Contents(*_of_one_family(parts, metadata or {}, others))
 
 

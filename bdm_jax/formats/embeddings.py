@@ -5,7 +5,7 @@
 | diffusers (`learned_embeds.bin`, `.safetensors`) | `{token: (m,D) or (D,)}` |
 | AUTOMATIC1111 `.pt` | `string_to_token`, `string_to_param {"*": (m,D)}`, `name`, `step`, `sd_checkpoint...` |
 | AUTOMATIC1111 picture | the same as base64 of JSON in the text chunk `sd-ti-embedding`, or in the pixels |
-| original LDM `.pt` | `string_to_token`, `string_to_param`; no name |
+| original LDM `.pt` | `string_to_token`, `string_to_param {"*" or the token: (m,D)}`; no name |
 | kohya, SD1 | `{"emb_params": (m,D)}` |
 | kohya, SDXL | `{"clip_l": (m,768), "clip_g": (m,1280)}`: one token for two text encoders |
 | diffusers' SDXL script | two files, `learned_embeds` and `learned_embeds_2`, each like diffusers' own |
@@ -73,6 +73,12 @@ def read_embeddings(path: str | Path, encoders: Sequence[str] = ()) -> list[Inve
     return _inversions(path, value, encoders)
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file is of a kind of picture that web interfaces keep embeddings in."""
+    with path.open("rb") as file:
+        return file.read(8).startswith(_PICTURES)
+
+
 def _inversions(path: Path, value: Any, encoders: Sequence[str]) -> list[Inversion]:
     if isinstance(value, np.ndarray):
         return [Inversion(None, {"": _vectors(path, "the tensor", value)})]
@@ -104,7 +110,8 @@ def _web_ui(path: Path, value: dict[Any, Any]) -> Inversion:
     (key, vectors), *_ = parameters.items()
     if not (name is None or isinstance(name, str)):
         raise FileError(f"{path}: its name is a {type(name).__name__}, not a text")
-    return Inversion(name or None, {"": _vectors(path, f"string_to_param {key}", vectors)})
+    placeholder = key if isinstance(key, str) and key != "*" else None  # LDM's may be trained with a word of its own
+    return Inversion(name or placeholder, {"": _vectors(path, f"string_to_param {key}", vectors)})
 
 
 def _only(path: Path, value: dict[Any, Any], known: Any) -> None:

@@ -10,7 +10,7 @@ The safetensors format (https://huggingface.co/docs/safetensors): 8 bytes little
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ _DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -40,6 +42,7 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+_EXTENDED = frozenset(_DTYPES[name] for name in ("BF16", "F8_E4M3", "F8_E5M2"))
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100 * 2**20
 
@@ -66,7 +69,7 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
-                raise FileError(f"{path}: not a safetensors file, or a truncated one (header of {length} bytes)")
+                raise FileError(f"{path}: {_what(path, length)}")
             text = file.read(length)
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -87,7 +90,8 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def read_safetensors(path: str | Path) -> Tensors:
-    """Tensors by name, as read-only views of the memory-mapped file (bfloat16 through ml_dtypes). Raises FileError."""
+    """Tensors by name, as read-only views of the memory-mapped file (bfloat16 and 8-bit floats through
+    ml_dtypes). Raises FileError."""
     entries, _ = read_header(path)
     if not any(entry.end > entry.begin for entry in entries.values()):
         return {name: np.zeros(entry.shape, entry.dtype) for name, entry in entries.items()}
@@ -149,9 +153,45 @@ def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
         file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
+def is_float(dtype: np.dtype) -> bool:
+    """Whether a type is one of floating-point numbers, those of ml_dtypes among them."""
+    return dtype.kind == "f" or dtype in _EXTENDED
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """Some names from a file, fit for one line: the first ones, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(shown, names[:most])) + more
+
+
 def shown(value: Any) -> str:
     """A value from a file, fit for one line of a terminal: short, without control characters."""
     return repr(str(value)[:200])[1:-1]
+
+
+# What other files begin with that people take for weights.
+_HEADS = (
+    (b"version https://git-lfs", "a pointer of Git LFS: the file itself was not downloaded"),
+    (b"<", "a web page or XML: not the file itself, perhaps a failed download"),
+    (b"GGUF", "a GGUF file, which is not read"),
+    (b"\x89HDF", "an HDF5 file, which is not read"),
+    (b"\x1f\x8b", "compressed by gzip: unpack it first"),
+    (b"7z\xbc\xaf", "a 7z archive: unpack it first"),
+    (b"Rar!", "a RAR archive: unpack it first"),
+    (b"\x89PNG", "a picture (PNG)"),
+    (b"\xff\xd8\xff", "a picture (JPEG)"),
+    (b"RIFF", "a picture (WebP)"),
+)
+
+
+def _what(path: Path, length: int) -> str:
+    """What a file is whose first 8 bytes, read as a header's length, are no length that it can have."""
+    with path.open("rb") as file:
+        head = file.read(32).lstrip()
+    return next(
+        (f"not a safetensors file but {what}" for start, what in _HEADS if head.startswith(start)),
+        f"not a safetensors file, or a truncated one (header of {length} bytes)",
+    )
 
 
 class _Duplicate(Exception):

@@ -58,7 +58,9 @@ def leaves(key: str, array: np.ndarray, table: KeyTable = PLAIN) -> dict[str, np
 
 @dataclass(frozen=True)
 class Fit:
-    """How a file's tensors fit a network: those that do, in our names and layouts; the names of those that do not."""
+    """How a file's tensors fit a network: those that do, in our names and layouts; those that do not, as the file calls
+    them.
+    """
 
     tree: Tensors
     missing: list[str]
@@ -68,29 +70,52 @@ class Fit:
     duplicates: list[str]
 
 
-def fit(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any], table: KeyTable = PLAIN) -> Fit:
-    """Match tensors by the file's key (PyTorch's layouts) to a network's shapes by ours; arrays are views."""
+def fit(
+    tensors: Mapping[str, np.ndarray],
+    expected: Mapping[str, Any],
+    table: KeyTable = PLAIN,
+    names: Mapping[str, str] | None = None,
+    prefix: str = "",
+) -> Fit:
+    """Match tensors by the file's key (PyTorch's layouts) to a network's shapes by ours; arrays are views.
+
+    `names`: what keys are called in the file that are called otherwise in `tensors`; `prefix`: what those begin with
+    there. They serve what is said of a file.
+    """
     found: Tensors = {}
+    origin: dict[str, str] = {}
     ignored, twice = [], []
     for key, array in tensors.items():
         parts = leaves(key, array, table)
         if not parts:
             ignored.append(key)
-        twice += [name for name in parts if name in found]
+        twice += [f"{_called(origin[name], names)} and {_called(key, names)}" for name in parts if name in found]
         found |= {name: _as_wanted(part, expected.get(name)) for name, part in parts.items()}
-    wrong = [key for key in expected if key in found and found[key].shape != tuple(expected[key].shape)]
+        origin |= dict.fromkeys(parts, key)
+    wrong = {key: origin[key] for key in expected if key in found and found[key].shape != tuple(expected[key].shape)}
+    inner = table.prefix_of(tensors)
+    missing = [prefix + _in_file(key, expected[key], table, inner)[0] for key in expected if key not in found]
+    misshaped = {
+        f"{_called(key, names)} {np.shape(tensors[key])} instead of {_in_file(name, expected[name], table)[1]}"
+        for name, key in wrong.items()
+    }
     return Fit(
         tree={key: found[key] for key in expected if key in found and key not in wrong},
-        missing=[key for key in expected if key not in found],
-        unknown=[key for key in found if key not in expected],
-        misshaped=[f"{key} {found[key].shape} instead of {tuple(expected[key].shape)}" for key in wrong],
-        ignored=ignored,
+        missing=list(dict.fromkeys(missing)),
+        unknown=list(dict.fromkeys(_called(origin[key], names) for key in found if key not in expected)),
+        misshaped=sorted(misshaped),
+        ignored=[_called(key, names) for key in ignored],
         duplicates=twice,
     )
 
 
 def tree_from_torch(
-    tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any], name: str, table: KeyTable = PLAIN
+    tensors: Mapping[str, np.ndarray],
+    expected: Mapping[str, Any],
+    name: str,
+    table: KeyTable = PLAIN,
+    names: Mapping[str, str] | None = None,
+    prefix: str = "",
 ) -> Tensors:
     """A flat tree in our names and layouts, checked against the network that it is for.
 
@@ -99,13 +124,14 @@ def tree_from_torch(
       expected: by our key, anything with a `.shape` (`bdm_jax.models.functional.abstract`).
       name: what to call the file in an error.
       table: how the file's keys are called here.
+      names, prefix: what they are called in the file (see `fit`).
 
     Returns views where possible, in the file's dtypes and `expected`'s order. Raises FileError that names the first
     missing, unknown and misshaped keys and counts the rest.
     """
-    found = fit(tensors, expected, table)
+    found = fit(tensors, expected, table, names, prefix)
     if found.duplicates:
-        raise FileError(f"{name}: holds {found.duplicates[0]} under two names")
+        raise FileError(f"{name}: holds one weight under two names, {found.duplicates[0]}")
     problems = [
         _few("missing", found.missing),
         _few("unknown", found.unknown),
@@ -123,11 +149,7 @@ def tree_to_torch(params: Mapping[str, Any], table: KeyTable = PLAIN) -> Tensors
     """
     torch: Tensors = {}
     for key, array in params.items():
-        ours, array = to_torch(key, np.asarray(array))
-        if array.ndim == 2 and re.fullmatch(table.convolutions, ours):
-            array = array[..., None, None]
-        if array.ndim == 2 and re.fullmatch(table.transposed, ours):
-            array = array.T
+        ours, array = _filed(key, np.asarray(array), table)
         torch[ours] = array
     tensors: Tensors = {}
     for ours, array in torch.items():
@@ -142,6 +164,30 @@ def _leaf(name: str, array: np.ndarray, table: KeyTable) -> tuple[str, np.ndarra
     if array.ndim == 2 and re.fullmatch(table.transposed, name):
         array = array.T
     return to_jax(name, array, embedding=re.fullmatch(table.embeddings, name) is not None)
+
+
+def _filed(key: str, array: np.ndarray, table: KeyTable) -> tuple[str, np.ndarray]:
+    """A leaf in PyTorch's layout and under our name there, its matrix as the file keeps it."""
+    ours, array = to_torch(key, array)
+    if array.ndim == 2 and re.fullmatch(table.convolutions, ours):
+        array = array[..., None, None]
+    return ours, array.T if array.ndim == 2 and re.fullmatch(table.transposed, ours) else array
+
+
+def _in_file(key: str, leaf: Any, table: KeyTable, prefix: str = "") -> tuple[str, tuple[int, ...]]:
+    """What a leaf of ours is called in a file whose keys have this prefix in place of the table's, and the shape of the
+    tensor that it lies in there.
+    """
+    ours, array = _filed(key, np.broadcast_to(np.int8(0), leaf.shape), table)
+    theirs = table.to_theirs(ours)
+    parts = len(table.parts(theirs)) or 1
+    shape = (array.shape[0] * parts, *array.shape[1:]) if parts > 1 else array.shape
+    inside = not re.fullmatch(table.outside, ours)
+    return (prefix + theirs.removeprefix(table.prefix) if inside else theirs), shape
+
+
+def _called(key: str, names: Mapping[str, str] | None) -> str:
+    return (names or {}).get(key, key)
 
 
 def _as_wanted(array: np.ndarray, wanted: Any) -> np.ndarray:

@@ -1,8 +1,9 @@
 """LoRA files by name: which network, which module, which part of its change; whose layout the file has does not matter.
 
-Layouts: kohya and LyCORIS (`lora_unet_down_blocks_0_..`, modules also in CompVis' names), diffusers before and since
-peft, peft's folders, and cloneofsimo's, whose modules have numbers in place of names. Underscores are never parsed: a
-module is looked up among all the spellings of those that a network has.
+Layouts: kohya and LyCORIS (`lora_unet_down_blocks_0_..`, modules also in CompVis' names), ComfyUI
+(`diffusion_model.input_blocks.1..`), diffusers before and since peft, peft's folders, and cloneofsimo's, whose modules
+have numbers in place of names. peft's keys may carry an adapter's name (`lora_A.ink.weight`), one in a file.
+Underscores are never parsed: a module is looked up among all the spellings of those that a network has.
 """
 
 import json
@@ -10,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,29 +19,45 @@ from bdm_jax.errors import FileError
 from bdm_jax.formats.files import Tensors, read_json, shown
 from bdm_jax.formats.networks.unet import ldm_unet
 from bdm_jax.formats.pickles import is_checkpoint, read_checkpoint
-from bdm_jax.formats.weights import read_weights
+from bdm_jax.formats.weights import Weights, read_weights
 
 # What a folder's file is called: by peft, by diffusers.
-_FILES = ("adapter_model", "pytorch_lora_weights")
-_PEFT_CONFIG = "adapter_config.json"
+LORA_STEMS = ("adapter_model", "pytorch_lora_weights")
+PEFT_CONFIG = "adapter_config.json"
 
 _LYCORIS = "lycoris_"  # the file does not say which network
 
-# What keys end with -> the part of a change. peft puts the adapter's name into some of them.
-_HALVES = {"down": r"(lora_down|lora_A(\.default)?|(lora\.|lora_linear_layer\.)?down)\.weight"}
-_HALVES["up"] = r"(lora_up|lora_B(\.default)?|(lora\.|lora_linear_layer\.)?up)\.weight"
-_NAMED = r"hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|lokr_t2|alpha|dora_scale|diff|diff_b|[wb]_norm|scalar|ia3_l"
+_WRAPPERS = re.compile(r"(?:module\.|base_model\.model\.)*")  # DataParallel's and peft's
+
+# What keys end with -> the part of a change. peft puts the adapter's name into its own.
+_ADAPTER = r"(\.(?P<adapter>(?!weight$|bias$)[^.]+))?"
+_OF_PEFT = r"hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|lokr_t2|ia3_l"
+_NAMED = r"alpha|dora_scale|diff|diff_b|[wb]_norm|scalar|oft_blocks|rescale|on_input"
 _PARTS = tuple(
     (re.compile(rf"(?P<module>.+?)\.{pattern}"), part)
     for pattern, part in (
-        (_HALVES["down"], "down"),
-        (_HALVES["up"], "up"),
+        (rf"(lora_down|lora_A{_ADAPTER}|(lora\.|lora_linear_layer\.)?down)\.weight", "down"),
+        (rf"(lora_up|lora_B{_ADAPTER}|(lora\.|lora_linear_layer\.)?up)\.weight", "up"),
         (r"lora_mid\.weight", "mid"),
-        (r"(lora_up|lora_B(\.default)?)\.bias", "up_bias"),
-        (r"lora_magnitude_vector((\.default)?\.weight)?", "magnitude"),
-        (rf"(?P<part>{_NAMED}|on_input)(\.default)?", None),
+        (rf"(lora_up|lora_B{_ADAPTER})\.bias", "up_bias"),
+        (rf"lora_magnitude_vector{_ADAPTER}(\.weight)?", "magnitude"),
+        (rf"(?P<part>{_OF_PEFT}){_ADAPTER}", None),
+        (rf"(?P<part>{_NAMED})(\.default)?", None),
+        (r"(?P<part>[ab][12]|bm)\.weight", None),  # GLoRA
         (r"weight", "ia3"),
     )
+)
+# Kinds that are known by their keys and not read.
+_OTHER_KINDS = (
+    (r"oft_diag", "OFT as LyCORIS 2.0 wrote it before its release"),
+    (r"oft_[RS]\b", "peft's OFT"),
+    (r"boft_[RS]\b", "peft's BOFT"),
+    (r"lora_embedding_[AB]", "a LoRA of an embedding table"),
+    (r"(vera|randlora)_lambda", "VeRA or RandLoRA"),
+    (r"hra_u", "HRA"),
+    (r"lambda_layer|[pq]_layer", "T-LoRA, which differs from step to step"),
+    (r"set_weight|reshape_weight", "a whole weight of ComfyUI's, in place of a change"),
+    (r"(ip_adapter|to_[kv]_ip)", "an IP-Adapter"),
 )
 # The attention of diffusers before 0.18: a LoRA beside it, not in it.
 _BESIDE = re.compile(r"(?P<at>.+?)\.(processor\.)?to_(?P<which>q|k|v|out)_lora")
@@ -59,8 +76,7 @@ _FOREIGN = (
 _CONTEXT_WIDTHS = {1024: "SD2.x", 2048: "SDXL", 1280: "SDXL refiner"}
 
 
-@dataclass(frozen=True)
-class LoraKey:
+class LoraKey(NamedTuple):
     """Where one tensor of a file belongs: network (None: not recorded), module in the file's spelling, part."""
 
     network: str | None
@@ -75,6 +91,7 @@ class LoraFile:
     Attributes:
       path: the file.
       tensors: where each belongs -> its array, memory-mapped, in PyTorch's layout.
+      keys: where each belongs -> its key.
       numbered: network -> number -> part -> array, of a file whose modules have no names.
       tokens: embeddings of words that were trained along, by word.
       unknown: keys that are none of these.
@@ -83,10 +100,20 @@ class LoraFile:
 
     path: Path
     tensors: dict[LoraKey, np.ndarray]
+    keys: dict[LoraKey, str] = field(default_factory=dict)
     numbered: dict[str, dict[int, dict[str, np.ndarray]]] = field(default_factory=dict)
     tokens: Tensors = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
     settings: dict[str | None, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> dict[str, int]:
+        """How many modules of each network it changes; where keys do not say which network, their names tell."""
+        found = {(part.network or _by_name(part.module), part.module) for part in self.tensors}
+        counts = {network: len(modules) for network, modules in self.numbered.items()}
+        for network, _ in found:
+            counts[network] = counts.get(network, 0) + 1
+        return dict(sorted(counts.items()))
 
 
 def read_lora(path: str | Path, networks: Mapping[str, str]) -> LoraFile:
@@ -94,23 +121,24 @@ def read_lora(path: str | Path, networks: Mapping[str, str]) -> LoraFile:
 
     `networks`: what the keys of a network begin with -> the network (`systems.families.lora_prefixes`).
 
-    Raises FileError for a file that cannot be read, says something twice, or needs more than its tensors to apply.
+    Raises FileError for a file that cannot be read, says something twice, holds several adapters, or needs more than
+    its tensors to apply.
     """
     path = Path(path)
     settings: dict[str | None, dict[str, Any]] = {}
-    config = (path if path.is_dir() else path.parent) / _PEFT_CONFIG
-    if config.is_file() and (path.is_dir() or path.stem == _FILES[0]):
+    config = (path if path.is_dir() else path.parent) / PEFT_CONFIG
+    if config.is_file() and (path.is_dir() or path.stem == LORA_STEMS[0]):
         settings[None] = _checked(config, read_json(config))
     if path.is_dir():
-        names = [f"{stem}.{kind}" for stem in _FILES for kind in ("safetensors", "bin")]
+        names = [f"{stem}.{kind}" for stem in LORA_STEMS for kind in ("safetensors", "bin")]
         if not (found := [path / name for name in names if (path / name).is_file()]):
             raise FileError(f"{path}: no LoRA in this folder; expected one of {', '.join(names)}")
         path = found[0]
     if is_checkpoint(path) and isinstance(pairs := read_checkpoint(path), list):
-        return LoraFile(path, {}, {_network_of(path): _paired(path, pairs)})
+        return LoraFile(path, {}, numbered={_network_of(path): _paired(path, pairs)})
     weights = read_weights(path)
     settings |= _diffusers_settings(path, weights.metadata)
-    return _sorted(path, weights.tensors, weights.metadata, settings, {**networks, _LYCORIS: None})
+    return _sorted(weights, settings, {**networks, _LYCORIS: None})
 
 
 def module_names(modules: Iterable[str]) -> dict[str, str]:
@@ -163,51 +191,68 @@ def family(modules: Iterable[str], inputs: Mapping[str, int]) -> str | None:
     return next((_CONTEXT_WIDTHS[width] for width in widths if width in _CONTEXT_WIDTHS), None)
 
 
-def _sorted(
-    path: Path, tensors: Tensors, metadata: Mapping[str, str], settings, networks: Mapping[str, str | None]
-) -> LoraFile:
+def other_kind(key: str) -> str | None:
+    """What a key belongs to that is recognised and not read."""
+    return next((name for pattern, name in _OTHER_KINDS if re.search(rf"\.({pattern})", key)), None)
+
+
+def _sorted(weights: Weights, settings, networks: Mapping[str, str | None]) -> LoraFile:
+    path, metadata = weights.path, weights.metadata
     parts: dict[LoraKey, np.ndarray] = {}
+    keys: dict[LoraKey, str] = {}
+    adapters: dict[str, None] = {}
     numbered: dict[str, dict[int, dict[str, np.ndarray]]] = {}
     tokens: Tensors = {}
     unknown, prefixes = [], sorted(networks.items(), key=lambda item: -len(item[0]))
-    for key, array in tensors.items():
+    for key, array in weights.tensors.items():
+        named = weights.in_file(key)
         number = re.fullmatch(r"(\w+):(\d{1,5}):(up|down)", key)
         bundled = re.fullmatch(r"bundle_emb\.(.+)\.(string_to_param\.\*|emb_params)", key)
         if number:
             numbered.setdefault(number[1], {}).setdefault(int(number[2]), {})[number[3]] = array
-        elif metadata.get(key) == "<embed>" or bundled:
+        elif metadata.get(named) == "<embed>" or bundled:
             tokens[bundled[1] if bundled else key] = array
-        elif (part := _part(key, prefixes)) is None:
-            unknown.append(key)
-        elif part in parts:
-            raise FileError(f"{path}: holds {part.part} of {shown(part.module)} under two names")
+        elif (found := _part(key, prefixes)) is None:
+            unknown.append(named)
         else:
-            parts[part] = array
+            part, adapter = found
+            adapters |= {adapter: None} if adapter else {}
+            if part in parts and len(adapters) < 2:
+                raise FileError(f"{path}: {shown(keys[part])} and {shown(named)} are two names of one thing")
+            parts[part], keys[part] = array, named
+    if len(adapters) > 1:
+        names = ", ".join(map(shown, adapters))
+        raise FileError(f"{path}: holds {len(adapters)} adapters ({names}); save one of them with peft and give that")
     for network in numbered:
         if "ResnetBlock2D" in metadata.get(network, ""):
-            raise FileError(f"{path}: modules of ResnetBlock2D by number: whose they are cannot be told")
-    return LoraFile(path, parts, numbered, tokens, tuple(unknown), settings)
+            raise FileError(f"{path}: modules of ResnetBlock2D are numbered, which does not say where they belong")
+    return LoraFile(path, parts, keys, numbered, tokens, tuple(unknown), settings)
 
 
-def _part(key: str, prefixes: Sequence[tuple[str, str | None]]) -> LoraKey | None:
-    """`prefixes`: the longer ones first."""
-    key = _without_peft(key)
+def _part(key: str, prefixes: Sequence[tuple[str, str | None]]) -> tuple[LoraKey, str | None] | None:
+    """Where a tensor belongs, and its adapter's name. `prefixes`: the longer ones first."""
+    key = _unwrapped(key)
     prefix, network = next((item for item in prefixes if key.startswith(item[0])), ("", None))
-    rest = _without_peft(key.removeprefix(prefix))
+    rest = _unwrapped(key.removeprefix(prefix))
     for pattern, part in _PARTS:
         if found := pattern.fullmatch(rest):
-            module, part = found["module"], part or found["part"]
+            named = found.groupdict()
+            module, part = named["module"], part or named["part"]
             beside = _BESIDE.fullmatch(module)
             if beside and ".self_attn" in module:
                 module = f"{beside['at']}.{beside['which']}_proj"
             elif beside:
                 module = f"{beside['at']}.{_UNET_PROJECTIONS[beside['which']]}"
-            return LoraKey(network, module, part)
+            return LoraKey(network, module, part), named.get("adapter")
     return None
 
 
-def _without_peft(key: str) -> str:
-    return key.removeprefix("base_model.model.")
+def _by_name(module: str) -> str:
+    return "text_encoder" if re.search(r"(^|[._])(text_model|self_attn|mlp)[._]", module) else "unet"
+
+
+def _unwrapped(key: str) -> str:
+    return key[_WRAPPERS.match(key).end() :]
 
 
 def _levels(modules: Iterable[str]) -> tuple[list[bool], int]:

@@ -6,8 +6,9 @@ its config says (`systems.components` loads it).
 
 import json
 import re
+import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import numpy as np
 
 from bdm_jax.errors import UserError
 from bdm_jax.formats.detect import Contents, NetworkInFile, detect, kind_of, table_for
-from bdm_jax.formats.files import read_json
-from bdm_jax.formats.tables import KeyTable
+from bdm_jax.formats.files import few, read_json
+from bdm_jax.formats.tables import KeyTable, ignorable
 from bdm_jax.formats.weights import Weights, is_taesd, read_weights
+
+_PROJECTED = "CLIPTextModelWithProjection"
+_TEXT_PLACE = re.compile(r"(.*\.)?(cond_stage_model|conditioner|text_encoders?(_\d)?)\.")
 
 # Recognised, and other networks than those here.
 _FAMILIES_REFUSED = ("SD2", "SDXL refiner")
@@ -25,7 +29,17 @@ _FAMILIES_REFUSED = ("SD2", "SDXL refiner")
 
 @dataclass(frozen=True)
 class Found:
-    """A network that was found, not yet read into memory: where, its config.json's values, its keys and arrays."""
+    """A network that was found, not yet read into memory.
+
+    Attributes:
+      path, kind: where, and what it is called here.
+      values: its config.json's.
+      tensors: by the names that `table` renames.
+      prediction: what a UNet predicts, where that is known.
+      names: what the tensors that are called otherwise here are called in the file.
+      prefix: what the names of all its tensors begin with in the file.
+      refused: what it is, where this library has no such network.
+    """
 
     path: Path
     kind: str
@@ -33,10 +47,21 @@ class Found:
     tensors: Mapping[str, np.ndarray]
     table: KeyTable
     prediction: str | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
+    refused: str = ""
+
+    def check(self) -> None:
+        """Raises UserError, by name, for a network of a kind that this library does not have."""
+        if self.refused:
+            raise UserError(f"{self.path}: {self.refused}; this library has no such network")
 
 
-def find(path: str | Path, variant: str | None = None) -> dict[str, Found]:
+def find(path: str | Path, variant: str | None = None, whole: bool = False) -> dict[str, Found]:
     """The networks in a file, or in a component folder, by kind; `variant` chooses among a folder's files ("fp16").
+
+    What a file holds besides, and no network takes, is named in a warning. `whole`: all that it holds is wanted, so
+    that a network of which this library has no such kind, or a text encoder that is not understood, is an error.
 
     Raises UserError or FileError that names the file and says what it is, if no network of ours is in it.
     """
@@ -48,7 +73,16 @@ def find(path: str | Path, variant: str | None = None) -> dict[str, Found]:
     weights, contents = contents_of(path, variant)
     if not contents.parts:
         raise UserError(f"{path}: {contents.name}; no network that this library reads")
-    return {part.kind: _part(weights, part) for part in contents.parts}
+    found = {part.kind: _part(weights, contents, part) for part in contents.parts}
+    for part in found.values():
+        if whole or all(part.refused for part in found.values()):
+            part.check()
+    if left := [weights.in_file(key) for key in contents.left(weights.tensors)]:
+        if whole and (texts := [key for key in left if _TEXT_PLACE.match(key)]):
+            raise UserError(f"{path}: its text encoder is of no kind that is read here: {few(texts)}")
+        known = "".join(f" ({name})" for name in contents.others)
+        warnings.warn(f"{path}: left out, being of no network that is read here{known}: {few(left)}", stacklevel=2)
+    return found
 
 
 def contents_of(path: str | Path, variant: str | None = None) -> tuple[Weights, Contents]:
@@ -56,10 +90,18 @@ def contents_of(path: str | Path, variant: str | None = None) -> tuple[Weights, 
     weights, config = _without_ema(read_weights(path, variant), variant), Path(path) / "config.json"
     metadata = dict(weights.metadata)
     if config.is_file():
-        values = read_json(config)
-        if kind := kind_of(values):
+        for kind, values in _configs(read_json(config), weights.tensors).items():
             metadata[f"bdm_jax.{kind}"] = json.dumps(values)
-    return weights, detect({key: array.shape for key, array in weights.tensors.items()}, metadata)
+    found = detect({key: array.shape for key, array in weights.tensors.items()}, metadata)
+    parts = tuple(replace(part, table=_tabled(part.config, part.table)) for part in found.parts)
+    return weights, replace(found, parts=parts)
+
+
+def names_in_file(weights: Weights, part: NetworkInFile, keys: Collection[str]) -> tuple[dict[str, str], str]:
+    """What the keys of a network are called in the file, and what they begin with there."""
+    names = {key: weights.in_file(part.prefix + key) for key in keys}
+    fronts = (name.removesuffix(key) for key, name in names.items() if name.endswith(key))
+    return names, next(fronts, part.prefix)
 
 
 def pick_network(found: Mapping[str, Found], path: str | Path, name: str | None, kinds: Collection[str] = ()) -> Found:
@@ -69,13 +111,12 @@ def pick_network(found: Mapping[str, Found], path: str | Path, name: str | None,
     """
     if name is None and len(found) == 1:
         return next(iter(found.values()))
-    if name in found:
-        return found[name]
-    for kind in kinds:
+    for kind in (name, *kinds):
         if kind in found:
             part = found[kind]
-            return _as_branch(part) if kind == "controlnet" else replace(part, kind=name)
-    raise UserError(f"{path}: holds {', '.join(found)}, not a {name or 'single network'}")
+            part.check()
+            return part if kind == name else _as_branch(part) if kind == "controlnet" else replace(part, kind=name)
+    raise UserError(f"{path}: holds {', '.join(found)}, not {name or 'a single network'}")
 
 
 def ldm_name(dotless: str) -> str:
@@ -111,7 +152,7 @@ def _without_ema(weights: Weights, variant: str | None) -> Weights:
     averaged = {key: array for key, array in weights.tensors.items() if key.startswith("model_ema.")}
     if not averaged:
         return weights
-    tensors = {key: array for key, array in weights.tensors.items() if key not in averaged}
+    tensors, keys = {key: array for key, array in weights.tensors.items() if key not in averaged}, dict(weights.keys)
     unet = "model.diffusion_model."
     if variant == "ema" or not any(key.startswith(unet) for key in tensors):
         tensors = {key: array for key, array in tensors.items() if not key.startswith(unet)}
@@ -119,10 +160,11 @@ def _without_ema(weights: Weights, variant: str | None) -> Weights:
         for key, array in averaged.items():
             if key.startswith(prefix):
                 try:
-                    tensors[unet + ldm_name(key.removeprefix(prefix))] = array
+                    name = unet + ldm_name(key.removeprefix(prefix))
                 except ValueError:
                     continue  # counters, which are no weights
-    return replace(weights, tensors=tensors)
+                tensors[name], keys[name] = array, weights.in_file(key)
+    return replace(weights, tensors=tensors, keys=keys)
 
 
 def _in_folder(folder: Path, variant: str | None) -> dict[str, Found]:
@@ -132,11 +174,43 @@ def _in_folder(folder: Path, variant: str | None) -> dict[str, Found]:
         name = values.get("_class_name") or values.get("model_type")
         raise UserError(f"{folder}: config.json: {name!r} is not a network this library has")
     weights = read_weights(folder, variant)
-    return {kind: Found(weights.path, kind, values, weights.tensors, table_for(values, weights.tensors))}
+    tensors = {key: array for key, array in weights.tensors.items() if not ignorable(key)}
+    return {
+        kind: Found(
+            weights.path, kind, values, tensors, _tabled(values, table_for(values, tensors)), None, weights.keys
+        )
+        for kind, values in _configs(values, tensors).items()
+    }
 
 
-def _part(weights: Weights, part: NetworkInFile) -> Found:
-    if part.family.startswith(_FAMILIES_REFUSED) or "inpainting" in part.family or "pix2pix" in part.family:
-        raise UserError(f"{weights.path}: {part.family} {part.kind}; this library has no such network")
-    tensors = part.of(weights.tensors)
-    return Found(weights.path, part.kind, part.config, tensors, part.table, part.prediction)
+def _part(weights: Weights, contents: Contents, part: NetworkInFile) -> Found:
+    refused = part.family.startswith(_FAMILIES_REFUSED) or "inpainting" in part.family or "pix2pix" in part.family
+    tensors = contents.of(part, weights.tensors)
+    names, prefix = names_in_file(weights, part, tensors)
+    title = f"{part.family} {part.kind}" if refused else ""
+    return Found(weights.path, part.kind, part.config, tensors, part.table, part.prediction, names, prefix, title)
+
+
+def _tabled(values: Mapping[str, Any], table: KeyTable) -> KeyTable:
+    """The table of a network's file; a CLIP text tower whose config has no projection leaves out that of its file."""
+    text = str(values.get("model_type")).startswith("clip") and values["model_type"] != "clip_vision_model"
+    if not text or _PROJECTED in (values.get("architectures") or ()):
+        return table
+    return replace(table, outside=KeyTable.outside, ignored=(*table.ignored, r"text_projection(\.weight)?"))
+
+
+def _configs(values: dict[str, Any], tensors: Collection[str]) -> dict[str, dict[str, Any]]:
+    """What config.json says of the networks in its folder, by kind: of one, or of both towers of a whole CLIP."""
+    text = kind_of(values)
+    if text is None:
+        return {}
+    if values.get("model_type") != "clip" or not isinstance(values.get("text_config"), dict):
+        return {text: values}
+    projected = {"projection_dim": values["projection_dim"]} if "projection_dim" in values else {}
+    architectures = [_PROJECTED] if "text_projection.weight" in tensors else []
+    text_values = {"model_type": "clip_text_model", "architectures": architectures}
+    towers = {text: {**values["text_config"], **projected, **text_values}}
+    vision = values.get("vision_config")
+    if isinstance(vision, dict) and any(key.startswith("vision_model.") for key in tensors):
+        towers["image_encoder"] = {**vision, **projected, "model_type": "clip_vision_model"}
+    return towers

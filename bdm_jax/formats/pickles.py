@@ -1,14 +1,16 @@
 """Reader of PyTorch checkpoints (.bin, .ckpt, .pt, .pth) that needs no torch and runs nothing that a file names.
 
-torch.save writes a zip archive of stored (uncompressed) members: `ROOT/data.pkl`, a pickle that names every storage by
-a persistent id, and `ROOT/data/KEY`, the bytes of one storage each. A pickle is a program, and a file from elsewhere
-may hold any. So none is unpickled: `pickletools` splits it into opcodes, a small interpreter knows those that
-torch.save writes, and the few names in `_CALLS` stand for functions of this file. All others are refused; none is
-imported.
+torch.save writes a zip archive (`formats.archives`): `ROOT/data.pkl`, a pickle that names every storage by a persistent
+id, and `ROOT/data/KEY`, the bytes of one storage each. Before 1.6 it wrote a chain: pickles of a magic number, a
+version, a description of the machine, the value, the storages' keys; then the storages in that order, each a count of 8
+bytes and its bytes. A pickle is a program, and a file from elsewhere may hold any. So none is unpickled: `pickletools`
+splits it into opcodes, a small interpreter knows those that torch.save writes, and the few names in `_CALLS` stand for
+functions of this file. All others are refused; none is imported.
 """
 
 import math
 import pickletools
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from bdm_jax.errors import FileError
+from bdm_jax.formats.archives import Refused, members
 from bdm_jax.formats.files import Tensors, shown
 
 # Under these names trainers keep the weights: LDM and Lightning, plain loops, DeepSpeed, BasicSR (averaged ones first).
@@ -31,10 +34,14 @@ _MAX_LEVELS = 100
 _MAX_KEY = 2**24  # larger integers can be chosen so that a dict's keys all collide
 _MAX_UNFOLDED = 16  # times the file's size: what a tree may take once all that it shares is copied
 
+_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how a chain's first pickle ends
+_MAX_PREFIX = 4096  # bytes of the pickles before a chain's value
+
 _KINDS = {"Double": np.float64, "Float": np.float32, "Half": np.float16, "BFloat16": ml_dtypes.bfloat16}
 _KINDS |= {"Long": np.int64, "Int": np.int32, "Short": np.int16, "Char": np.int8, "Byte": np.uint8, "Bool": np.bool_}
 _DTYPES = {f"torch.{kind}Storage": np.dtype(dtype) for kind, dtype in _KINDS.items()}
 _DTYPES |= {f"torch.{np.dtype(dtype).name}": np.dtype(dtype) for dtype in _KINDS.values()}
+_DTYPES |= {f"torch.{dtype.name}": dtype for dtype in map(np.dtype, (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2))}
 _DTYPES["torch.storage.UntypedStorage"] = np.dtype(np.uint8)
 
 
@@ -46,8 +53,13 @@ class Opaque:
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether the file begins as a zip archive, as all that torch.save writes does. Raises FileError if unreadable."""
-    return _head(path).startswith(b"PK\3\4")
+    """Whether the file begins as what torch.save or pickle writes, of whatever age. Raises FileError if unreadable.
+
+    A pickle's first byte may well be a safetensors file's too, whose ninth is always that of a JSON object.
+    """
+    head = _head(path)
+    known = head.startswith(b"PK\3\4") or _begins_chain(head)
+    return known or (_other_format(head) is not None and head[8:9] != b"{")
 
 
 def read_checkpoint(path: str | Path) -> Any:
@@ -59,18 +71,14 @@ def read_checkpoint(path: str | Path) -> Any:
     """
     head = _head(path)
     try:
-        if not head.startswith(b"PK\3\4"):
+        if not head.startswith(b"PK\3\4") and not _begins_chain(head):
             again = "save it again with torch.save of a recent PyTorch, or as safetensors"
-            raise _Refused(f"{_other_format(head)}; {again}")
+            raise Refused(f"{_other_format(head) or 'not a PyTorch checkpoint'}; {again}")
         data = np.asarray(np.memmap(path, np.uint8, "r"))
-        root, spans = _members(memoryview(data))
-        begin, end = spans[f"{root}data.pkl"]
-        if end - begin > _MAX_PICKLE:
-            raise _Refused(f"its data.pkl has {end - begin} bytes; at most {_MAX_PICKLE} are read")
-        value = _interpret(data[begin:end].tobytes(), lambda tag: _storage(data, root, spans, tag))
+        value = _archive(data) if head.startswith(b"PK\3\4") else _chain(data, head.index(_MAGIC) + len(_MAGIC))
         _check_tree(value, data.size)
         return value
-    except _Refused as error:
+    except Refused as error:
         raise FileError(f"{path}: {error}") from error
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -81,8 +89,8 @@ def read_checkpoint(path: str | Path) -> Any:
 def state_dict(path: str | Path) -> Tensors:
     """The tensors of a checkpoint by name: its own dict, or the one that it keeps under `state_dict`, `model`, ...
 
-    A leading `module.` on every name (DataParallel) is dropped; numbers, texts and None among the tensors are left out.
-    Raises FileError as `read_checkpoint` does, when there are no tensors, and for any other value among them.
+    Numbers, texts and None among the tensors are left out. Raises FileError as `read_checkpoint` does, when there are
+    no tensors, and for any other value among them.
     """
     value = read_checkpoint(path)
     found = _weights(value)
@@ -95,12 +103,7 @@ def state_dict(path: str | Path) -> Tensors:
             tensors[name] = part
         elif not (part is None or isinstance(part, int | float | str)):
             raise FileError(f"{path}: {shown(str(name))} is a {type(part).__name__} where a tensor by name is expected")
-    prefix = "module." if all(name.startswith("module.") for name in tensors) else ""
-    return {name.removeprefix(prefix): part for name, part in tensors.items()}
-
-
-class _Refused(Exception):
-    """What is wrong with a file; `read_checkpoint` adds which."""
+    return tensors
 
 
 def _weights(value: Any) -> dict[Any, Any] | None:
@@ -119,111 +122,107 @@ def _head(path: str | Path) -> bytes:
         raise FileError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _other_format(head: bytes) -> str:
-    if head.startswith(b"\x80\2\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):
-        return "in the format of PyTorch before 1.6, a chain of pickles, which is not read"
+def _begins_chain(head: bytes) -> bool:
+    return head.startswith(b"\x80") and _MAGIC in head[:32]
+
+
+def _other_format(head: bytes) -> str | None:
     if head[257:262] == b"ustar":
-        return "a tar file, which is not read"
-    return "a bare pickle, which is not read" if head.startswith(b"\x80") else "not a PyTorch checkpoint"
+        return "not a safetensors file but a tar file, as PyTorch before 0.1.10 wrote, which is not read"
+    bare = head[:1] == b"\x80" and head[1:2] in b"\1\2\3\4\5" and len(head) > 2
+    return "not a safetensors file but a bare pickle, which is not read" if bare else None
 
 
-# The zip archive (APPNOTE.TXT, PKWARE). Nothing is extracted: what counts is where the bytes of each member lie.
+def _archive(data: np.ndarray) -> Any:
+    """The value of a zip archive."""
+    root, spans = members(memoryview(data), _MAX_MEMBERS)
+    begin, end = spans[f"{root}data.pkl"]
+    if end - begin > _MAX_PICKLE:
+        raise Refused(f"its data.pkl has {end - begin} bytes; at most {_MAX_PICKLE} are read")
+    return _interpret(data[begin:end].tobytes(), lambda tag: _storage(data, root, spans, tag))[0]
 
 
-def _members(data: memoryview) -> tuple[str, dict[str, tuple[int, int]]]:
-    """The folder in which data.pkl lies ("" or one that ends in "/"), and each member's (begin, end) by its name."""
-    limit, members = _directory(data)
-    roots = [name.removesuffix("data.pkl") for name in members if name.rpartition("/")[2] == "data.pkl"]
-    if len(roots) != 1:
-        raise _Refused("holds several data.pkl" if roots else "a zip file without data.pkl: not a PyTorch checkpoint")
-    root = roots[0]
-    if any(name.startswith((f"{root}code/", f"{root}constants.pkl")) for name in members):
-        raise _Refused("a TorchScript program, which is code; save its state_dict instead")
-    spans, reach = {}, 0
-    for name, fields in sorted(members.items(), key=lambda item: item[1]):
-        if fields[0] < reach:
-            raise _Refused(f"{shown(name)} overlaps the member before it")
-        spans[name] = _, reach = _span(data, name, *fields)
-        if reach > limit:
-            raise _Refused(f"{shown(name)} reaches beyond the place of the members")
-    begin, end = spans.get(f"{root}byteorder", (0, 0))
-    if end > begin and data[begin:end] != b"little":
-        raise _Refused("written on a big-endian machine, which is not read")
-    return root, spans
+def _chain(data: np.ndarray, at: int) -> Any:
+    """The value of a file of PyTorch before 1.6, whose first pickle ends at `at`."""
+    none: Callable[[Any], np.ndarray] = _no_storage
+    version, at = _pickle_at(data, at, none, _MAX_PREFIX)
+    machine, at = _pickle_at(data, at, none, _MAX_PREFIX)
+    if version != 1001 or _expect(machine, dict).get("little_endian") is not True:
+        raise Refused("of an unknown version, or written on a big-endian machine; neither is read")
+    sizes: dict[str, int] = {}
+    _, after = _pickle_at(data, at, lambda tag: _class_of(tag) or _measured(data, sizes, tag))
+    keys, end = _pickle_at(data, after, none)
+    spans: dict[str, tuple[int, int]] = {}
+    for key in _expect(keys, list):
+        begin, size = end + 8, sizes.get(_expect(key, str))
+        if size is None or key in spans:
+            raise Refused(f"lists the storage {shown(key)}, which is of no tensor or listed before")
+        end = begin + size
+        if end > data.size:
+            raise Refused(f"truncated: its storages end at {end}, the file at {data.size}")
+        spans[key] = begin, end
+    if end != data.size:
+        raise Refused(f"its storages end at {end}, the file at {data.size}: followed by other bytes")
+    counted: set[str] = set()
+    return _pickle_at(data, at, lambda tag: _class_of(tag) or _listed(data, spans, counted, tag))[0]
 
 
-def _directory(data: memoryview) -> tuple[int, dict[str, tuple[int, ...]]]:
-    """Where the archive's directory begins, and (offset, size, packed size, method, flags, mode) by member name."""
-    end = len(data) - 22
-    if end < 0 or data[end:][:4] != b"PK\5\6":
-        raise _Refused("truncated or followed by other bytes: it does not end with a zip directory")
-    count, length, start = narrow = struct.unpack_from("<H2L", data, end + 10)
-    if end >= 76 and data[end - 20 :][:4] == b"PK\6\7":  # zip64, for what does not fit 16 or 32 bits
-        end -= 76
-        count, length, start = wide = struct.unpack_from("<3Q", data, end + 32)
-        agree = all(a in (b, top) for a, b, top in zip(narrow, wide, (2**16 - 1, 2**32 - 1, 2**32 - 1), strict=True))
-        if data[end:][:4] != b"PK\6\6" or not agree:
-            raise _Refused("its two zip directories disagree")
-    if start + length != end or count > _MAX_MEMBERS:
-        raise _Refused(f"its zip directory ({count} members in {length} bytes at {start}) is damaged or too large")
-    members, position = {}, start
-    for _ in range(count):
-        signature, flags, method, packed, size, names, extras, comments, mode, offset = struct.unpack_from(
-            "<4s4x2H8x2L3H6xHL", data, position
-        )
-        name = str(data[position + 46 :][:names], "utf-8")
-        extra = data[position + 46 + names :][:extras]
-        position += 46 + names + extras + comments
-        if signature != b"PK\1\2" or position > end:
-            raise _Refused("its zip directory is damaged")
-        if name in members:
-            raise _Refused(f"holds {shown(name)} twice")
-        size, packed, offset = _widened(extra, [size, packed, offset])
-        members[name] = offset, size, packed, method, flags, mode
-    if position != end:
-        raise _Refused("its zip directory holds more than it says")
-    return start, members
+def _pickle_at(data: np.ndarray, at: int, storage: Callable[[Any], np.ndarray], most: int | None = None):
+    """The value of the pickle that begins somewhere in a file, and where it ends."""
+    value, length = _interpret(data[at : at + (_MAX_PICKLE if most is None else most)].tobytes(), storage)
+    return value, at + length
 
 
-def _widened(extra: memoryview, values: list[int]) -> list[int]:
-    """Sizes and offset of a member, those that do not fit 32 bits taken from its zip64 field."""
-    while len(extra) >= 4:
-        kind, length = struct.unpack_from("<2H", extra)
-        if kind == 1:
-            wide = iter(struct.unpack_from(f"<{length // 8}Q", extra, 4))
-            return [next(wide, value) if value == 2**32 - 1 else value for value in values]
-        extra = extra[4 + length :]
-    return values
+def _no_storage(tag: Any) -> np.ndarray:
+    raise Refused("its pickle uses BINPERSID where no tensor can be: refused")
 
 
-def _span(data: memoryview, name: str, offset: int, size: int, packed: int, method: int, flags: int, mode: int):
-    """(begin, end) of a member's bytes, by its local header, which must say what the directory says."""
-    if offset + 30 > len(data):
-        raise _Refused(f"{shown(name)} lies outside the file")
-    signature, own_flags, own_method, own_packed, own_size, names, extras = struct.unpack_from(
-        "<4s2x2H8x2L2H", data, offset
-    )
-    if signature != b"PK\3\4" or data[offset + 30 :][:names] != name.encode():
-        raise _Refused(f"{shown(name)} does not lie where the zip directory says")
-    if (flags | own_flags) & 0x2041:
-        raise _Refused(f"{shown(name)} is encrypted")
-    if method or own_method:
-        raise _Refused(f"{shown(name)} is compressed, which torch.save does not do")
-    if mode & 0o170000 not in (0, 0o100000, 0o040000):
-        raise _Refused(f"{shown(name)} is a link, not a file")
-    # A local header leaves its sizes open where they follow the bytes (flag 8), and sets all their bits above 4 GB.
-    allowed = {size, 2**32 - 1, 0 if own_flags & 8 else size}
-    if packed != size or not {own_packed, own_size} <= allowed:
-        raise _Refused(f"{shown(name)} has two sizes")
-    begin = offset + 30 + names + extras
-    return begin, begin + size
+def _measured(data: np.ndarray, sizes: dict[str, int], tag: Any) -> np.ndarray:
+    """Remembers the bytes of a storage of a chain; what it holds is not known yet, and any bytes stand for it."""
+    dtype, key, count, _ = _of_chain(tag)
+    size = count * dtype.itemsize
+    if size > data.size or sizes.setdefault(key, size) != size:
+        raise Refused(f"the storage {shown(key)} has two sizes, or more bytes than the file")
+    return data[:size].view(dtype)
+
+
+def _listed(data: np.ndarray, spans: dict[str, tuple[int, int]], counted: set[str], tag: Any) -> np.ndarray:
+    """A storage of a chain, as one axis."""
+    dtype, key, count, view = _of_chain(tag)
+    if key not in spans:
+        raise Refused(f"lacks the storage {shown(key)}, the bytes of one of its tensors")
+    begin, end = spans[key]
+    if key not in counted and int.from_bytes(data[begin - 8 : begin].tobytes(), "little") != count:
+        raise Refused(f"the storage {shown(key)} has two sizes")
+    counted.add(key)
+    array = data[begin:end].view(dtype)
+    if view is None:
+        return array
+    _, offset, length = _expect(view, tuple)
+    if _size(offset) + _size(length) > array.size:
+        raise Refused(f"a view reaches beyond the storage {shown(key)}")
+    return array[offset : offset + length]
+
+
+def _class_of(tag: Any) -> Opaque | None:
+    """The class that a persistent id ("module", class, file, source) of a chain names; None for a storage's."""
+    is_class = len(_expect(tag, tuple)) == 4 and isinstance(tag[0], str) and tag[0] == "module"
+    return _expect(tag[1], Opaque) if is_class else None
+
+
+def _of_chain(tag: Any) -> tuple[np.dtype, str, int, Any]:
+    """Parts of a chain's persistent id ("storage", dtype, key, device, number of elements, view of it)."""
+    kind, dtype, key, _, count, view = _expect(tag, tuple)
+    if _expect(kind, str) != "storage":
+        raise Refused(f"its pickle names a {shown(kind)} where a storage is expected: refused")
+    return _expect(dtype, np.dtype), _expect(key, str), _size(count), view
 
 
 # The pickle. What it holds may be crafted: a value is looked into only once its type is known, and never printed whole.
 
 
-def _interpret(code: bytes, storage: Callable[[Any], np.ndarray]) -> Any:
-    """The value that a pickle describes; `storage` gives the array of a persistent id."""
+def _interpret(code: bytes, storage: Callable[[Any], np.ndarray]) -> tuple[Any, int]:
+    """The value that a pickle describes, and its bytes; `storage` gives the array of a persistent id."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -232,19 +231,19 @@ def _interpret(code: bytes, storage: Callable[[Any], np.ndarray]) -> Any:
         """Removes the topmost values: `count` of them, or all since the last mark."""
         start = marks.pop() if count is None else len(stack) - count
         if not (marks[-1] if marks else 0) <= start <= len(stack):
-            raise _Refused("a damaged checkpoint: its pickle takes more values than it made")
+            raise Refused("a damaged checkpoint: its pickle takes more values than it made")
         values = stack[start:]
         del stack[start:]
         return values
 
-    for count, (opcode, value, _) in enumerate(pickletools.genops(code)):
+    for count, (opcode, value, position) in enumerate(pickletools.genops(code)):
         if count > _MAX_OPCODES:
-            raise _Refused(f"its data.pkl has more than {_MAX_OPCODES} opcodes")
+            raise Refused(f"its data.pkl has more than {_MAX_OPCODES} opcodes")
         match opcode.name:
             case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
                 index = len(memo) if value is None else value
                 if index > count:
-                    raise _Refused(f"its pickle remembers a value {index} when it has made at most {count}")
+                    raise Refused(f"its pickle remembers a value {index} when it has made at most {count}")
                 memo[index] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[value])
@@ -276,25 +275,25 @@ def _interpret(code: bytes, storage: Callable[[Any], np.ndarray]) -> Any:
             case "REDUCE":
                 function, arguments = take(2)
                 if _expect(function, Opaque).name not in _CALLS:
-                    raise _Refused(f"would run {function.name}: not a plain checkpoint, refused")
+                    raise Refused(f"would run {function.name}: not a plain checkpoint, refused")
                 stack.append(_CALLS[function.name](*_expect(arguments, tuple)))
             case "NEWOBJ":
                 kind, _ = take(2)
                 if _expect(kind, Opaque).name != _PARAMETERS:
-                    raise _Refused(f"would make a {kind.name}: not a plain checkpoint, refused")
+                    raise Refused(f"would make a {kind.name}: not a plain checkpoint, refused")
                 stack.append(_Parameters())
             case "BUILD":
                 (state,) = take(1)  # attributes, such as a state dict's `_metadata`: only one class here has any
                 if isinstance(_expect(stack[-1], dict, Opaque), _Parameters):
                     stack[-1].update(_expect(_expect(state, dict).get("_parameters"), dict))
             case "STOP":
-                return stack.pop()
+                return stack.pop(), position + 1
             case "PROTO" if value <= 5:
                 pass
             case "FRAME":
                 pass
             case _:
-                raise _Refused(f"its pickle uses {opcode.name}, which torch.save does not write: refused")
+                raise Refused(f"its pickle uses {opcode.name}, which torch.save does not write: refused")
 
 
 class _Parameters(dict):
@@ -307,7 +306,7 @@ _FRESH |= {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
 
 def _expect(value: Any, *kinds: type) -> Any:
     if not isinstance(value, kinds):
-        raise _Refused(f"its pickle treats a {type(value).__name__} as a {kinds[0].__name__}: refused")
+        raise Refused(f"its pickle treats a {type(value).__name__} as a {kinds[0].__name__}: refused")
     return value
 
 
@@ -316,18 +315,22 @@ def _named(name: str) -> Any:
         return _DTYPES[name]
     if name in _CALLS or name in _CLASSES:
         return Opaque(name)
-    if name.startswith("torch.") and name.endswith("Storage"):
-        raise _Refused(f"holds a {shown(name)}, which has no counterpart here")
-    raise _Refused(f"would run {shown(name)}: not a plain checkpoint, refused")
+    if (
+        name.startswith("torch.")
+        and name.endswith("Storage")
+        or re.fullmatch(r"torch\.(u?int|float|complex|q)\w+", name)
+    ):
+        raise Refused(f"holds a {shown(name)}, which has no counterpart here")
+    raise Refused(f"would run {shown(name)}: not a plain checkpoint, refused")
 
 
 def _set_items(target: dict[Any, Any], values: list[Any]) -> None:
     for key, value in zip(values[::2], values[1::2], strict=True):
         # Tuples are left out: to hash a crafted one can take for ever.
         if not (isinstance(key, str | Opaque) or (type(key) is int and 0 <= key < _MAX_KEY)):
-            raise _Refused(f"has a dict with a {type(key).__name__} as key; known are texts and small whole numbers")
+            raise Refused(f"has a dict with a {type(key).__name__} as key; known are texts and small whole numbers")
         if key in target:
-            raise _Refused(f"holds {shown(str(key))} twice in one dict")
+            raise Refused(f"holds {shown(str(key))} twice in one dict")
         target[key] = value
 
 
@@ -336,17 +339,17 @@ def _storage(data: np.ndarray, root: str, spans: dict[str, tuple[int, int]], tag
     kind, dtype, key, _, count = _expect(tag, tuple)
     name = f"{root}data/{_expect(key, str)}"
     if _expect(kind, str) != "storage" or name not in spans:
-        raise _Refused(f"lacks {shown(name)}, the bytes of one of its tensors")
+        raise Refused(f"lacks {shown(name)}, the bytes of one of its tensors")
     begin, end = spans[name]
     length = _size(count) * _expect(dtype, np.dtype).itemsize
     if length > end - begin:
-        raise _Refused(f"{shown(name)} has {end - begin} bytes, too few for {count} of {dtype}")
+        raise Refused(f"{shown(name)} has {end - begin} bytes, too few for {count} of {dtype}")
     return data[begin : begin + length].view(dtype)
 
 
 def _size(number: Any) -> int:
     if type(number) is not int or not 0 <= number < 2**48:
-        raise _Refused(f"a tensor has an impossible size, stride or offset ({type(number).__name__})")
+        raise Refused(f"a tensor has an impossible size, stride or offset ({type(number).__name__})")
     return number
 
 
@@ -355,23 +358,32 @@ def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, meta
     shape = tuple(map(_size, _expect(size, tuple)))
     steps = tuple(map(_size, _expect(stride, tuple)))
     if _expect(storage, np.ndarray).ndim != 1 or not storage.flags.c_contiguous or metadata:
-        raise _Refused("a tensor is not a plain view of a storage")
+        raise Refused("a tensor is not a plain view of a storage")
     if len(shape) != len(steps) or len(shape) > 8:
-        raise _Refused(f"a tensor has {len(shape)} sizes and {len(steps)} strides; at most 8 of each are read")
+        raise Refused(f"a tensor has {len(shape)} sizes and {len(steps)} strides; at most 8 of each are read")
     count = math.prod(shape)
     if not count:
         return np.ndarray(shape, storage.dtype, storage.view(np.uint8))
     last = _size(offset) + sum((length - 1) * step for length, step in zip(shape, steps, strict=True))
     if count > storage.size or last >= storage.size:
-        raise _Refused(f"a tensor of shape {shape} reaches beyond its storage of {storage.size} elements")
+        raise Refused(f"a tensor of shape {shape} reaches beyond its storage of {storage.size} elements")
     strides = [step * storage.itemsize for step in steps]
     return np.ndarray(shape, storage.dtype, storage.view(np.uint8), offset * storage.itemsize, strides)
+
+
+def _typed_tensor(storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None) -> np.ndarray:
+    """torch._utils._rebuild_tensor_v3: a view of the bytes of a storage as a type that has no storage of its own."""
+    wanted = _expect(dtype, np.dtype)
+    data = _expect(storage, np.ndarray)
+    if data.dtype != np.uint8 or data.ndim != 1 or data.size % wanted.itemsize:
+        raise Refused(f"a tensor of {wanted} is not a plain view of a storage of bytes")
+    return _tensor(data.view(wanted), offset, size, stride, requires_grad, hooks, metadata)
 
 
 def _empty_set(parts: Any) -> Opaque:
     """A module keeps one among its attributes."""
     if _expect(parts, list):
-        raise _Refused("would run builtins.set: not a plain checkpoint, refused")
+        raise Refused("would run builtins.set: not a plain checkpoint, refused")
     return Opaque("set")
 
 
@@ -386,6 +398,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch.Size": lambda sizes: _expect(sizes, tuple),
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _typed_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, requires_grad, hooks: _expect(tensor, np.ndarray),
     "numpy.dtype": lambda *_: Opaque("numpy.dtype"),
     "numpy.core.multiarray.scalar": lambda *_: Opaque("NumPy scalar"),
@@ -404,14 +417,14 @@ def _check_tree(value: Any, size: int) -> None:
             return 0, 1 + getattr(value, "nbytes", 0)
         if id(value) not in measured:
             if depth > _MAX_LEVELS:
-                raise _Refused(f"has more than {_MAX_LEVELS} levels")
+                raise Refused(f"has more than {_MAX_LEVELS} levels")
             measured[id(value)] = None
             parts = [measure(part, depth + 1) for part in (value.values() if isinstance(value, dict) else value)]
             measured[id(value)] = 1 + max((a for a, _ in parts), default=0), 1 + sum(b for _, b in parts)
         if (result := measured[id(value)]) is None:
-            raise _Refused("has a part that holds itself")
+            raise Refused("has a part that holds itself")
         return result
 
     levels, unfolded = measure(value, 0)
     if levels > _MAX_LEVELS or unfolded > _MAX_UNFOLDED * size:
-        raise _Refused(f"shares its parts so often that {size} bytes would become {unfolded}, in {levels} levels")
+        raise Refused(f"shares its parts so often that {size} bytes would become {unfolded}, in {levels} levels")

@@ -6,11 +6,21 @@ each network.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 Pairs = tuple[tuple[str, str], ...]
+
+# What files hold beside networks and no network needs, by whole keys.
+_IGNORABLE = re.compile(
+    r"(.*\.)?(position_ids|logit_scale|logit_bias|num_batches_tracked)"
+    r"|betas|alphas_cumprod(_prev)?|alphas|(sqrt|log)_\w*alphas_cumprod|posterior_\w+|lvlb_weights|logvar|scale_factor"
+    r"|denoiser\.sigmas|v_pred|ztsnr"  # buffers of the noise schedule, marks of web interfaces
+    r"|model_ema\..*|n_averaged|decay|num_updates"  # an average that was not asked for, its counters
+    r"|(cond_stage_model|text_encoders)\.(clip_[lg]\.)?text_projection"  # a matrix beside a tower that has its own
+    r"|loss\..*|(optimizer\w*|lr_schedulers?|callbacks|loops)(\..*)?|global_step|epoch|step"  # of training
+)
 
 
 @dataclass(frozen=True)
@@ -20,7 +30,7 @@ class KeyTable:
     Attributes:
       prefix: what this library's keys begin with, and what is written.
       accepted: prefixes that a file may have in its place; "" stands for none.
-      outside: pattern of our names that do not begin with the prefix.
+      outside: pattern of names, ours and the file's, that do not begin with the prefix.
       ignored: patterns of keys that carry nothing the network needs (buffers, parts of a larger file).
       modules: (ours, theirs), names of modules without the prefix.
       splits: (ours, theirs), names without the prefix of a tensor that the file has once and of the leaves that are the
@@ -45,7 +55,7 @@ class KeyTable:
         if any(re.fullmatch(pattern, key) for pattern in self.ignored):
             return ()
         if re.fullmatch(self.outside, key):
-            return (key,)
+            return (_rename(key, self._ours),)
         if not (self.prefix and key.startswith(self.prefix)):
             for prefix in sorted(self.accepted, key=len, reverse=True):
                 if key.startswith(prefix):
@@ -56,9 +66,17 @@ class KeyTable:
     def to_theirs(self, key: str) -> str:
         """The file's name of a key of the library's, with `prefix`: the inverse of `to_ours`."""
         if re.fullmatch(self.outside, key):
-            return key
+            return _rename(key, self._theirs)
         key = key.removeprefix(self.prefix)
         return self.prefix + (self._fused.get(key) or _rename(key, self._theirs))
+
+    def prefix_of(self, keys: Iterable[str]) -> str:
+        """What most of a file's keys begin with, of the prefixes that it may have."""
+        keys = list(keys)
+        counts = {prefix: sum(map(lambda key, p=prefix: key.startswith(p), keys)) for prefix in self.accepted}
+        own = sum(key.startswith(self.prefix) for key in keys) if self.prefix else 0
+        best = max((prefix for prefix in counts if prefix), key=counts.__getitem__, default="")
+        return best if best and counts[best] > own else self.prefix if own else ""
 
     def parts(self, key: str) -> tuple[str, ...]:
         """The library's names of what lies in a file's fused tensor, none for any other; the key is with `prefix`."""
@@ -86,6 +104,11 @@ class KeyTable:
 
 
 PLAIN = KeyTable()
+
+
+def ignorable(key: str) -> bool:
+    """Whether a file's key, whole, is one of those that files hold beside networks and that no network needs."""
+    return _IGNORABLE.fullmatch(key) is not None
 
 
 def _rename(key: str, names: Mapping[str, str]) -> str:

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ from bdm_jax.formats.files import (
 )
 from bdm_jax.formats.layouts import to_torch
 from bdm_jax.formats.pickles import is_checkpoint, state_dict
+from bdm_jax.formats.scales import scaled
+from bdm_jax.formats.tables import ignorable
 
 _INDEX = re.compile(r"\.index(\.\w+)?\.json$")
 SOURCE_KEYS = "bdm_jax.names"  # in the header of a file in this library's layout: {our name: the name before}
@@ -38,13 +40,24 @@ class FormerName(NamedTuple):
     transposed: bool = False
 
 
-_TAESD_FILES = ("taesd_encoder", "taesd_decoder")
+TAESD_FILES = ("taesd_encoder", "taesd_decoder")
 # Names of weights in a component folder, the safe format first.
 _STEMS = tuple(name.removesuffix(".safetensors") for name in (DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS))
 _NAMES = tuple(f"{stem}{{}}.safetensors" for stem in (*_STEMS, "pytorch_model"))
 _NAMES += (JAX_WEIGHTS.replace(".", "{}.", 1),)
 _NAMES += ("diffusion_pytorch_model{}.bin", "pytorch_model{}.bin")
 VARIANTS = ("", "fp16", "bf16", "non_ema", "ema")
+
+# What trainers put around the names of a network: torch.compile, FSDP and activation checkpointing wherever the wrapped
+# module lies; DataParallel, DeepSpeed and Lightning before all names.
+_INNER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_OUTER = ("module.", "_forward_module.", "model.")
+_IN_MODEL = re.compile(
+    r"model\.(model|(first|cond)_stage_model|conditioner|control_model|unet|vae|text_(model|encoder)|embeddings|encoder"
+    r"|input_blocks|(down|up|mid)_blocks?)\."
+)
+_MAX_WRAPPERS = 10  # one within another; each takes time in proportion to the names
+_LDM_UNET = "model.diffusion_model."  # which is no wrapper
 
 
 @dataclass(frozen=True)
@@ -56,12 +69,18 @@ class Weights:
       tensors: by name, in PyTorch's layouts whatever the file's were; memory-mapped.
       metadata: of the file's header.
       names: where the file is in this library's layout, what its tensors were called before.
+      keys: what the tensors that are called otherwise here are called in the file.
     """
 
     path: Path
     tensors: Tensors
     metadata: dict[str, str]
     names: dict[str, FormerName] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+
+    def in_file(self, key: str) -> str:
+        """What a tensor is called in the file."""
+        return self.keys.get(key, key)
 
     def as_before(self) -> Tensors:
         """The tensors under the names that they had before they came into this library's layout, and fused as then.
@@ -71,7 +90,7 @@ class Weights:
         before: dict[str, dict[int, np.ndarray]] = {}
         counts: dict[str, int] = {}
         for key, array in self.tensors.items():
-            name = self.names.get(key, FormerName(key))
+            name = self.names.get(key, FormerName(self.in_file(key)))
             before.setdefault(name.key, {})[name.part] = array.T if name.transposed else array
             counts[name.key] = name.parts
         for key, parts in before.items():
@@ -87,16 +106,52 @@ def read_weights(path: str | Path, variant: str | None = None) -> Weights:
     """The tensors of a weight file, of an index and its shards, or of a component folder.
 
     In a folder, `variant` ("fp16") chooses among the files that diffusers names after it; without it the plain file
-    is taken, or the only variant there is. Raises FileError that names the file and what is wrong.
+    is taken, or the only variant there is. What trainers put around all names is taken off (`unwrapped`), and weights
+    that come with a scale are multiplied by it. Raises FileError that names the file and what is wrong.
     """
-    path = Path(path)
+    weights = _read(Path(path), variant)
+    names = unwrapped(weights.tensors)
+    tensors = {name: weights.tensors[key] for name, key in names.items()}
+    keys = {name: weights.in_file(key) for name, key in names.items() if weights.in_file(key) != name}
+    formerly = {name: weights.names[key] for name, key in names.items() if key in weights.names}
+    return replace(weights, tensors=scaled(weights.path, tensors), names=formerly, keys=keys)
+
+
+def unwrapped(keys: Iterable[str]) -> dict[str, str]:
+    """Names of tensors without what trainers wrap them in -> the names as they are. No two become the same."""
+    found = _shorter({key: key for key in keys}, lambda name: _INNER.sub("", name))
+    for _ in range(_MAX_WRAPPERS):
+        if (prefix := _wrapper(found)) is None:
+            break
+        shorter = _shorter(found, lambda name, prefix=prefix: name.removeprefix(prefix))
+        if shorter is found:
+            break
+        found = shorter
+    return found
+
+
+def _shorter(names: dict[str, str], change: Any) -> dict[str, str]:
+    changed = {change(name): key for name, key in names.items()}
+    return changed if len(changed) == len(names) and "" not in changed else names
+
+
+def _wrapper(names: Iterable[str]) -> str | None:
+    """What all names of weights begin with that says nothing."""
+    weights = [name for name in names if not ignorable(name)]
+    found = next((prefix for prefix in _OUTER if weights and all(name.startswith(prefix) for name in weights)), None)
+    if found == "model." and any(name.startswith(_LDM_UNET) for name in weights):
+        return None
+    return found if found != "model." or any(map(_IN_MODEL.match, weights)) else None
+
+
+def _read(path: Path, variant: str | None = None) -> Weights:
     if is_taesd(path):
-        halves = {name: read_safetensors(path / f"{name}.safetensors") for name in _TAESD_FILES}
+        halves = {name: read_safetensors(path / f"{name}.safetensors") for name in TAESD_FILES}
         tensors = {f"{name}.{key}": array for name, half in halves.items() for key, array in half.items()}
         return Weights(path, tensors, {})
     if path.is_dir():
         path = _file_in(path, variant)
-    if _INDEX.search(path.name):
+    if is_index(path.name):
         return _read_shards(path)
     if is_checkpoint(path):
         return Weights(path, state_dict(path), {})
@@ -108,7 +163,7 @@ def read_weights(path: str | Path, variant: str | None = None) -> Weights:
 
 def is_taesd(path: Path) -> bool:
     """Whether a folder holds a TAESD as its author publishes it: two files, no config."""
-    return all((path / f"{name}.safetensors").is_file() for name in _TAESD_FILES)
+    return all((path / f"{name}.safetensors").is_file() for name in TAESD_FILES)
 
 
 def _from_jax(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Weights:
@@ -117,14 +172,15 @@ def _from_jax(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Weights
         before = {key: _former_name(value) for key, value in json.loads(metadata.get(SOURCE_KEYS, "{}")).items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FileError(f"{path}: {SOURCE_KEYS} in its header is not a table of names") from error
-    torch, names = {}, {}
+    torch, names, keys = {}, {}, {}
     for key, array in tensors.items():
         name, torch_array = to_torch(key, array)
         torch[name] = torch_array
+        keys[name] = key
         names[name] = before.get(key, FormerName(name))
     if len({(name.key, name.part) for name in names.values()}) < len(tensors):
         raise FileError(f"{path}: two tensors had the same name")
-    return Weights(path, torch, metadata, names)
+    return Weights(path, torch, metadata, names, keys)
 
 
 def names_in_header(names: Mapping[str, FormerName]) -> str:
@@ -139,29 +195,52 @@ def _former_name(value: Any) -> FormerName:
     return name
 
 
-def _file_in(folder: Path, variant: str | None) -> Path:
-    """The weight file, or index, of a component folder."""
+def weights_among(names: Collection[str], variant: str | None = None) -> str | None:
+    """Which of the files in a component folder is read: its weight file, or the index of their shards; None for none.
+
+    `variant` as of `read_weights`.
+    """
     for wanted in VARIANTS if variant is None else (variant,):
         dotted = f".{wanted}" if wanted else ""
         for pattern in _NAMES:
             name = pattern.format(dotted)
             for candidate in (name, f"{name}.index.json", pattern.format("") + f".index{dotted}.json"):
-                if (folder / candidate).is_file():
-                    return folder / candidate
-    which = f"weights of the variant {variant!r}" if variant else "weights"
-    raise FileError(f"{folder}: no {which}; expected {DIFFUSERS_WEIGHTS} or {TRANSFORMERS_WEIGHTS}")
+                if candidate in names:
+                    return candidate
+    return None
 
 
-def _read_shards(index: Path) -> Weights:
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> the file, in the index's own folder, that it lies in. Raises FileError for what is no such index."""
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise FileError(f"{index}: no weight_map")
+    for shard in sorted(map(str, table.values())):
+        if Path(shard).name != shard or is_index(shard):
+            raise FileError(f"{index}: names {shown(shard)}, which is no weight file in its folder")
+    return {key: str(shard) for key, shard in table.items()}
+
+
+def is_index(name: str) -> bool:
+    """Whether a file is the index of others, by its name."""
+    return bool(_INDEX.search(name))
+
+
+def _file_in(folder: Path, variant: str | None) -> Path:
+    """The weight file, or index, of a component folder."""
+    name = weights_among({path.name for path in folder.iterdir() if path.is_file()}, variant)
+    if name is None:
+        which = f"weights of the variant {variant!r}" if variant else "weights"
+        raise FileError(f"{folder}: no {which}; expected {DIFFUSERS_WEIGHTS} or {TRANSFORMERS_WEIGHTS}")
+    return folder / name
+
+
+def _read_shards(index: Path) -> Weights:
+    table = weight_map(index)
     tensors: Tensors = {}
     metadata: dict[str, str] = {}
-    for shard in sorted(set(map(str, table.values()))):
-        if Path(shard).name != shard or _INDEX.search(shard):
-            raise FileError(f"{index}: names {shown(shard)}, which is no weight file in its folder")
-        found = read_weights(index.parent / shard)
+    for shard in sorted(set(table.values())):
+        found = _read(index.parent / shard)
         if twice := sorted(found.tensors.keys() & tensors.keys()):
             raise FileError(f"{index}: {shown(twice[0])} lies in two shards")
         tensors |= found.tensors

@@ -1,6 +1,7 @@
 """One network in memory: loaded from what `formats.open` found, saved as diffusers or transformers reads it."""
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,9 @@ from bdm_jax.formats.files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, Tenso
 from bdm_jax.formats.layouts import tree_from_torch, tree_to_torch
 from bdm_jax.formats.open import Found, find, pick_network
 from bdm_jax.models.config import BranchConfig, Config, from_json, to_json
-from bdm_jax.models.functional import Params, abstract
+from bdm_jax.models.functional import Params, abstract, is_int8
 from bdm_jax.systems import families
+from bdm_jax.systems.fetch import local
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -30,6 +32,7 @@ class Component(NamedTuple):
 
 def config_of(found: Found) -> Config:
     """The sizes of a network that was found. Raises UserError for what these networks do not implement."""
+    found.check()
     try:
         return from_json(found.values)
     except (TypeError, ValueError) as error:
@@ -44,18 +47,19 @@ def load_found(found: Found, dtype: str | None = None) -> Component:
     config, target = config_of(found), _dtype(dtype or default_dtype())
     if isinstance(config, BranchConfig) and any("cond_embedding" in key for key in found.tensors):
         warnings.warn(f"{found.path}: a branch has no hint image: the hint network in it is left out", stacklevel=2)
-    tree = tree_from_torch(found.tensors, abstract(config), str(found.path), found.table)
+    tree = tree_from_torch(found.tensors, abstract(config), str(found.path), found.table, found.names, found.prefix)
     params = {key: jax.device_put(np.array(value, target, order="C")) for key, value in tree.items()}
     return Component(config, params)
 
 
 def load_component(path: str | Path, dtype: str | None = None, kind: str | None = None) -> Component:
-    """Read one network from a component folder or a file.
+    """Read one network from a component folder or a file, which may also be named on a hub (see `systems.fetch`).
 
     Weights come as `dtype`, by default float32 on a CPU and bfloat16 on an accelerator, on JAX's default device.
     `kind` is needed where a file holds several networks. Raises UserError or FileError that names what is missing,
     unknown or misshaped.
     """
+    path = local(path, kind)
     return load_found(pick_network(find(path), path, kind, families.other_kinds(kind)), dtype)
 
 
@@ -84,8 +88,23 @@ def save_component(
 
 
 def default_dtype() -> str:
-    """The type of weights and computation unless asked: float32 on a CPU, bfloat16 on an accelerator."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    """The type of weights and computation unless asked: float32 on a CPU, bfloat16 on an accelerator that has it, else
+    float16 (NVIDIA's before compute capability 8, as T4 and V100).
+    """
+    if jax.default_backend() == "cpu":
+        return "float32"
+    capability = getattr(jax.local_devices()[0], "compute_capability", None)  # of NVIDIA's: "7.5"
+    old = re.fullmatch(r"(\d+)\.\d+", str(capability))
+    return "float16" if old and int(old[1]) < 8 else "bfloat16"
+
+
+def in_dtype(component: Component, dtype: str) -> Component:
+    """The network with its weights in another type, but for those in int8; itself where they are of it."""
+    config, params = component
+    target = _dtype(dtype)
+    if all(is_int8(value) or value.dtype == target for value in params.values()):
+        return component
+    return Component(config, {key: x if is_int8(x) else x.astype(target) for key, x in params.items()})
 
 
 def as_dtype(tensors: Tensors, dtype: str, name: str) -> Tensors:

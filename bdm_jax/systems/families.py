@@ -41,7 +41,8 @@ class Part:
       configs: the config classes that may stand there; none for a tokenizer.
       kinds: what else a network is called, by itself in a file, that may stand there (see `formats.detect`).
       entry: (library, class) in model_index.json; None for what diffusers' pipelines do not have.
-      lora: what the keys of this network begin with in LoRA files in kohya's names, the one that is written first.
+      lora: what the keys of this network begin with in LoRA files, in kohya's names, of which the first is written, and
+        in ComfyUI's.
       embedding: what files of textual inversion for several text encoders call this one.
       pad: of a tokenizer that comes with no system of its own: the token that fills windows, if not its usual one.
       mirrors: of a bridge's part: the backbone's part whose plug-ins may change this one in its place.
@@ -167,7 +168,12 @@ class Family:
 
 
 _DIFFUSERS, _TRANSFORMERS = "diffusers", "transformers"
-_UNET = Part("unet", (UNetConfig,), entry=(_DIFFUSERS, "UNet2DConditionModel"), lora=("lora_unet_",))
+_UNET = Part(
+    "unet",
+    (UNetConfig,),
+    entry=(_DIFFUSERS, "UNet2DConditionModel"),
+    lora=("lora_unet_", "oft_unet_", "diffusion_model.", "model.diffusion_model."),
+)
 _VAE = Part(
     "vae",
     (VAEConfig, TinyVAEConfig),
@@ -178,7 +184,7 @@ _CLIP = Part(
     "text_encoder",
     (CLIPTextConfig,),
     entry=(_TRANSFORMERS, "CLIPTextModel"),
-    lora=("lora_te_", "lora_te1_"),
+    lora=("lora_te_", "lora_te1_", "text_encoders.clip_l.transformer."),
     embedding="clip_l",
     flag="Another English text encoder: a component folder or a file.",
 )
@@ -204,7 +210,7 @@ _BIGG = Part(
     (CLIPTextConfig,),
     kinds=("text_encoder",),
     entry=(_TRANSFORMERS, "CLIPTextModelWithProjection"),
-    lora=("lora_te2_",),
+    lora=("lora_te2_", "text_encoders.clip_g.transformer."),
     embedding="clip_g",
     flag="Another second English text encoder (SDXL): a component folder or a file.",
 )
@@ -359,7 +365,7 @@ def embedding_names() -> dict[str, str]:
 
 
 def lora_prefixes() -> dict[str, str]:
-    """What the keys of LoRA files begin with -> the network: kohya's names, and diffusers' (the part's own)."""
+    """What the keys of LoRA files begin with -> the network: `Part.lora`, and diffusers' names (the part's own)."""
     changed = [part for part in parts() if part.lora]
-    kohya = {prefix: part.name for part in changed for prefix in part.lora}
-    return kohya | {f"{part.name}.": part.name for part in changed}
+    named = {prefix: part.name for part in changed for prefix in part.lora}
+    return named | {f"{part.name}.": part.name for part in changed}

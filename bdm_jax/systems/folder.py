@@ -1,5 +1,6 @@
 """Systems on disk: a diffusers-style pipeline folder, single files, parts from elsewhere in place of a system's own."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,15 +11,14 @@ from bdm_jax.diffusion.schedule import Schedule
 from bdm_jax.errors import UserError, unknown
 from bdm_jax.formats.files import read_json
 from bdm_jax.formats.open import Found, find, pick_network
-from bdm_jax.models.config import to_json
+from bdm_jax.formats.weights import weights_among
 from bdm_jax.paths import TOKENIZERS, no_such
 from bdm_jax.systems import families
 from bdm_jax.systems.components import Component, config_of, load_found
 from bdm_jax.systems.families import Family
+from bdm_jax.systems.index import CHECKERS, INDEX, SCHEDULE, read_index
 from bdm_jax.text.tokenizer import Tokenizer
 
-SCHEDULE, INDEX = "scheduler_config.json", "model_index.json"
-_GUIDANCE, _MASKED, _ZERO_EMPTY = "_bdm_guidance", "_bdm_masked", "force_zeros_for_empty_prompt"
 # For text encoders that come without their tokenizer: vocabulary -> (bundled folder, tokens in a window).
 _BUNDLED = {49408: (TOKENIZERS / "clip", 77), 21128: (TOKENIZERS / "chinese", 52)}
 
@@ -55,10 +55,11 @@ def find_system(model: Path, variant: str | None = None) -> FoundSystem:
         raise no_such(model, "model folder")
     if model.is_file() or (model / "config.json").is_file():
         return _in_file(model, variant)
+    index = read_index(model / INDEX)
     networks, tokenizers = {}, {}
     for part in families.parts():
         folder = model / part.name
-        if part.name in families.names() and folder.is_dir():
+        if part.name in families.names() and folder.is_dir() and any(folder.iterdir()):
             if part.configs:
                 networks[part.name] = pick_network(find(folder, variant), folder, part.name, part.kinds)
             else:
@@ -66,7 +67,21 @@ def find_system(model: Path, variant: str | None = None) -> FoundSystem:
     schedule = load_schedule(model / "scheduler") if (model / "scheduler").is_dir() else None
     if not networks and not tokenizers and schedule is None:
         raise _not_whole(model, families.SD15.backbone_names)
-    return FoundSystem(networks, tokenizers, schedule, **_read_index(model / INDEX))
+    found = FoundSystem(networks, tokenizers, schedule, **index)
+    if left := strangers(model, found):
+        warnings.warn(f"{model}: no part of a {found.family.title} system: {', '.join(left)}: left out", stacklevel=2)
+    return found
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder is that of a system: it has model_index.json or component folders."""
+    return (folder / INDEX).is_file() or any((child / "config.json").is_file() for child in folder.iterdir())
+
+
+def strangers(model: Path, found: FoundSystem) -> list[str]:
+    """Component folders of a pipeline folder that its system has no place for, but those that only check its images."""
+    inside = {child.name for child in model.iterdir() if (child / "config.json").is_file()} - CHECKERS
+    return sorted((inside | {*found.networks, *found.tokenizers}) - found.family.parts.keys())
 
 
 def find_parts(
@@ -75,6 +90,7 @@ def find_parts(
     """A system with another backbone, and with other networks by name, in place of its own.
 
     Of a backbone all that it has is taken, with its tokenizers and its guidance. A text encoder brings its tokenizer.
+    `variant` chooses among the weight files of the model and the backbone, and of the networks that have it.
     """
     found = find_system(model, variant)
     if backbone is not None:
@@ -86,8 +102,8 @@ def find_parts(
     for name, path in networks.items():
         if name not in known:
             raise unknown("part of a system", name, known)
-        part = pick_network(find(path, variant), path, name, families.other_kinds(name))
-        beside = _tokenizer_beside(name, path)
+        part = pick_network(find(path, _of_part(path, variant)), path, name, families.other_kinds(name))
+        beside = tokenizer_beside(name, path)
         found = replace(found, networks={**found.networks, name: part}, tokenizers={**found.tokenizers, **beside})
     for name, path in networks.items():
         if name not in found.family.parts:
@@ -120,30 +136,6 @@ def load_parts(
         elif name != "scheduler":
             parts[name] = part if isinstance(part, Tokenizer) else Tokenizer.from_pretrained(part)
     return family, parts, schedule
-
-
-def model_index(
-    family: Family,
-    configs: Mapping[str, Any],
-    guidance: float | None = None,
-    masked: bool = False,
-    zero_empty: bool | None = None,
-) -> dict[str, Any]:
-    """model_index.json of a system whose networks have these configs; to diffusers, names with _ are nothing."""
-    zero_empty = family.zero_empty if zero_empty is None else zero_empty
-    entries = dict(family.index)
-    for name, part in family.parts.items():
-        if part.entry is not None:
-            library, cls = part.entry
-            values = to_json(configs[name]) if name in configs else {}
-            entries[name] = [library, values.get("_class_name", cls)]
-    return {
-        "_class_name": family.pipeline_class,
-        _GUIDANCE: family.guidance if guidance is None else guidance,
-        **({_MASKED: True} if masked else {}),
-        **({_ZERO_EMPTY: zero_empty} if family.zero_empty or zero_empty else {}),
-        **dict(sorted({**entries, "scheduler": ["diffusers", family.scheduler_class]}.items())),
-    }
 
 
 def scheduler_values(family: Family, schedule: Schedule) -> dict[str, Any]:
@@ -180,8 +172,24 @@ def bundled_tokenizer(words: int, pad: str | None = None) -> Tokenizer | None:
     return Tokenizer.from_pretrained(folder, length, pad)
 
 
+def tokenizer_beside(encoder: str, path: Path) -> dict[str, Path | None]:
+    """The tokenizer that a text encoder's folder holds or has beside it; None (a bundled one) where it has none."""
+    name = families.tokenizer_of(encoder)
+    if name is None:
+        return {}
+    files = ("tokenizer.json", "vocab.txt", "vocab.json")
+    inside = path.is_dir() and any((path / file).is_file() for file in files)
+    beside = path.parent / name if path.name == encoder else path / name
+    return {name: path if inside else beside if beside.is_dir() else None}
+
+
 def _in_file(model: Path, variant: str | None) -> FoundSystem:
-    found = find(model, variant)
+    found = find(model, variant, whole=True)
+    if beside := [name for name in found if name not in families.names()]:
+        if len(beside) == len(found):
+            raise UserError(f"{model}: holds {', '.join(beside)}, which is no part of a system")
+        warnings.warn(f"{model}: its {', '.join(beside)} is no part of a system: left out", stacklevel=2)
+        found = {name: part for name, part in found.items() if name not in beside}
     encoders = {name: tokenizer for name in found if (tokenizer := families.tokenizer_of(name)) is not None}
     prediction = found["unet"].prediction if "unet" in found else None
     if prediction is None and encoders:  # a whole SD1.x or SDXL model that says nothing predicts epsilon
@@ -208,33 +216,11 @@ def _with_backbone(found: FoundSystem, other: FoundSystem) -> FoundSystem:
     )
 
 
-def _tokenizer_beside(encoder: str, path: Path) -> dict[str, Path | None]:
-    """The tokenizer that a text encoder's folder holds or has beside it; None (a bundled one) where it has none."""
-    name = families.tokenizer_of(encoder)
-    if name is None:
-        return {}
-    files = ("tokenizer.json", "vocab.txt", "vocab.json")
-    inside = path.is_dir() and any((path / file).is_file() for file in files)
-    beside = path.parent / name if path.name == encoder else path / name
-    return {name: path if inside else beside if beside.is_dir() else None}
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    """A folder that others made has no settings of its own, perhaps not even the file."""
-    values = read_json(path) if path.is_file() else {}
-    kinds = {
-        "guidance": (_GUIDANCE, int | float, "a number"),
-        "masked": (_MASKED, bool, "true or false"),
-        "zero_empty": (_ZERO_EMPTY, bool, "true or false"),
-    }
-    settings = {}
-    for name, (key, kind, what) in kinds.items():
-        if key in values:
-            value = values[key]
-            if not isinstance(value, kind) or (name == "guidance" and isinstance(value, bool)):
-                raise UserError(f"{path}: {key}={value!r} is not {what}")
-            settings[name] = float(value) if name == "guidance" else value
-    return {"pipeline_class": values.get("_class_name"), "settings": settings}
+def _of_part(path: Path, variant: str | None) -> str | None:
+    """The variant of a network that is named by itself: none where its folder has no such file."""
+    if variant is None or not path.is_dir():
+        return variant
+    return variant if weights_among({file.name for file in path.iterdir()}, variant) else None
 
 
 def _not_whole(model: Path, missing) -> UserError:

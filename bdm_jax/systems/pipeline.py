@@ -14,9 +14,11 @@ from bdm_jax.errors import UserError, unknown
 from bdm_jax.formats.files import write_json
 from bdm_jax.models.functional import is_int8
 from bdm_jax.systems import families
-from bdm_jax.systems.components import Component, save_component
+from bdm_jax.systems.components import Component, in_dtype, save_component
 from bdm_jax.systems.families import Family
-from bdm_jax.systems.folder import INDEX, SCHEDULE, find_parts, load_parts, model_index, scheduler_values
+from bdm_jax.systems.fetch import local_parts
+from bdm_jax.systems.folder import find_parts, load_parts, scheduler_values
+from bdm_jax.systems.index import INDEX, SCHEDULE, model_index
 from bdm_jax.systems.int8 import to_int8
 from bdm_jax.text import readers
 from bdm_jax.text.tokenizer import Tokenizer
@@ -104,6 +106,10 @@ class BridgePipeline:
         parts = {**fields.pop("parts", self.parts), **changes}
         return replace(self, parts={name: part for name, part in parts.items() if part is not None}, **fields)
 
+    def in_dtype(self, dtype: str) -> "BridgePipeline":
+        """This system with the weights of its networks, which they compute in too, as float32, bfloat16 or float16."""
+        return self.replace(**{name: in_dtype(component, dtype) for name, component in self.networks.items()})
+
     def without_bridge(self) -> "BridgePipeline":
         """The bare backbone."""
         return self.replace(**dict.fromkeys(name for name in self.family.bridge_names if name in self.parts))
@@ -121,17 +127,27 @@ class BridgePipeline:
         """Read a system: a pipeline folder, with other parts in place of its own.
 
         Args:
-          model: a pipeline folder, or a single file that holds all of a backbone's networks (a bare backbone, then).
-          dtype: the weights' type in memory: by default float32 on a CPU and bfloat16 on an accelerator.
+          model: a pipeline folder, or a single file that holds all of a backbone's networks (a bare backbone, then);
+            like all that follow also a name on a hub, or a link (see `systems.fetch`).
+          dtype: the weights' type in memory: by default what the device can (`components.default_dtype`).
           backbone: a pipeline folder or single file whose networks (those it has) are taken.
           variant: which of a folder's weight files to take ("fp16"), where it has several.
           networks: by name (vae, text_encoder, branch, branch_text_encoder, ...), a component folder or a file.
 
         Raises UserError or FileError that names the folder, file or weight that is missing or does not fit.
         """
-        given = {name: Path(path) for name, path in networks.items() if path is not None}
-        found = find_parts(Path(model), None if backbone is None else Path(backbone), given, variant)
-        return cls(*load_parts(Path(model), found, dtype), **found.settings)
+        known = [part.name for part in families.parts() if part.configs and part.name in families.names()]
+        for name in networks:
+            if name == "torch_dtype":
+                raise UserError("unknown option 'torch_dtype': it is called dtype here, as in dtype='float16'")
+            if name not in known:
+                raise unknown("part of a system", name, known)
+        for name, path in {"model": model, "backbone": backbone, **networks}.items():
+            if not isinstance(path, str | Path) and (path is not None or name == "model"):
+                raise UserError(f"{name} {path!r}: expected the path of a folder or file")
+        model, backbone, given = local_parts(model, backbone, networks, variant)
+        found = find_parts(model, backbone, given, variant)
+        return cls(*load_parts(model, found, dtype), **found.settings)
 
     def save_pretrained(
         self, folder: str | Path, dtype: str = "float16", metadata: Mapping[str, str] | None = None
@@ -179,6 +195,8 @@ class BridgePipeline:
         if 0 < len(missing) < len(family.bridge):
             raise UserError(f"a bridge needs {', '.join(family.bridge_names)}; missing: {', '.join(missing)}")
         for name, component in self.networks.items():
+            if not isinstance(component, Component):
+                raise UserError(f"{name} {component!r:.60}: expected a Component, as load_component gives")
             kinds = family.parts[name].configs
             if not isinstance(component.config, kinds):
                 expected = " or ".join(kind.__name__ for kind in kinds)

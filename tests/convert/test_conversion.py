@@ -163,7 +163,7 @@ def test_inspect_says_what_fits(tiny, tiny_folder, ldm_file, tmp_path, capsys):
     write_safetensors(tmp_path / "x.safetensors", tensors, size_metadata(tiny.unet.config))
     assert main(["inspect", str(tmp_path / "x.safetensors")]) == 2
     out = capsys.readouterr().out
-    assert "missing: time_embedding.linear_2.bias" in out and "unknown: more.scale" in out
+    assert "missing: time_embedding.linear_2.bias" in out and "unknown: more.weight" in out
     assert "mid_block.resnets.0.conv1.bias: 1 values are NaN or infinite" in out
 
 
@@ -242,6 +242,30 @@ def test_real_files_are_recognised(file, words):
     assert contents_of(SHARED / file)[1].name == words
 
 
+def test_plugins_are_inspected_by_what_draws_with_them(tmp_path, capsys):
+    """Names of embeddings as prompts have them, LoRAs of diffusers before peft by network, keys that are not read."""
+
+    def inspect(file):
+        code = main(["inspect", str(tmp_path / file)])
+        return code, " ".join(capsys.readouterr().out.split())
+
+    vectors = torch.ones(2, 8)
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "21ink"}, tmp_path / "ink.pt")
+    code, out = inspect("ink.pt")
+    assert code == 0 and "ink.pt: Textual Inversion (A1111): 21ink or ink 1 tensors" in out
+    text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer"
+    names = [f"mid_block.attentions.0.attn{i}.processor.to_{x}_lora" for i in (1, 2) for x in ("q", "out")]
+    factors = {
+        f"{name}.{half}.weight": np.ones((2, 2), np.float32) for name in [*names, text] for half in ("up", "down")
+    }
+    write_safetensors(tmp_path / "old.safetensors", factors, {})
+    code, out = inspect("old.safetensors")
+    assert code == 0 and "LoRA (diffusers or peft), modules: 1 of text_encoder, 4 of unet 10 tensors" in out
+    write_safetensors(tmp_path / "more.safetensors", factors | {"unet.more_lora": np.ones(3, np.float32)}, {})
+    code, out = inspect("more.safetensors")
+    assert code == 1 and "not understood: unet.more_lora" in out
+
+
 @pytest.mark.parametrize("command", ["to-jax", "to-torch"])
 def test_bad_input_leaves_nothing(command, tiny_folder, tmp_path, capsys):
     (tmp_path / "there").mkdir()
@@ -255,6 +279,22 @@ def test_bad_input_leaves_nothing(command, tiny_folder, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "there"]
 
 
+@pytest.mark.parametrize(
+    ("source", "name", "flags", "message"),
+    [
+        ("folder", "x.ckpt", (), "a folder is written here, choose a name without .ckpt (to-torch --layout ldm"),
+        ("file", "x.safetensors", ("--layout", "diffusers"), "a folder is written here, choose a name without .saf"),
+        ("folder", "x.ckpt", ("--layout", "ldm"), "what is written is safetensors, choose a name that ends in"),
+        ("file", "x.bin", (), "what is written is safetensors, choose a name that ends in .safetensors"),
+    ],
+)
+def test_the_name_says_what_is_written(source, name, flags, message, tiny_folder, ldm_file, tmp_path, capsys):
+    given = tiny_folder if source == "folder" else ldm_file
+    assert main(["to-torch", str(given), str(tmp_path / name), *flags]) == 2
+    assert f"error: {tmp_path / name}: {message}" in " ".join(capsys.readouterr().err.split())
+    assert not any(tmp_path.iterdir())
+
+
 def test_two_names_for_one_weight(tiny_folder, tmp_path):
     tensors = dict(read_weights(tiny_folder / "text_encoder").tensors)
     key = "text_model.final_layer_norm.bias"
@@ -265,6 +305,26 @@ def test_two_names_for_one_weight(tiny_folder, tmp_path):
         load_component(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize(
+    "arguments", [("to-jax",), ("to-torch",), ("to-torch", "--layout", "diffusers")], ids=lambda one: " ".join(one)
+)
+def test_weights_that_are_not_finite_are_converted_with_a_note(arguments, tiny_folder, tmp_path, recwarn):
+    """It names the first as the file has it, and counts the others; of sound weights nothing is said."""
+    tensors = {key: np.array(value) for key, value in read_weights(tiny_folder / "vae").tensors.items()}
+    command, *options = arguments
+    end = "" if options else ".safetensors"  # a folder, or a file
+    write_safetensors(tmp_path / "sound.safetensors", {f"vae.{key}": array for key, array in tensors.items()}, {})
+    assert main([command, str(tmp_path / "sound.safetensors"), str(tmp_path / f"a{end}"), *options]) == 0
+    assert not recwarn.list
+    tensors["quant_conv.bias"][0], tensors["encoder.conv_in.weight"][0, 0, 1, 1] = np.nan, -np.inf
+    write_safetensors(tmp_path / "x.safetensors", {f"vae.{key}": array for key, array in tensors.items()}, {})
+    assert main([command, str(tmp_path / "x.safetensors"), str(tmp_path / f"b{end}"), *options]) == 0
+    (said,) = [str(warning.message) for warning in recwarn.list]
+    assert "x.safetensors: NaN or infinite values in vae." in said and ", and in 1 more: converted as they are" in said
+    found = read_weights(tmp_path / f"b{end}").tensors
+    assert sum(int((~np.isfinite(array)).sum()) for array in found.values()) == 2
+
+
 def test_weight_too_large_for_half_leaves_nothing(tiny_folder, tmp_path):
     tensors = {key: np.array(value) for key, value in read_weights(tiny_folder / "vae").tensors.items()}
     tensors["quant_conv.bias"][0] = 1e5
@@ -272,3 +332,80 @@ def test_weight_too_large_for_half_leaves_nothing(tiny_folder, tmp_path):
     with pytest.raises(UserError, match="quant_conv.bias has values beyond float16's range"):
         to_torch(tmp_path / "x.safetensors", tmp_path / "y.safetensors", dtype="float16")
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+REPORTS = SHARED.parent / "reports" / "files"
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("inkstyle.pt", "Textual Inversion (A1111): 21charturnerv2"),
+        ("legacy_ti.pt", "Textual Inversion (A1111)"),
+        ("lora-comfy.safetensors", "LoRA (CompVis' names)"),
+        ("lora-default_0.safetensors", "LoRA (diffusers or peft)"),
+        ("lora-glora.safetensors", "LoRA (kohya)"),
+        ("lora-kohya-same-weights.safetensors", "LoRA (kohya)"),
+        ("lora-named-adapter.safetensors", "LoRA (diffusers or peft)"),
+        ("lora-oft.safetensors", "LoRA (kohya)"),
+        (SHARED / "lora/cloneofsimo/lora_disney.safetensors", "LoRA (cloneofsimo)"),
+        (SHARED / "lora/cloneofsimo/lora_disney_inpainting.safetensors", "LoRA (cloneofsimo)"),
+        (SHARED / "lora/cloneofsimo/analog_svd_rank4.safetensors", "LoRA (cloneofsimo)"),
+        (SHARED / "textual-inversion/fastai-diffusion-nbs.learned_embeds.bin", "Textual Inversion: <birb-style>"),
+        (SHARED / "taesd", "TAESD vae (original)"),
+        (SHARED / "taesd/taesd_decoder.safetensors", "half of a TAESD"),
+    ],
+)
+def test_inspect_understands_every_real_file(file, words, capsys):
+    if not (REPORTS / file).exists():
+        pytest.skip(f"needs {REPORTS / file}")
+    assert main(["inspect", str(REPORTS / file), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["contents"].startswith(words) and not report["rest"] and not report["refused"]
+
+
+VECTORS = torch.arange(6.0).reshape(2, 3)
+WEIGHTS = {"down": torch.ones(1, 8), "up": torch.ones(8, 1)}
+OLD = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora"
+PLUGINS = {
+    "A1111": ({"string_to_token": {"*": 265}, "string_to_param": {"*": VECTORS}, "name": "ink", "step": 3}, 0, "ink"),
+    "LDM": ({"string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(VECTORS)})}, 0, "Textual Inversion"),
+    "diffusers": ({"ink": VECTORS[0]}, 0, "Textual Inversion: ink"),
+    "a bare tensor": (VECTORS, 0, "Textual Inversion"),
+    "not finite": ({"<a>": VECTORS / 0}, 2, "Textual Inversion"),
+    "cloneofsimo": ([WEIGHTS["up"], WEIGHTS["down"]] * 2, 0, "LoRA (cloneofsimo)"),
+    "attention processors": ({f"{OLD}.{name}.weight": w for name, w in WEIGHTS.items()}, 0, "LoRA (diffusers or peft)"),
+    "LoRA with more": (
+        {f"{OLD}.up.weight": WEIGHTS["up"], f"{OLD}.down.weight": WEIGHTS["down"], "odd": VECTORS},
+        1,
+        "LoRA (diffusers or peft)",
+    ),
+    "IP-Adapter": ({"image_proj": {"proj.weight": VECTORS}, "ip_adapter": {"1.to_k_ip.weight": VECTORS}}, 0, "IP-"),
+    "nothing known": ({"odd": torch.ones(2, 2, 2)}, 2, "unknown"),
+}
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("kind", PLUGINS)
+def test_inspect_reads_plug_ins_as_drawing_does(kind, old, tmp_path, capsys):
+    value, status, words = PLUGINS[kind]
+    torch.save(value, tmp_path / "x.pt", _use_new_zipfile_serialization=not old)
+    assert main(["inspect", str(tmp_path / "x.pt"), "--json"]) == status
+    report = json.loads(capsys.readouterr().out)
+    assert words in report["contents"]
+    assert report["rest"] == (["odd"] if "odd" in str(value) else [])
+
+
+@pytest.mark.parametrize(
+    ("head", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html>Access denied</html>", "a web page or XML"),
+        (b"GGUF\3\0\0\0" + bytes(40), "a GGUF file"),
+        (b"\xff\xd8\xff\xe0" + bytes(40), r"a picture \(JPEG\)"),
+    ],
+)
+def test_what_is_no_weight_file_is_named(head, what, tmp_path, capsys):
+    (tmp_path / "x.safetensors").write_bytes(head)
+    assert main(["inspect", str(tmp_path / "x.safetensors")]) == 2
+    assert f"x.safetensors: not a safetensors file but {what}".replace("\\", "") in capsys.readouterr().err

@@ -111,7 +111,7 @@ def test_families(values, family):
         ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "LoRA (kohya)"),
         ("lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a", "LoRA (kohya)"),
         ("unet.down_blocks.0.attentions.0.proj_in.lora_A.weight", "LoRA (diffusers or peft)"),
-        ("mid_block.attentions.0.attn1.processor.to_q_lora.up.weight", "LoRA (cloneofsimo)"),
+        ("mid_block.attentions.0.attn1.processor.to_q_lora.up.weight", "LoRA (diffusers or peft)"),
         ("string_to_param.*", "Textual Inversion (A1111)"),
         ("<cat>", "Textual Inversion"),
         ("image_proj.proj.weight", "IP-Adapter"),

@@ -104,6 +104,19 @@ def test_damaged_file_is_named(damage, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_file_of_another_kind_is_named_alone(tmp_path):
+    """What its first bytes would be as a header's length says nothing; where the kind is unknown it does."""
+    path = tmp_path / "a.safetensors"
+    for head, said in (
+        (b"\x89PNG\r\n\x1a\n", "not a safetensors file but a picture (PNG)"),
+        (b"\xff" * 8, f"not a safetensors file, or a truncated one (header of {2**64 - 1} bytes)"),
+    ):
+        path.write_bytes(head + bytes(32))
+        with pytest.raises(FileError) as error:
+            read_safetensors(path)
+        assert str(error.value) == f"{path}: {said}"
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileError, match="nowhere.safetensors.*No such file"):
         read_safetensors(tmp_path / "nowhere.safetensors")

@@ -1,125 +1,34 @@
-"""Files made to harm: pickles that run commands, archives that lie, and thousands of damaged ones.
-
-The archives are put together by hand, since no honest writer makes them.
-"""
+"""Files made to harm: pickles that run commands, and archives that lie. Thousands of damaged ones: test_damaged.py."""
 
 import io
 import os
 import pickle
 import re
-import struct
 import tarfile
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from checkpoints import (
+    EMPTY,
+    GOOD,
+    Part,
+    archive,
+    chain,
+    checkpoint,
+    in_chain,
+    mapping,
+    members,
+    named,
+    of,
+    refused,
+    storage,
+    tensor,
+)
 
 import bdm_jax.formats.pickles
 from bdm_jax.errors import FileError
-from bdm_jax.formats.files import read_safetensors, write_safetensors
-from bdm_jax.formats.pickles import read_checkpoint, state_dict
-
-
-@dataclass
-class Part:
-    """One member of an archive, and how what is said of it differs from what it is."""
-
-    name: str
-    data: bytes = b""
-    flags: int = 0
-    method: int = 0
-    mode: int = 0
-    size: int | None = None  # in the directory
-    own_size: int | None = None  # in its own header
-    own_name: str | None = None
-    offset: int | None = None
-
-    def header(self):
-        size = len(self.data) if self.own_size is None else self.own_size
-        name = (self.own_name or self.name).encode("utf-8", "surrogateescape")
-        fields = (b"PK\3\4", 0, self.flags, self.method, 0, 0, 0, size, size, len(name), 0)
-        return struct.pack("<4s5H3L2H", *fields) + name
-
-
-def archive(parts, *, count=None, start=None, wide=None):
-    """A zip file of parts; `wide` replaces fields of its zip64 directory, which is written if it is given."""
-    body = directory = b""
-    for part in parts:
-        size = len(part.data) if part.size is None else part.size
-        offset = len(body) if part.offset is None else part.offset
-        name, extra = part.name.encode("utf-8", "surrogateescape"), b""
-        if max(size, offset) >= 2**32:
-            extra = struct.pack("<2H3Q", 1, 24, size, size, offset)
-            size = offset = 2**32 - 1
-        fields = (part.flags, part.method, 0, 0, 0, size, size, len(name), len(extra), 0, 0, 0, part.mode << 16, offset)
-        directory += struct.pack("<4s6H3L5H2L", b"PK\1\2", 0, 0, *fields) + name + extra
-        body += part.header() + part.data
-    count, start = len(parts) if count is None else count, len(body) if start is None else start
-    end = b""
-    if wide is not None:
-        fields = {"count": count, "length": len(directory), "start": start} | wide
-        end = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 0, 0, 0, 0, fields["count"], *fields.values())
-        end += struct.pack("<4sLQL", b"PK\6\7", 0, start + len(directory), 1)
-        count, start = min(fields["count"], 2**16 - 1), min(start, 2**32 - 1)
-    end += struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, len(directory), start, 0)
-    return body + directory + end
-
-
-def of(value):
-    """The opcodes of a plain value; nothing goes into the memo."""
-    pickler = pickle.Pickler(file := io.BytesIO(), 2)
-    pickler.fast = True
-    pickler.dump(value)
-    return file.getvalue()[2:-1]
-
-
-def named(name):
-    module, _, last = name.rpartition(".")
-    return f"c{module}\n{last}\n".encode()
-
-
-def storage(key="0", kind="torch.FloatStorage", count=4):
-    return b"(" + of("storage") + named(kind) + of(key) + of("cpu") + of(count) + b"tQ"
-
-
-EMPTY = named("collections.OrderedDict") + b")R"
-
-
-def tensor(size=(4,), stride=(1,), offset=0, held=None, rest=b"\x89" + EMPTY):
-    size = size if isinstance(size, bytes) else of(size)
-    parts = (storage() if held is None else held) + of(offset) + size + of(stride) + rest
-    return named("torch._utils._rebuild_tensor_v2") + b"(" + parts + b"tR"
-
-
-def mapping(**values):
-    return b"}(" + b"".join(of(name) + value for name, value in values.items()) + b"u"
-
-
-def members(code, data=bytes(range(16)), protocol=2):
-    pickled = bytes([0x80, protocol]) + code + b"."
-    return [
-        Part("x/data.pkl", pickled),
-        Part("x/byteorder", b"little"),
-        Part("x/data/0", data),
-        Part("x/version", b"3\n"),
-    ]
-
-
-def checkpoint(code, **options):
-    return archive(members(code, **options))
-
-
-GOOD = mapping(a=tensor(), b=mapping(c=tensor((2, 2), (1, 2))), n=of(3))
-
-
-def refused(path, content, message=""):
-    path.write_bytes(content)
-    for read in (read_checkpoint, state_dict):
-        with pytest.raises(FileError, match=re.escape(f"{path}: ") + f".*{message}") as error:
-            read(path)
-        text = str(error.value)
-        assert text.isprintable() and len(text) < len(str(path)) + 450  # one line, without control characters
+from bdm_jax.formats.pickles import read_checkpoint
 
 
 def test_the_archive_made_by_hand_is_read(tmp_path):
@@ -206,6 +115,19 @@ def test_no_command_is_run(attack, tmp_path):
     assert not canary.exists()
 
 
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_no_command_is_run_by_a_chain(attack, tmp_path):
+    canary = tmp_path / "canary"
+    code = in_chain(ATTACKS[attack](f"touch {canary}"))
+    refused(tmp_path / "x.pt", chain(code))
+    for at in (1, 2, 4):  # in the place of another of its pickles
+        parts = [of(value) for value in (1001, {"little_endian": True})] + [GOOD, of(["0"])]
+        parts.insert(0, of(0x1950A86A20F9469CFC6C))
+        parts[at] = code
+        refused(tmp_path / "x.pt", b"".join(b"\x80\2" + part + b"." for part in parts))
+    assert not canary.exists()
+
+
 def test_what_would_run_is_named(tmp_path):
     refused(
         tmp_path / "x.ckpt", checkpoint(run("os.system", "x")), "would run os.system: not a plain checkpoint, refused"
@@ -239,7 +161,7 @@ def legacy(code):
         (lambda code: code, "a bare pickle.*save it again"),
         (lambda code: code[2:], "not a PyTorch checkpoint.*save it again"),
         (tarred, "a tar file.*save it again"),
-        (legacy, "the format of PyTorch before 1.6.*save it again"),
+        (legacy, "would run os.system: not a plain checkpoint, refused"),
         (lambda code: b"", "not a PyTorch checkpoint"),
         (lambda code: b"PK\3\4", "truncated"),
     ],
@@ -290,6 +212,18 @@ ARCHIVES = {
     "no members": (archive([]), "not a PyTorch checkpoint|truncated"),
     "a program": (archive([*members(GOOD), Part("x/code/__torch__.py")]), "a TorchScript program"),
     "constants": (archive([*members(GOOD), Part("x/constants.pkl")]), "a TorchScript program"),
+    "no folder": (archive([Part(part.name[2:], part.data) for part in members(GOOD)]), "not in one folder"),
+    "two folders": (archive([*members(GOOD), Part("y/a")]), "not in one folder"),
+    "a folder in place of a member": (archive(changed(0, attributes=0x10)), "x/data.pkl lies on another disk, or is a"),
+    "a member on another disk": (archive(changed(2, disk=1)), "x/data/0 lies on another disk"),
+    "several disks": (archive(members(GOOD), disks=(1, 0, 4)), "speaks of several disks"),
+    "a directory on another disk": (archive(members(GOOD), disks=(0, 1, 4)), "speaks of several disks"),
+    "fewer members on this disk": (archive(members(GOOD), disks=(0, 0, 3)), "speaks of several disks"),
+    "several disks in 64 bits": (archive(members(GOOD), wide={}, locator=(0, 2)), "speaks of several disks"),
+    "another disk in 64 bits": (archive(members(GOOD), wide={}, locator=(1, 1)), "speaks of several disks"),
+    "version 0": (archive(changed(3, data=b"0\n")), "x/version is 0, which PyTorch does not read either"),
+    "version 11": (archive(changed(3, data=b"11\n")), "x/version is 11, which PyTorch"),
+    "no number as version": (archive(changed(3, data=b"\x1b[31m")), "x/version is .*, which PyTorch"),
     "big-endian": (archive(changed(1, data=b"big")), "big-endian"),
     "too many members": (archive(members(GOOD), wide={"count": 200_001}), "200001 members"),
     "no end of members": (archive(members(GOOD), wide={"count": 2**64 - 1}), "members"),
@@ -309,6 +243,28 @@ ARCHIVES = {
 @pytest.mark.parametrize("defect", ARCHIVES)
 def test_archive_that_lies(defect, tmp_path):
     refused(tmp_path / "x.ckpt", *ARCHIVES[defect])
+
+
+HEADS = {b"PK\3\4": 30, b"PK\1\2": 46, b"PK\5\6": 22, b"PK\6\6": 56, b"PK\6\7": 20}
+
+
+@pytest.mark.parametrize("form", ["narrow", "wide"])
+@pytest.mark.filterwarnings("ignore")
+def test_what_pytorch_refuses_is_refused(form, tmp_path, rng):
+    """Every byte of every header, changed: what is read here torch.load reads too, and as the same."""
+    good = archive(members(GOOD), **({"wide": {}} if form == "wide" else {}))
+    starts = [(found.start(), HEADS[sign]) for sign in HEADS for found in re.finditer(re.escape(sign), good)]
+    path, read = tmp_path / "x.ckpt", 0
+    for at in sorted({start + i for start, length in starts for i in range(length)}):
+        for value in {0, 1, good[at] ^ 0x10, int(rng.integers(256))} - {good[at]}:
+            path.write_bytes(good[:at] + bytes([value]) + good[at + 1 :])
+            try:
+                found = read_checkpoint(path)
+            except FileError:
+                continue
+            theirs, read = torch.load(path, weights_only=True), read + 1
+            assert found["a"].tobytes() == theirs["a"].numpy().tobytes() and found["n"] == theirs["n"], (at, value)
+    assert read > 100  # dates and the like
 
 
 # Pickles without a command.
@@ -394,6 +350,87 @@ PICKLES = {
 def test_pickle_that_harms(defect, tmp_path):
     code, message = PICKLES[defect]
     refused(tmp_path / "x.ckpt", checkpoint(code), message)
+    refused(tmp_path / "x.pt", chain(in_chain(code)))
+
+
+def typed(kind="torch.float8_e4m3fn", held=None, size=(4,), offset=0):
+    """A tensor of a type that has no storage of its own."""
+    held = storage(kind="torch.storage.UntypedStorage") if held is None else held
+    parts = held + of(offset) + of(size) + of((1,)) + b"\x89" + EMPTY + named(kind)
+    return named("torch._utils._rebuild_tensor_v3") + b"(" + parts + b"tR"
+
+
+TYPED = {
+    "of another storage": (typed(held=storage()), "not a plain view of a storage of bytes"),
+    "of a shape beyond": (typed(size=(5,)), "reaches beyond its storage of 4"),
+    "of an offset beyond": (typed(offset=1), "reaches beyond"),
+    "of bytes that do not fill it": (
+        typed("torch.float32", storage(kind="torch.storage.UntypedStorage", count=3)),
+        "not a plain view",
+    ),
+    "of another coding": (typed("torch.float8_e4m3fnuz"), "holds a torch.float8_e4m3fnuz"),
+    "of blocks": (typed("torch.float4_e2m1fn_x2"), "holds a torch.float4_e2m1fn_x2"),
+    "of a function": (typed("os.system"), "would run os.system"),
+}
+
+
+@pytest.mark.parametrize("defect", TYPED)
+def test_8_bit_tensor_that_harms(defect, tmp_path):
+    code, message = TYPED[defect]
+    refused(tmp_path / "x.ckpt", checkpoint(code), message)
+    refused(tmp_path / "x.pt", chain(in_chain(code)))
+
+
+CHAINS = {
+    "truncated": (chain(in_chain(GOOD))[:-1], "truncated: its storages end at"),
+    "half": (chain(in_chain(GOOD))[:150], "damaged|more values"),
+    "after the magic number": (chain(in_chain(GOOD))[:16], "damaged"),
+    "followed by other bytes": (chain(in_chain(GOOD), rest=b"x"), "followed by other bytes"),
+    "two files in one": (chain(in_chain(GOOD)) * 2, "followed by other bytes"),
+    "two sizes": (chain(in_chain(GOOD), count=3), "the storage 0 has two sizes"),
+    "an enormous size": (chain(in_chain(GOOD), count=2**63), "the storage 0 has two sizes"),
+    "sizes that differ": (
+        chain(in_chain(mapping(a=tensor(), b=tensor((2,), held=storage(count=2))))),
+        "the storage 0 has two sizes",
+    ),
+    "more bytes than the file": (chain(in_chain(tensor(held=storage(count=2**40)))), "more bytes than the file"),
+    "no storages": (chain(in_chain(GOOD), keys=()), "followed by other bytes|truncated"),
+    "a storage twice": (chain(in_chain(GOOD), keys=("0", "0")), "or listed before"),
+    "a storage of no tensor": (chain(in_chain(GOOD), keys=("0", "1")), "lists the storage 1"),
+    "a storage that is not listed": (chain(in_chain(tensor(held=storage("7"))), b"", keys=(), rest=b""), "followed"),
+    "keys that are none": (chain(in_chain(GOOD), keys=(0,)), "treats a int as a str"),
+    "big-endian": (chain(in_chain(GOOD), little=False), "big-endian"),
+    "another version": (chain(in_chain(GOOD), version=1000), "of an unknown version"),
+    "a module": (chain(in_chain(b"(" + of("module") + of("x") + b"NNNtQ")), "names a module where a storage"),
+    "a class of text": (chain(b"(" + of("module") + of("os.system") + b"NNtQ"), "treats a str as a Opaque"),
+    "a class that is called": (
+        chain(b"(" + of("module") + named("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint") + b"NNtQ)R"),
+        "would run pytorch_lightning",
+    ),
+    "a class that is not known": (chain(b"(" + of("module") + named("os.system") + b"NNtQ"), "would run os.system"),
+    "a view beyond": (
+        chain(tensor(held=storage()[:-2] + of(("v", 2, 3)) + b"tQ")),
+        "a view reaches beyond the storage 0",
+    ),
+    "a view that is negative": (chain(tensor(held=storage()[:-2] + of(("v", -1, 3)) + b"tQ")), "impossible size"),
+    "a view that is a list": (chain(tensor(held=storage()[:-2] + of(["v", 0, 3]) + b"tQ")), "treats a list as a tuple"),
+}
+
+
+@pytest.mark.parametrize("defect", CHAINS)
+def test_chain_that_lies(defect, tmp_path):
+    refused(tmp_path / "x.pt", *CHAINS[defect])
+
+
+def test_the_chain_made_by_hand_is_read(tmp_path):
+    """By torch too; and a view of a storage, as PyTorch 0.1 wrote them, gives the part."""
+    path = tmp_path / "x.pt"
+    path.write_bytes(chain(in_chain(GOOD)))
+    found, theirs = read_checkpoint(path), torch.load(path, weights_only=True)
+    assert found["a"].tobytes() == theirs["a"].numpy().tobytes() == bytes(range(16))
+    assert found["b"]["c"].tobytes() == theirs["b"]["c"].contiguous().numpy().tobytes() and found["n"] == 3
+    path.write_bytes(chain(tensor((3,), held=storage()[:-2] + of(("v", 1, 3)) + b"tQ")))
+    assert read_checkpoint(path).tobytes() == torch.load(path, weights_only=True).numpy().tobytes()
 
 
 def test_one_tensor_a_thousand_times(tmp_path):
@@ -407,103 +444,3 @@ def test_one_tensor_a_thousand_times(tmp_path):
 def test_limits(limit, tmp_path, monkeypatch):
     monkeypatch.setattr(bdm_jax.formats.pickles, limit, 3)
     refused(tmp_path / "x.ckpt", checkpoint(GOOD), "at most 3|more than 3|4 members")
-
-
-# Damage.
-
-
-def damaged(rng, content, other):
-    """One of: flipped bytes, an end cut off, a range moved, dropped or taken from another file, a changed number."""
-    content = bytearray(content)
-    for _ in range(rng.integers(1, 4)):
-        at = int(rng.integers(len(content)))
-        length = int(rng.integers(1, 40))
-        match rng.integers(7):
-            case 0:
-                content[at] = rng.integers(256)
-            case 1:
-                content[at] ^= 1 << int(rng.integers(8))
-            case 2 if rng.random() < 0.3:
-                del content[at + 1 :]
-            case 3:
-                begin = int(rng.integers(len(content)))
-                content[at : at + length] = content[begin : begin + length]
-            case 4:
-                del content[at : at + length]
-                content = content or bytearray(1)
-            case 5:
-                begin = int(rng.integers(len(other)))
-                content[at:at] = other[begin : begin + length]
-            case 6:
-                width = int(rng.choice([1, 2, 4, 8]))
-                number = int(rng.choice([0, 1, 2**7, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**48, 2**63, 2**64 - 1]))
-                content[at : at + width] = (number % 2 ** (8 * width)).to_bytes(width, "little")
-    return bytes(content)
-
-
-def arrays_of(value):
-    if isinstance(value, dict | list | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from arrays_of(part)
-    elif isinstance(value, np.ndarray):
-        yield value
-
-
-def outcome(read, path, content):
-    """Whether the file was read; every byte of what it gives is touched."""
-    path.write_bytes(content)
-    try:
-        arrays = list(arrays_of(read(path)))
-    except FileError as error:
-        assert "\n" not in str(error)
-        return False
-    for array in arrays:
-        assert not array.size or array.copy().nbytes <= len(content)
-    ranges = {(array.__array_interface__["data"][0], array.nbytes) for array in arrays if array.size}
-    assert sum(length for _, length in ranges) <= len(content)
-    return True
-
-
-def saved(value, protocol=2):
-    file = io.BytesIO()
-    torch.save(value, file, pickle_protocol=protocol)
-    return file.getvalue()
-
-
-@pytest.mark.filterwarnings("ignore:invalid escape")  # pickletools decodes an opcode before it is refused
-def test_damaged_checkpoints(tmp_path, rng):
-    weights = {"a": torch.arange(6.0).view(2, 3).t(), "b": torch.ones(5, dtype=torch.bfloat16)}
-    files = [
-        checkpoint(mapping(a=tensor())),
-        archive(members(mapping(a=tensor())), wide={}),
-        saved(weights),
-        saved({"state_dict": weights, "n": 1}, 4),
-    ]
-    codes = [
-        mapping(a=tensor(), b=tensor((2, 2), (1, 2)), n=of(3)),
-        mapping(state_dict=mapping(c=tensor()), n=of([1, ""])),
-    ]
-    path = tmp_path / "x.ckpt"
-    assert all(outcome(state_dict, path, content) for content in [*files, *map(checkpoint, codes)])
-    read = [0, 0]
-    for index in range(800):
-        content = files[index % len(files)]
-        read[0] += outcome(read_checkpoint, path, damaged(rng, content, files[index // 4 % len(files)]))
-    for index in range(800):  # the pickle alone, inside an archive that is in order: the damage gets further
-        read[1] += outcome(state_dict, path, checkpoint(damaged(rng, codes[index % 2], codes[index // 2 % 2])))
-    print(f"of 800 checkpoints {read[0]} were read, of 800 whose pickle is damaged {read[1]}")
-    assert all(0 < count < 800 for count in read)  # else they were damaged too much or not at all
-
-
-def test_damaged_safetensors(tmp_path, rng):
-    a, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones(5, np.float16)
-    write_safetensors(tmp_path / "1", {"a": a, "b": b, "e": b[:0]}, {"format": "pt"})
-    write_safetensors(tmp_path / "2", {"x.y": a[0], "s": np.array(True)}, {})
-    files = [(tmp_path / name).read_bytes() for name in "12"]
-    path = tmp_path / "x.safetensors"
-    assert all(outcome(read_safetensors, path, content) for content in files)
-    read = 0
-    for index in range(1200):
-        read += outcome(read_safetensors, path, damaged(rng, files[index % 2], files[1 - index % 2]))
-    print(f"of 1200 damaged safetensors files {read} were read")
-    assert 0 < read < 1200

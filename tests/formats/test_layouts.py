@@ -91,11 +91,11 @@ def test_wrong_keys_are_named_and_counted():
     expected = functional.abstract(CONFIGS["clip"])
     good = tree_to_torch({key: np.zeros(leaf.shape, np.float32) for key, leaf in expected.items()})
     key = "text_model.final_layer_norm.weight"
-    with pytest.raises(FileError, match=r"f: .*1 missing \(text_model.final_layer_norm.scale\)"):
+    with pytest.raises(FileError, match=r"f: .*1 missing \(text_model.final_layer_norm.weight\)"):
         tree_from_torch({k: v for k, v in good.items() if k != key}, expected, "f", CLIP_TEXT)
-    with pytest.raises(FileError, match=r"1 unknown \(text_model.extra.scale\)"):
+    with pytest.raises(FileError, match=r"1 unknown \(extra.weight\)"):
         tree_from_torch({**good, "extra.weight": np.zeros(2)}, expected, "f", CLIP_TEXT)
-    with pytest.raises(FileError, match=r"1 of another shape \(text_model.final_layer_norm.scale \(3,\) instead of"):
+    with pytest.raises(FileError, match=r"1 of another shape \(text_model.final_layer_norm.weight \(3,\) instead of"):
         tree_from_torch({**good, key: np.zeros(3)}, expected, "f", CLIP_TEXT)
     with pytest.raises(FileError, match="under two names"):
         tree_from_torch({**good, key.removeprefix("text_model."): good[key]}, expected, "f", CLIP_TEXT)

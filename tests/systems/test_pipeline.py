@@ -17,6 +17,7 @@ from bdm_jax.errors import FileError, UserError
 from bdm_jax.formats.files import read_safetensors, write_safetensors
 from bdm_jax.models.functional import bind
 from bdm_jax.models.unet.conditioning import Conditioning
+from bdm_jax.paths import DEMO
 from bdm_jax.systems.components import load_component, save_component
 from bdm_jax.systems.pipeline import BridgePipeline
 
@@ -161,7 +162,7 @@ DAMAGE = {
     ),
     "extra weight": (
         lambda f: change_weights(f / "branch", lambda w: {**w, "more.weight": w["conv_in.bias"]}),
-        r"branch/.*1 unknown \(more.scale\)",
+        r"branch/.*1 unknown \(more.weight\)",
     ),
     "misshaped weight": (
         lambda f: change_weights(f / "text_encoder", lambda w: {**w, "text_model.final_layer_norm.bias": np.zeros(3)}),
@@ -230,3 +231,62 @@ def test_saving_parameters_of_another_config(tiny, tmp_path):
     with pytest.raises(UserError, match="did you mean 'float16'"):
         save_component(tmp_path, *tiny.vae, "float61")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("StableDiffusion3Pipeline", "StableDiffusion3Pipeline"),
+        ("FluxPipeline", "FluxPipeline"),
+        ("StableDiffusionUpscalePipeline", "StableDiffusionUpscalePipeline"),
+        ("AltDiffusionPipeline", "AltDiffusionPipeline"),
+        (["pipeline", "MyPipeline"], r'\["pipeline", "MyPipeline"\]'),
+        (3, "3"),
+    ],
+)
+def test_folder_of_another_system_is_refused_by_name(name, shown, folder):
+    change_json(folder / "model_index.json", _class_name=name)
+    with pytest.raises(UserError, match=f"model_index.json: {shown}, which this library does not have; it has"):
+        BridgePipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionControlNetPipeline", "StableDiffusionImg2ImgPipeline", None])
+def test_folder_of_another_pipeline_of_the_same_parts_is_read(name, folder):
+    change_json(folder / "model_index.json", _class_name=name)
+    assert BridgePipeline.from_pretrained(folder).family.name == "sd15"
+
+
+def test_folders_that_a_system_has_no_place_for_are_noted(folder, capsys):
+    from bdm_jax.convert.__main__ import main
+
+    (folder / "text_encoder_2").mkdir()  # an empty folder is no part
+    assert main(["inspect", str(folder), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [part["kind"] for part in report["parts"]] == list(NETWORKS) and not report["rest"]
+    assert "tokenizer (8514 tokens)" in report["recognised"]
+    shutil.copytree(folder / "text_encoder", folder / "text_encoder_2", dirs_exist_ok=True)
+    shutil.copytree(folder / "unet", folder / "prior")
+    shutil.copytree(folder / "unet", folder / "safety_checker")  # which only looks at pictures
+    with pytest.warns(UserWarning, match="model: no part of a SD1.x system: prior, text_encoder_2: left out"):
+        BridgePipeline.from_pretrained(folder)
+    assert main(["inspect", str(folder)]) == 1
+    assert "not understood: prior, text_encoder_2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "said"),
+    [
+        (None, {}, "model None: expected the path"),
+        (DEMO, {"unet": 1}, "unet 1: expected the path"),
+        (DEMO, {"torch_dtype": None}, "unknown option 'torch_dtype': it is called dtype here"),
+        (DEMO, {"bogus": None}, "unknown part of a system 'bogus'"),
+    ],
+)
+def test_wrong_kinds_are_one_line(model, options, said):
+    with pytest.raises(UserError, match=said):
+        BridgePipeline.from_pretrained(model, **options)
+
+
+def test_a_part_that_is_none_is_named(tiny):
+    with pytest.raises(UserError, match="unet 1: expected a Component"):
+        tiny.replace(unet=1)

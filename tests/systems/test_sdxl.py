@@ -16,7 +16,7 @@ from bdm_jax.paths import TOKENIZERS
 from bdm_jax.plugins.install import with_embeddings, with_loras
 from bdm_jax.plugins.inversion import Embedding
 from bdm_jax.plugins.spec import Spec
-from bdm_jax.sampling import generate as module
+from bdm_jax.sampling import passes as module
 from bdm_jax.sampling.generate import generate
 from bdm_jax.sampling.settings import Request, Sampling
 from bdm_jax.systems import folder as on_disk

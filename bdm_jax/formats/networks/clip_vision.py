@@ -8,18 +8,21 @@ from bdm_jax.formats.networks.network import NetworkInFile, Shapes, count, recor
 from bdm_jax.formats.tables import KeyTable
 
 CLIP_VISION = KeyTable(
-    ignored=(r"(.*\.)?position_ids",), embeddings=r"vision_model\.embeddings\.position_embedding\.weight"
+    ignored=(r"(.*\.)?position_ids", r"(text_model|text_projection)(\..*)?|logit_scale"),
+    embeddings=r"vision_model\.embeddings\.position_embedding\.weight",
 )
+
+_IS_TEXT = re.compile(r"(text_model\.)?embeddings\.(token|word)_embeddings?\.weight").fullmatch
 
 KINDS = {"clip_vision_model": "image_encoder"}
 TABLES = {"clip_vision_model": CLIP_VISION}
 
 
 def find_vision(shapes: Shapes, metadata: Mapping[str, str]) -> list[NetworkInFile]:
-    """The tower of a file, if there is one and no text tower with it."""
+    """The tower of a file, if there is one."""
     patches = "vision_model.embeddings.patch_embedding.weight"
-    if patches not in shapes or any(re.search(r"(token|word)_embeddings?\.weight$", key) for key in shapes):
-        return []  # a whole CLIP is read for its text tower
+    if patches not in shapes or ("visual_projection.weight" not in shapes and any(map(_IS_TEXT, shapes))):
+        return []
     width, _, patch, _ = shapes[patches]
     positions = shapes["vision_model.embeddings.position_embedding.weight"][0] - 1
     config = {

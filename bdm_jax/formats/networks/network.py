@@ -21,7 +21,7 @@ class NetworkInFile:
         image_encoder.
       layout: whose names it has: diffusers, ldm, original, transformers, openclip, cn_clip.
       family: SD1.x, SD1.x inpainting, SD2.x, SDXL, ...
-      prefix: what its keys begin with in the file; `keys` of the file without it are what `table` renames.
+      prefix: what its keys begin with in the file; what follows is what `table` renames.
       table: the file's names and ours.
       config: the values of its config.json.
       prediction: epsilon or v_prediction where it can be known, else None.
@@ -36,7 +36,7 @@ class NetworkInFile:
     prediction: str | None = None
 
     def of(self, file: Mapping[str, T]) -> dict[str, T]:
-        """What of a file (tensors or shapes by name) is this network's, by the name without its prefix."""
+        """What of a file (tensors or shapes by name) lies under its prefix, by the name without it."""
         return below(self.prefix, file)
 
 

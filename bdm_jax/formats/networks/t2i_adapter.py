@@ -21,7 +21,7 @@ def original_t2i_adapter(levels: int, layers: int, light: bool = False) -> KeyTa
 
 
 def find_adapter(shapes: Shapes, metadata: Mapping[str, str]) -> list[NetworkInFile]:
-    """T2I-Adapters. Pixels to a latent, 8 for SD1.x, cannot be told from channels; SDXL's have 16, and 768 inputs."""
+    """T2I-Adapters. The downscale factor does not follow from the channels: 8 for SD1.x, 16 for SDXL."""
     if "adapter.body.0.resnets.0.block1.weight" in shapes:
         table, layout = PLAIN, "diffusers"
     elif "body.0.body.0.block1.weight" in shapes:
@@ -38,8 +38,8 @@ def find_adapter(shapes: Shapes, metadata: Mapping[str, str]) -> list[NetworkInF
     light = f"{body}.0.out_conv.weight" in ours
     levels = count(ours, r"adapter\.body\.(\d+)\..*") - light
     inputs = ours[f"{body}.0.in_conv.weight" if light else "adapter.conv_in.weight"][1]
-    noted = recorded(metadata, "t2i_adapter")
-    factor = noted.get("downscale_factor", 16 if inputs == 768 else 8)
+    settings = recorded(metadata, "t2i_adapter")
+    factor = settings.get("downscale_factor", 16 if inputs == 768 else 8)
     last = "out_conv" if light else "resnets.0.block1"
     config = {
         "_class_name": "T2IAdapter",
@@ -48,7 +48,7 @@ def find_adapter(shapes: Shapes, metadata: Mapping[str, str]) -> list[NetworkInF
         "num_res_blocks": count(ours, r"adapter\.body\.0\.resnets\.(\d+)\..*"),
         "downscale_factor": factor,
         "in_channels": inputs // factor**2,
-        **noted,
+        **settings,
     }
     family = "SDXL" if inputs == 768 else "SD1.x"
     return [NetworkInFile("t2i_adapter", layout, family, "", table, config)]

@@ -46,7 +46,7 @@ def ldm_controlnet(transformer_layers: Sequence[int], layers: int, hints: int = 
 
 def find_unet(shapes: Shapes, metadata: Mapping[str, str]) -> list[NetworkInFile]:
     """The UNet of a file, if there is one."""
-    for prefix in ("model.diffusion_model.", "", "unet.", "model_ema.diffusion_model."):
+    for prefix in ("model.diffusion_model.", "", "unet.", "diffusion_model."):
         if f"{prefix}input_blocks.0.0.weight" in shapes and f"{prefix}out.2.weight" in shapes:
             layout, table = "ldm", ldm_unet(*_ldm_structure(shapes, prefix))
         elif (

@@ -1,0 +1,74 @@
+"""What a pipeline folder's own files are called and say: model_index.json, which names its class and parts."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bdm_jax.errors import UserError
+from bdm_jax.formats.files import read_json, shown
+from bdm_jax.models.config import to_json
+from bdm_jax.systems import families
+from bdm_jax.systems.families import Family
+
+SCHEDULE, INDEX = "scheduler_config.json", "model_index.json"
+CHECKERS = {"safety_checker", "feature_extractor"}  # folders of what only checks images
+_GUIDANCE, _MASKED, _ZERO_EMPTY = "_bdm_guidance", "_bdm_masked", "force_zeros_for_empty_prompt"
+# What diffusers calls pipelines of the parts of SD1.x; others that begin so have other networks.
+_LIKE_SD = re.compile(r"\w{0,4}StableDiffusion(?!3|XL|Upscale|LatentUpscale|ImageVariation|GLIGEN)\w*Pipeline\w*")
+
+
+def model_index(
+    family: Family,
+    configs: Mapping[str, Any],
+    guidance: float | None = None,
+    masked: bool = False,
+    zero_empty: bool | None = None,
+) -> dict[str, Any]:
+    """model_index.json of a system whose networks have these configs; to diffusers, names with _ are nothing."""
+    zero_empty = family.zero_empty if zero_empty is None else zero_empty
+    entries = dict(family.index)
+    for name, part in family.parts.items():
+        if part.entry is not None:
+            library, cls = part.entry
+            values = to_json(configs[name]) if name in configs else {}
+            entries[name] = [library, values.get("_class_name", cls)]
+    return {
+        "_class_name": family.pipeline_class,
+        _GUIDANCE: family.guidance if guidance is None else guidance,
+        **({_MASKED: True} if masked else {}),
+        **({_ZERO_EMPTY: zero_empty} if family.zero_empty or zero_empty else {}),
+        **dict(sorted({**entries, "scheduler": ["diffusers", family.scheduler_class]}.items())),
+    }
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """What a model_index.json says: `pipeline_class` and `settings` (see `FoundSystem`). A folder that others made has
+    no settings of its own, perhaps not even the file. Raises UserError for a class or value that cannot be.
+    """
+    values = read_json(path) if path.is_file() else {}
+    kinds = {
+        "guidance": (_GUIDANCE, int | float, "a number"),
+        "masked": (_MASKED, bool, "true or false"),
+        "zero_empty": (_ZERO_EMPTY, bool, "true or false"),
+    }
+    settings = {}
+    for name, (key, kind, what) in kinds.items():
+        if key in values:
+            value = values[key]
+            if not isinstance(value, kind) or (name == "guidance" and isinstance(value, bool)):
+                raise UserError(f"{path}: {key}={value!r} is not {what}")
+            settings[name] = float(value) if name == "guidance" else value
+    return {"pipeline_class": _class_in(path, values.get("_class_name")), "settings": settings}
+
+
+def _class_in(path: Path, name: Any) -> str | None:
+    """The class that a model_index.json names. Raises UserError for one that none of our families is like."""
+    known = {family.pipeline_class for family in families.FAMILIES.values()}
+    if name is None or (isinstance(name, str) and (name in known or _LIKE_SD.fullmatch(name))):
+        return name
+    if isinstance(name, str) and name.startswith("StableDiffusionXL"):
+        return families.SDXL.pipeline_class
+    which = name if isinstance(name, str) else json.dumps(name)
+    raise UserError(f"{path}: {shown(which)}, which this library does not have; it has {', '.join(sorted(known))}")
