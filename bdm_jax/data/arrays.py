@@ -6,15 +6,18 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import fsspec
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
+from bdm_jax.data.contents import digest_files
 from bdm_jax.data.source import make_record
 from bdm_jax.errors import BadRecord, UserError
+from bdm_jax.images.decode import SUFFIXES
 
-_IMAGES = ("image", "jpg", "jpeg", "png", "webp", "image/encoded", "image_bytes")
+_IMAGES = ("image", *(suffix[1:] for suffix in SUFFIXES), "image/encoded", "image_bytes")
 _MOMENTS, _SHAPE = "moments", "_shape"
 _LISTS = ("captions", "zh_keywords", "en_keywords")  # lists even when they hold a single item
 
@@ -22,7 +25,7 @@ _LISTS = ("captions", "zh_keywords", "en_keywords")  # lists even when they hold
 class ArrayRecordSource:
     """The records of array_record files, in the files' order.
 
-    The image is the bytes feature `image` (or jpg, png, webp, image/encoded). A bytes feature X that comes with a
+    The image is the bytes feature `image` (or jpg, png and so on, image/encoded). A bytes feature X that comes with a
     feature X_shape is a float16 array; all other bytes are UTF-8 text. Write the files with group_size:1, so that one
     record can be read without its neighbours.
 
@@ -62,6 +65,11 @@ class ArrayRecordSource:
         except (RuntimeError, DecodeError) as error:  # array_record checks a hash of every chunk
             raise BadRecord(name, "damaged record", f"it cannot be read ({error})") from error
         return from_example(name, example)
+
+    def contents(self) -> str:
+        """See `Source`."""
+        fs, _ = fsspec.core.url_to_fs(self._paths[0])
+        return digest_files(fs, [fs._strip_protocol(path) for path in self._paths])
 
     def _name(self, index: int) -> str:
         if self._ends is None:

@@ -1,11 +1,15 @@
 """Captions from names and keywords, and the records that each language is trained on."""
 
 import re
+from itertools import permutations
+from typing import NamedTuple
 
 import numpy as np
 
+from bdm_jax.data.photos import missing_caption
 from bdm_jax.data.source import Source
 from bdm_jax.errors import BadRecord, UserError
+from bdm_jax.images.decode import SUFFIXES
 
 LANGUAGES = ("zh", "en")
 STYLE_PHRASES = {
@@ -27,23 +31,63 @@ def caption(record: dict, language: str, rng: np.random.Generator, style: bool =
             `style`.
         language: "zh" or "en".
         rng: makes the random choice.
-        style: append the phrase of the record's art style, for training on several styles at once.
+        style: append the phrase of the record's art style, for training on several styles at once; a scene's caption
+            has it already, or leaves it out.
 
     Raises:
         BadRecord: no caption in the language.
     """
+    choice = choices(record, language).draw(rng)
+    return variants(record, language, style)[choice]
+
+
+class Choices(NamedTuple):
+    """How many captions there are to choose from: a record's `own`, or its name with some of its `keywords`."""
+
+    own: int = 0
+    keywords: int = 0
+
+    @property
+    def total(self) -> int:
+        """How many captions there are."""
+        return self.own or 1 + self.keywords + self.keywords * (self.keywords - 1)
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """The number of a random one of `variants`, with the probabilities of `caption`."""
+        if self.own:
+            return int(rng.integers(self.own))
+        count = self.keywords
+        if not (count and rng.random() < 0.5):
+            return 0
+        chosen = min(count, int(rng.integers(1, _MAX_KEYWORDS + 1)))
+        first, *others = rng.permutation(count)[:chosen].tolist()
+        if not others:
+            return 1 + first
+        second = others[0] - (others[0] > first)  # among those that are left
+        return 1 + count + first * (count - 1) + second
+
+
+def choices(record: dict, language: str) -> Choices:
+    """What `caption` chooses from. Raises BadRecord as it does."""
+    _check_language(language)
+    if _is_bundled(record):
+        return Choices(keywords=len(record[f"{language}_keywords"]))
+    return Choices(own=len(of_language(record, language)))
+
+
+def variants(record: dict, language: str, style: bool = False) -> list[str]:
+    """All captions that `caption` may give, in the order that `Choices.draw` counts them in: the record's own; or its
+    name, then with each keyword, then with each two in either order. Raises BadRecord as `caption` does.
+    """
     _check_language(language)
     if not _is_bundled(record):
-        texts = of_language(record, language)
-        return texts[int(rng.integers(len(texts)))]
-    parts = [record[language]]
-    keywords = record[f"{language}_keywords"]
-    if len(keywords) and rng.random() < 0.5:
-        count = min(len(keywords), int(rng.integers(1, _MAX_KEYWORDS + 1)))
-        parts += [keywords[i] for i in rng.permutation(len(keywords))[:count]]
-    if style:
-        parts.append(STYLE_PHRASES[record["style"]][language])
-    return _SEPARATORS[language].join(parts)
+        return of_language(record, language)
+    phrase = [STYLE_PHRASES[record["style"]][language]] if style and "style" in record else []
+    return [
+        _SEPARATORS[language].join([record[language], *keywords, *phrase])
+        for count in range(_MAX_KEYWORDS + 1)
+        for keywords in permutations(record[f"{language}_keywords"], count)
+    ]
 
 
 def name(record: dict, language: str, style: bool = False) -> str:
@@ -51,7 +95,7 @@ def name(record: dict, language: str, style: bool = False) -> str:
     _check_language(language)
     if not _is_bundled(record):
         return of_language(record, language)[0]
-    phrase = [STYLE_PHRASES[record["style"]][language]] if style else []
+    phrase = [STYLE_PHRASES[record["style"]][language]] if style and "style" in record else []
     return _SEPARATORS[language].join([record[language], *phrase])
 
 
@@ -59,9 +103,13 @@ def of_language(record: dict, language: str) -> list[str]:
     """The record's captions that are written in the language. Raises BadRecord if there are none."""
     texts = [text for text in record["captions"] if is_written_in(text, language)]
     if not texts:
-        raise BadRecord(
-            record["key"], f"no {language} caption", f"none of {len(record['captions'])} captions is in {language}"
-        )
+        wanted, key = {"zh": "Chinese", "en": "English"}[language], record["key"]
+        if not record["captions"]:
+            beside = f"{missing_caption(key)}, or " if key.lower().endswith(SUFFIXES) else ""
+            found = f"no caption is there; expected {beside}a field text of its metadata, in {wanted}"
+            raise BadRecord(key, f"no {language} caption", found)
+        found = f"none of {len(record['captions'])} captions is in {wanted}: {record['captions'][0][:60]!r}"
+        raise BadRecord(key, f"no {language} caption", f"{found}; a branch reads Chinese, a backbone English")
     return texts
 
 

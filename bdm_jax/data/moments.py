@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from bdm_jax.data.arrays import ArrayRecordSource, to_example
+from bdm_jax.data.contents import digest_files
 from bdm_jax.data.loader import MixturePart
 from bdm_jax.errors import UserError
 from bdm_jax.formats.files import read_json, write_json
@@ -117,6 +119,12 @@ def open_moments(folder: str | Path, vae: str | None = None) -> list[MixturePart
         source = ArrayRecordSource(list(counts), counts.values(), fingerprint)
         parts.append(MixturePart(source, range(len(source)), bucket=bucket))
     return parts
+
+
+def moments_contents(folder: str | Path) -> str:
+    """A digest of what lies in the shards (see `contents.digest_files`)."""
+    names = sorted(name for notes in finished(Path(folder)).values() for name in notes["files"])
+    return digest_files(fsspec.filesystem("file"), [str(Path(folder) / name) for name in names])
 
 
 def _check(folder: Path, settings: Mapping[str, Any]) -> None:

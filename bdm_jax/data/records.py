@@ -4,6 +4,7 @@ import itertools
 import os
 import posixpath
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import tensorflow_datasets as tfds
 from fsspec import AbstractFileSystem
 
 from bdm_jax.data.arrays import ArrayRecordSource
+from bdm_jax.data.contents import digest_files
 from bdm_jax.data.folders import METADATA, FolderSource
 from bdm_jax.data.photos import PhotoSource
 from bdm_jax.data.source import Source, make_record
 from bdm_jax.data.tars import TarSource
 from bdm_jax.errors import BadRecord, UserError
+from bdm_jax.images.decode import SUFFIXES
 from bdm_jax.paths import EMOJI, no_such
 
 _TFDS = "dataset_info.json"
@@ -52,6 +55,12 @@ class RecordSource:
         result = make_record(name, record)
         return result if result["captions"] else {**record, "key": name}
 
+    def contents(self) -> str:
+        """See `Source`."""
+        fs, root = _file_system(self.folder)
+        names = [name for name in fs.ls(root, detail=False) if f"-{self.split}." in posixpath.basename(name)]
+        return digest_files(fs, sorted(names))
+
     def __repr__(self) -> str:
         return f"RecordSource({self.folder}, {self.split}, {len(self)} records)"
 
@@ -61,7 +70,8 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
 
     Args:
         path: a prepared TFDS folder (with `dataset_info.json`); a folder, a file or a pattern (`*`, `{0000..0127}`) of
-            .tar or .array_record files; a folder with `metadata.jsonl`; a folder of images (`photos.py`). On a disk or
+            .tar or .array_record files; a folder with `metadata.jsonl` or `metadata.csv`; a folder of images, or of
+            folders of images (`photos.py`). On a disk or
             in a bucket: `gs://` needs the package gcsfs, `s3://` needs s3fs. array_record files, including TFDS's, are
             read by their own library, from disks and `gs://`.
         split: split of a TFDS set, or subfolder to try if the folder itself holds none of these.
@@ -79,14 +89,17 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
         raise UserError(f"{path}: no such file or folder (for a prepared set, give the folder that contains {_TFDS})")
     if fs.isfile(posixpath.join(root, _TFDS)):
         return _open_prepared(os.fspath(path), split)
-    if fs.isfile(posixpath.join(root, METADATA)):
-        return FolderSource(fs, root)
+    if metadata := [name for name in METADATA if fs.isfile(posixpath.join(root, name))]:
+        if len(metadata) > 1:
+            warnings.warn(f"{path} holds {' and '.join(metadata)}: the first is read", stacklevel=2)
+        return FolderSource(fs, root, metadata[0])
     if split and fs.isdir(inner := posixpath.join(root, split)):
         return open_source(fs.unstrip_protocol(inner), "", cache)
-    if len(photos := PhotoSource(fs, root)):
+    photos = PhotoSource(fs, root)
+    if len(photos):
         return photos
-    kinds = f"{_TFDS} (a prepared set), {METADATA}, .tar or .array_record files, or images"
-    raise UserError(f"{path} holds no records: expected {kinds}")
+    kinds = f"{_TFDS} (a prepared set), {' or '.join(METADATA)}, .tar or .array_record files, or images"
+    raise UserError(f"{path} holds no records: expected {kinds} ({', '.join(SUFFIXES)}); found {photos.found}")
 
 
 def list_files(path: str | Path) -> list[str]:
@@ -99,13 +112,15 @@ def _files(fs: AbstractFileSystem, root: str) -> list[str] | None:
     """The files of a file name, a pattern or a plain folder of shards; None for any other format."""
     if re.search(r"[*?\[{]", root) or fs.isfile(root):
         return _expand(fs, root)
-    if not fs.isdir(root) or any(fs.isfile(posixpath.join(root, name)) for name in (_TFDS, METADATA)):
+    if not fs.isdir(root) or any(fs.isfile(posixpath.join(root, name)) for name in (_TFDS, *METADATA)):
         return None
     return sorted(name for name in fs.ls(root, detail=False) if _kind(name)) or None
 
 
 def _open_files(fs: AbstractFileSystem, root: str, names: Sequence[str], cache: Path | None) -> Source:
     kinds = sorted({_kind(name) or "other" for name in names})
+    if kinds == ["other"] and len(names) == 1 and names[0].lower().endswith((*SUFFIXES, *METADATA)):
+        raise UserError(f"{root} is a file of a set: give its folder, {posixpath.dirname(root)}")
     if not names or len(kinds) > 1 or kinds == ["other"]:
         found = f"found {' and '.join(kinds)} files" if names else "no files match"
         raise UserError(f"{root}: {found}; give .tar or .array_record files, one kind at a time")

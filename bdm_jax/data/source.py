@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from bdm_jax.errors import BadRecord, UserError
+from bdm_jax.errors import BadRecord, FileError, UserError
+from bdm_jax.formats.plain_text import decode_text
 
-_CAPTIONS = ("captions", "txt", "text", "caption")
+CAPTIONS = ("captions", "txt", "text", "caption")
 _MIN_SEEN = 1000  # samples; below this number a rate is not meaningful
 _NAMES_SHOWN = 3
 
@@ -18,12 +19,17 @@ class Source(Protocol):
 
     A record holds `key` (its name within the source), `image` (encoded bytes) or `moments` (h,w,2C), `captions`
     (list of str), and any further metadata of the source, such as `width` and `height`. `source[i]` raises `BadRecord`
-    for a damaged record and OSError if the storage fails.
+    for a damaged record and OSError if the storage fails. `fingerprint` tells one set from another by names and sizes;
+    `contents()` reads the files (see `contents.digest_files`).
     """
+
+    fingerprint: str
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def contents(self) -> str: ...
 
 
 class Skips:
@@ -78,10 +84,10 @@ def make_record(key: str, values: Mapping[str, Any]) -> dict[str, Any]:
         BadRecord: a caption is not text.
     """
     captions: list[str] = []
-    for name in _CAPTIONS:
+    for name in CAPTIONS:
         if values.get(name) is not None:
             captions += _texts(key, values[name])
-    rest = {name: value for name, value in values.items() if name not in _CAPTIONS}
+    rest = {name: value for name, value in values.items() if name not in CAPTIONS}
     return {**rest, "key": key, "captions": list(dict.fromkeys(text for text in captions if text))}
 
 
@@ -96,12 +102,12 @@ def parse_json(name: str, data: bytes) -> dict[str, Any]:
     return values
 
 
-def parse_text(name: str, data: bytes) -> str:
-    """Decode a UTF-8 caption and strip it. Raises BadRecord."""
+def parse_text(name: str, data: bytes, noted_as: str) -> str:
+    """Decode a caption (see `plain_text.decode_text`; `noted_as` is its set) and strip it. Raises BadRecord."""
     try:
-        return data.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise BadRecord(name, "invalid metadata", f"the caption is not UTF-8 ({error})") from error
+        return decode_text(data, name, noted_as).strip()
+    except FileError as error:
+        raise BadRecord(name, "invalid metadata", f"the caption cannot be read ({error})") from error
 
 
 def _texts(name: str, value: Any) -> list[str]:

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from fsspec import AbstractFileSystem
 
+from bdm_jax.data.contents import digest_files
 from bdm_jax.data.source import make_record, parse_json, parse_text
 from bdm_jax.errors import BadRecord, UserError
-from bdm_jax.images.decode import MAX_BYTES
-from bdm_jax.paths import atomic_file
+from bdm_jax.images.decode import MAX_BYTES, SUFFIXES
+from bdm_jax.paths import atomic_file, user_cache
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 _CACHE = ".bdm_jax_index"
 _STAMPS = ("mtime", "etag", "ETag", "md5Hash")  # how file systems report a file's version
 _PARALLEL = 16  # shards indexed at a time
@@ -53,7 +53,9 @@ class TarSource:
         if cache is None:
             local = "file" in np.atleast_1d(fs.protocol)
             beside = Path(posixpath.dirname(self._paths[0])) / _CACHE
-            cache = beside if local else Path.home() / ".cache" / "bdm_jax"
+            cache = beside if local else user_cache()
+            if cache is None:
+                raise UserError(f"{self._paths[0]}: no home folder to keep its index in; name a folder as cache")
         shards = list(zip(self._paths, sizes, stamps, strict=True))
         self._ranges, self._ends, self.left_out = _index(fs, shards, cache)
         names = [f"{posixpath.basename(path)} {size}" for path, size in zip(self._paths, sizes, strict=True)]
@@ -81,13 +83,17 @@ class TarSource:
         except (tarfile.TarError, EOFError, ValueError) as error:
             raise BadRecord(name, "damaged record", f"its range in the shard cannot be read ({error})") from error
         key = f"{posixpath.basename(path)}/{stem}"
-        image = next((files[kind] for kind in IMAGES if kind in files), None)
+        image = next((files[kind] for kind in SUFFIXES if kind in files), None)
         if image is None:
             raise BadRecord(key, "no image", "the sample no longer contains an image")
         values = parse_json(key, files[".json"]) if ".json" in files else {}
         if ".txt" in files:
-            values["txt"] = parse_text(key, files[".txt"])
+            values["txt"] = parse_text(key, files[".txt"], posixpath.dirname(path))
         return make_record(key, {**values, "image": image})
+
+    def contents(self) -> str:
+        """See `Source`."""
+        return digest_files(self._fs, self._paths)
 
     def __repr__(self) -> str:
         return f"TarSource({posixpath.dirname(self._paths[0])}, {len(self._paths)} shards, {len(self)} records)"
@@ -163,7 +169,7 @@ def _scan(fs: AbstractFileSystem, path: str, size: int) -> tuple[np.ndarray, lis
                         if not groups or groups[-1][0] != stem:
                             groups.append([stem, member.offset, end, False])
                         groups[-1][2] = end
-                        groups[-1][3] |= kind in IMAGES
+                        groups[-1][3] |= kind in SUFFIXES
                 ended = groups and file.seek(groups[-1][2]) and file.read(2 * _BLOCK) == bytes(2 * _BLOCK)
         except tarfile.ReadError:
             pass

@@ -8,14 +8,17 @@ from typing import TypeVar
 _Item, _Result = TypeVar("_Item"), TypeVar("_Result")
 
 
-def map_ahead(function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int) -> Iterator[_Result]:
-    """Yields `function(item)` for every item, in order; at most two results per thread are pending."""
+def map_ahead(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int, ahead: int | None = None
+) -> Iterator[_Result]:
+    """Yields `function(item)` for every item, in order; at most `ahead` results are pending, or two per thread."""
+    ahead = 2 * threads if ahead is None else ahead
     pending: deque[Future] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
                 pending.append(pool.submit(function, item))
-                if len(pending) >= 2 * threads:
+                if len(pending) >= ahead:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

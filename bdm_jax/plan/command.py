@@ -1,6 +1,6 @@
 """The command `python -m bdm_jax.plan`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,11 @@ import tyro
 from bdm_jax import command_line, configs
 from bdm_jax.errors import UserError
 from bdm_jax.formats.files import write_json
+from bdm_jax.paths import check_output
+from bdm_jax.plan.advice import advice
 from bdm_jax.plan.estimate import check_batch, make_plan, sweep
 from bdm_jax.plan.report import report, shapes_report, sweep_report
-from bdm_jax.plan.shapes import memory_by_shapes, parse_networks, step_shapes
+from bdm_jax.plan.shapes import StepShapes, memory_by_shapes, parse_networks, step_shapes
 from bdm_jax.plan.topology import Slice, abstract_mesh, parse_topology
 from bdm_jax.training.config import TrainConfig
 from bdm_jax.training.objectives.remat import Remat
@@ -66,6 +68,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _plan(args: Sequence[str] | None) -> int:
     settings = command_line.parse(PlanArgs, args, prog="python -m bdm_jax.plan", config=(tyro.conf.AvoidSubcommands,))
+    _check(settings)
     where, config = parse_topology(settings.topology), configs.load(settings.config)
     config = _changed(config, settings, where)
     shapes = step_shapes(config.task, config.compute_dtype(), settings.size, parse_networks(settings.networks))
@@ -85,9 +88,28 @@ def _plan(args: Sequence[str] | None) -> int:
             rows = list(sweep(config, plan, shapes))
             values["sweep"] = [row.to_json(settings.pairs) for row in rows]
             print(*sweep_report(rows, settings.pairs), sep="\n")
+    if not fits:
+        values["would_fit"] = list(_advice(config, settings, where, shapes))
+        print(*values["would_fit"], sep="\n")
     if settings.json:
         write_json(settings.json, {"config": settings.config, **values})
     return 0 if fits else 1
+
+
+def _advice(config: TrainConfig, settings: PlanArgs, where: Slice, shapes: StepShapes) -> Iterator[str]:
+    rematerialised = None
+    if getattr(config.task, "remat", None) == "none":
+        task, networks = replace(config.task, remat="blocks"), parse_networks(settings.networks)
+        rematerialised = step_shapes(task, config.compute_dtype(), settings.size, networks)
+    return advice(config, where, shapes, rematerialised)
+
+
+def _check(settings: PlanArgs) -> None:
+    """Flags that have no effect, and a file that cannot be written: before the work."""
+    without = {"sweep": settings.sweep, "price": settings.price is not None, "pairs": settings.pairs != PlanArgs.pairs}
+    if settings.shapes and (given := [f"--{name}" for name, there in without.items() if there]):
+        raise UserError(f"{', '.join(given)} has no effect with --shapes, which knows no time: leave it out")
+    check_output("--json", settings.json)
 
 
 def _changed(config: TrainConfig, settings: PlanArgs, where: Slice) -> TrainConfig:

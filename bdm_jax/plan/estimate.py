@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from bdm_jax.errors import UserError
+from bdm_jax.errors import FileError, UserError
 from bdm_jax.formats.files import read_json, write_json
+from bdm_jax.paths import user_cache
 from bdm_jax.plan.shapes import StepShapes, analytic_flops, lower, state_bytes
 from bdm_jax.plan.topology import Slice, described_mesh, parse_topology
 from bdm_jax.runtime.costs import Collective, Roofline, collectives, roofline
@@ -27,7 +29,8 @@ from bdm_jax.training.config import TrainConfig
 _SWEEP_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _SETTING = "jax_exec_time_optimization_effort"
 _EFFORT = -1.0  # of the compiler, from -1 to 1
-_NEEDED = re.compile(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm")
+# Two wordings of libtpu.
+_NEEDED = re.compile(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm|\(([\d.]+)([KMG])\) exceeds available HBM")
 
 
 @dataclass(frozen=True)
@@ -180,16 +183,21 @@ def _compiled(lowered: Any, where: Slice, parts: int) -> CompiledStep:
     """Compile, or look up what was compiled before."""
     versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
     key = hashlib.sha256("\n".join([lowered.as_text(), where.name, f"{_EFFORT}", *versions]).encode()).hexdigest()[:32]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = Path(os.environ.get("BDM_JAX_CACHE") or home / "bdm_jax") / "plans" / f"{key}.json"
-    if path.is_file():
+    named, home = os.environ.get("BDM_JAX_CACHE"), user_cache()
+    folder = Path(named) if named else home
+    path = folder and folder / "plans" / f"{key}.json"
+    if path and os.path.isfile(path) and os.access(path, os.R_OK):
         values = read_json(path)
         values["collectives"] = tuple(Collective(**one) for one in values["collectives"])
         return CompiledStep(**values)
-    print(f"compiling for {where.name}: minutes at full size, then kept in {path.parent}", file=sys.stderr, flush=True)
+    kept = f", then kept in {path.parent}" if path else ""
+    print(f"compiling for {where.name}: minutes at full size{kept}", file=sys.stderr, flush=True)
     program = _compile(lowered, parts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, dataclasses.asdict(program))
+    try:
+        if path:
+            write_json(path, dataclasses.asdict(program))
+    except FileError as error:
+        warnings.warn(f"the plan is not kept for the next time: {error}", stacklevel=2)
     return program
 
 
@@ -216,8 +224,9 @@ def _compile(lowered: Any, parts: int) -> CompiledStep:
     except jax.errors.JaxRuntimeError as error:
         if not (match := _NEEDED.search(str(error))):
             raise
-        scale = {"K": 2**10, "M": 2**20, "G": 2**30}[match[2]]
-        return CompiledStep(needed=int(float(match[1]) * scale), seconds=time.monotonic() - began)
+        amount, unit = filter(None, match.groups())
+        scale = {"K": 2**10, "M": 2**20, "G": 2**30}[unit]
+        return CompiledStep(needed=int(float(amount) * scale), seconds=time.monotonic() - began)
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return CompiledStep(
         flops=parts * float(cost["flops"]),

@@ -19,10 +19,12 @@ from bdm_jax.models.config import Config, from_json
 from bdm_jax.runtime.costs import flops, pretend_platform
 from bdm_jax.runtime.sharding import batch_ways, bytes_per_device
 from bdm_jax.systems.families import SD15
+from bdm_jax.systems.fetch import local_config
 from bdm_jax.training.config import TrainConfig
 from bdm_jax.training.digests import leaves
 from bdm_jax.training.objectives.objective import Objective, Sizes, read_sizes, without_remat
 from bdm_jax.training.objectives.plugin import read_part
+from bdm_jax.training.objectives.starting import settled
 from bdm_jax.training.state import abstract_state, frozen_sharding, make_optimizer, make_step, state_sharding
 
 # Networks whose folder is not here.
@@ -53,11 +55,13 @@ def step_shapes(task: Any, dtype: Any, size: int = 512, given: Sizes | None = No
     these are not here, SD1.5's, CLIP-L and the Chinese CLIP-H text encoder.
 
     Raises:
-        UserError: a network that is found nowhere, networks that do not fit together.
+        UserError: a network that is found nowhere, one of `given` that is none of the task's, networks that do not fit
+            together.
     """
-    given = given or {}
+    given, asked = given or {}, set()
 
     def read(name: str, path: Path) -> Config:
+        asked.add(name)
         if name in given:
             return given[name]
         if (path / "config.json").is_file():
@@ -68,8 +72,13 @@ def step_shapes(task: Any, dtype: Any, size: int = 512, given: Sizes | None = No
             raise UserError(f"{path}: no such model folder, and no usual {name}")
         return _USUAL[name]
 
+    if (start := getattr(task, "start_from", None)) is not None and start.exists():
+        task = settled(task, Path())
     try:
-        objective = task.objective(task.sizes(read))
+        sizes = task.sizes(read)
+        if strange := sorted(given.keys() - asked):
+            raise UserError(f"--networks {strange[0]}=...: this run reads {', '.join(sorted(asked)) or 'none'}")
+        objective = task.objective(sizes)
     except UserError:
         raise
     except ValueError as error:  # of configs
@@ -91,8 +100,7 @@ def parse_networks(texts: tuple[str, ...]) -> Sizes:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--networks {text}: write NAME=PRESET or NAME=CONFIG.JSON, as in unet=sdxl-unet")
-        path = Path(value)
-        path = path / "config.json" if path.is_dir() else path
+        path = local_config(value)
         if path.is_file():
             found[name] = from_json(read_json(path))
         elif (preset := value.upper().replace("-", "_")) in known:
@@ -130,14 +138,18 @@ def state_bytes(config: TrainConfig, mesh: Mesh | AbstractMesh, shapes: StepShap
     return _bytes(state, state_sharding(mesh, state))
 
 
-def memory_by_shapes(config: TrainConfig, mesh: Mesh | AbstractMesh, shapes: StepShapes) -> dict[str, int]:
+def memory_by_shapes(
+    config: TrainConfig, mesh: Mesh | AbstractMesh, shapes: StepShapes, activations: int | None = None
+) -> dict[str, int]:
     """Bytes on each device, by what they are for. All but the last two are exact; a compiler may keep more of these, or
     less.
 
     "weights" are what is trained in the compute type, "gradients" fp32, "gathered" two of the largest arrays whole,
-    where any is split (one in use, one on its way), "activations" what the gradient of a device's samples keeps.
+    where any is split (one in use, one on its way), "activations" what the gradient of a device's samples keeps; of
+    one sample it is `activations`, found by tracing where that is not given.
     """
     dtype = config.compute_dtype()
+    each = activation_bytes(shapes, dtype) if activations is None else activations
     trained, ways = shapes.trained, batch_ways(mesh) * config.accumulate
     state = abstract_state(trained, make_optimizer(config.optimizer, config.steps))
     split = state_sharding(mesh, state).params
@@ -156,7 +168,7 @@ def memory_by_shapes(config: TrainConfig, mesh: Mesh | AbstractMesh, shapes: Ste
         "gradients": _bytes(trained, split),
         "batch": -(-config.batch_size // batch_ways(mesh)) * _row_bytes(shapes.row),
         "gathered": 2 * largest,
-        "activations": math.ceil(config.batch_size / ways) * activation_bytes(shapes, dtype),
+        "activations": math.ceil(config.batch_size / ways) * each,
     }
 
 

@@ -38,6 +38,21 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host runs under that number."""
+    if pid <= 0:
+        return False
+    if os.name == "nt":  # there, signal 0 would end it
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
 def broadcast_from_first(value: int) -> int:
     """The first process's value, in all processes. A collective: every process must call it."""
     if jax.process_count() == 1:

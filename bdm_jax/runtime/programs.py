@@ -25,19 +25,20 @@ from bdm_jax.errors import FileError
 from bdm_jax.paths import atomic_file
 
 _folder: Path | None = None
+_write = True
 _LIBRARY = Path(__file__).resolve().parent.parent  # every source that a program may be traced from
 _SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_numpy_dtype_promotion")
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
-def keep(folder: Path | None) -> None:
-    """From now on, look for programs in this folder and leave new ones there; None ends it.
+def keep(folder: Path | None, write: bool = True) -> None:
+    """From now on, look for programs in this folder and, with `write`, leave new ones there; None ends it.
 
     It must be as trustworthy as the programs of this machine: what lies in it is run. One process of a job of several
     keeps to itself.
     """
-    global _folder
-    _folder = folder if jax.process_count() == 1 else None
+    global _folder, _write
+    _folder, _write = folder if jax.process_count() == 1 else None, write
 
 
 def program(function: Callable) -> "Program":
@@ -82,15 +83,16 @@ class Program:
         """The program and what comes out, from its file or compiled."""
         everything = repr((_surroundings(), self.__module__, self.__qualname__, key))
         file = _folder / hashlib.sha256(everything.encode()).hexdigest()
-        if file.is_file():
-            try:
-                loaded = _load(file.read_bytes(), arguments)
-                return loaded, jax.block_until_ready(loaded(*arguments))
-            except Exception as error:  # whatever is wrong with a kept file, it can be recompiled
-                warnings.warn(f"{file}: not a program that runs here ({error}); recompiled", stacklevel=3)
+        try:
+            loaded = _load(file.read_bytes(), arguments)
+            return loaded, jax.block_until_ready(loaded(*arguments))
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except Exception as error:  # whatever is wrong with a kept file, it can be recompiled
+            warnings.warn(f"{file}: not a program that runs here ({error}); recompiled", stacklevel=3)
         lowered, before = self.jitted.lower(fixed, *arguments), _hits[0]
         compiled = lowered.compile()
-        if _hits[0] == before:
+        if _write and _hits[0] == before:
             _save(file, compiled)
         return compiled, compiled(*arguments)
 
@@ -102,7 +104,22 @@ def _count(event: str, **_) -> None:
     _hits[0] += event == "/jax/compilation_cache/cache_hits"
 
 
+def compilations() -> tuple[int, float]:
+    """How many programs this process has compiled, or read from JAX's own cache, and the seconds of that."""
+    return _compiled[0], _compiled[1]
+
+
+_compiled = [0, 0.0]
+
+
+def _count_compiled(event: str, seconds: float, **_) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compiled[0] += 1
+        _compiled[1] += seconds
+
+
 jax.monitoring.register_event_listener(_count)
+jax.monitoring.register_event_duration_secs_listener(_count_compiled)
 
 
 def _save(file: Path, compiled: jax.stages.Compiled) -> None:
@@ -115,7 +132,9 @@ def _save(file: Path, compiled: jax.stages.Compiled) -> None:
         with atomic_file(file) as out:
             out.write(content)
     except (FileError, OSError) as error:
-        warnings.warn(f"{file}: cannot be kept for the next start ({error})", stacklevel=4)
+        global _write
+        _write = False  # a full disk has no room for the next one either: one note
+        warnings.warn(f"compiled programs are not kept for the next start: {error}", stacklevel=4)
 
 
 def _dump(compiled: jax.stages.Compiled) -> bytes:
@@ -159,7 +178,7 @@ def _surroundings() -> str:
 def _instructions() -> str:
     """The processor's instruction sets, as far as this system lists them."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

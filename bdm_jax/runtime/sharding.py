@@ -52,9 +52,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis of every array of a batch is split over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+def batch_sharding(mesh: Mesh, stacked: bool = False) -> NamedSharding:
+    """The first axis of every array of a batch is split over `data` and `fsdp`; of stacked batches, the second."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * stacked, ("data", "fsdp")))
 
 
 def batch_ways(mesh: Mesh) -> int:
@@ -122,9 +122,9 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(take, tree, shardings)
 
 
-def place_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, Any]:
-    """This process's rows of a global batch, a tree of NumPy arrays -> global arrays."""
-    sharding = batch_sharding(mesh)
+def place_batch(mesh: Mesh, batch: dict[str, Any], stacked: bool = False) -> dict[str, Any]:
+    """This process's rows of a global batch, or of several stacked ones, a tree of NumPy arrays -> global arrays."""
+    sharding = batch_sharding(mesh, stacked)
     return jax.tree.map(lambda value: jax.make_array_from_process_local_data(sharding, value), batch)
 
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import re
+import secrets
 import shutil
 import sys
 import threading
@@ -29,6 +30,7 @@ from bdm_jax.errors import FileError, UserError
 from bdm_jax.formats.files import read_json, write_json
 from bdm_jax.runtime.processes import all_agree, broadcast_from_first, is_first
 from bdm_jax.training import digests
+from bdm_jax.training.remote import RemoteRun, file_digest
 from bdm_jax.training.state import TrainState, state_sharding
 
 _SAVING, _REMOVING = ".saving-", ".removing-"
@@ -37,14 +39,23 @@ _SAVING, _REMOVING = ".saving-", ".removing-"
 class Checkpoints:
     """The checkpoints in one folder, on a file system that all processes see.
 
-    keep: so many are left. config: digest of the run's config; a checkpoint of another run is refused.
-    `good` is the step of the newest checkpoint known to be whole, None before there is one.
+    keep: how many of the newest are kept. config: digest of the run's config; a checkpoint of another run is refused.
+    remote: where the run is kept in a bucket; then every process has a folder of its own, which holds a checkpoint only
+    while it is written or read. `good` is the step of the newest checkpoint known to be whole, None before there is
+    one.
     """
 
-    def __init__(self, folder: Path, keep: int, config: str):
+    def __init__(self, folder: Path, keep: int, config: str, remote: RemoteRun | None = None):
         self.folder, self.good = folder.absolute(), None
-        self._keep, self._config = keep, config
-        self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._keep, self._config, self._remote = keep, config, remote
+        self._session = broadcast_from_first(secrets.randbelow(2**31))
+        self._apart = remote is not None and jax.process_count() > 1
+        if self._apart:  # no common disk: each writes what its devices hold, in files that need no merging
+            alone = ocp.options.MultiprocessingOptions(primary_host=None)
+            handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=alone)
+            self._orbax = ocp.AsyncCheckpointer(handler, multiprocessing_options=alone)
+        else:
+            self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         logging.getLogger("absl").addFilter(_not_reported_by_us)
@@ -64,7 +75,8 @@ class Checkpoints:
         target = self.folder / f"{_SAVING}{step}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._orbax.save(target / "state", args=ocp.args.StandardSave(state), force=True)
+            args = ocp.args.PyTreeSave(state) if self._apart else ocp.args.StandardSave(state)
+            self._orbax.save(target / "state", args=args, force=True)
         except Exception as error:
             raise self._failed(step, error) from error
         sidecar = {"step": step, "config": self._config, "notes": notes, "structure": digests.structure(state)}
@@ -127,23 +139,30 @@ class Checkpoints:
         """In the background: wait for Orbax, add the sidecar, give the folder its name, remove old ones."""
         try:
             self._orbax.wait_until_finished()
+            files = self._remote.send(step, target, self._session) if self._remote else _digests(target)
             if is_first():
-                files = {str(path.relative_to(target)): _file_digest(path) for path in _files(target / "state")}
                 sidecar = {**sidecar, "digests": digests.finish(sums), "files": files}
                 write_json(target / "sidecar.json", {**sidecar, "digest": _digest(sidecar)})
                 final = self.folder / str(step)
                 self._remove(final)
                 target.rename(final)
                 write_json(self.folder / "newest.json", {"step": step})
+                if self._remote:
+                    self._remote.commit(step, final)
+            if self._remote:
+                shutil.rmtree(self.folder / str(step) if is_first() else target, ignore_errors=True)
             self.good = step
         except Exception as error:
             self._error = self._failed(step, error)
             self._error.__cause__ = error
             return
         if is_first():  # newer folders than this step were found damaged: they are no reason to remove good ones
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, FileError):
                 for old in [other for other in self._steps() if other <= step][: -self._keep]:
-                    self._remove(self.folder / str(old))
+                    if self._remote:
+                        self._remote.remove(old)
+                    else:
+                        self._remove(self.folder / str(old))
 
     def _failed(self, step: int, error: Exception) -> UserError:
         shutil.rmtree(self.folder / f"{_SAVING}{step}", ignore_errors=True)
@@ -158,7 +177,9 @@ class Checkpoints:
             shutil.rmtree(going, ignore_errors=True)
 
     def _steps(self) -> list[int]:
-        """Steps that have a folder, whatever is in it; the oldest first."""
+        """Steps that have a folder, whatever is in it (in a bucket: a sidecar); the oldest first."""
+        if self._remote:
+            return self._remote.steps()
         names = [path.name for path in self.folder.glob("*")] if self.folder.is_dir() else []
         return sorted(int(name) for name in names if name.isascii() and name.isdigit() and str(int(name)) == name)
 
@@ -176,21 +197,30 @@ class Checkpoints:
     def _restore(self, step: int, like: TrainState, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
         """Raises _Damage in every process if it is damaged for one."""
         folder = self.folder / str(step)
+        if self._remote:
+            _everywhere(lambda: self._remote.fetch(step, folder))
         sidecar = _everywhere(lambda: _read_sidecar(folder, step))
         if sidecar["config"] != self._config:
             raise UserError(f"{folder} is of a run with another config ({sidecar['config']}, here {self._config})")
         _check_structure(folder, sidecar["structure"], digests.structure(like))
-        _everywhere(lambda: _check_files(folder, sidecar["files"]))
+        _everywhere(lambda: _check_files(folder, sidecar["files"], shared=self._remote is None))
         target = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             like,
             state_sharding(mesh, like),
         )
-        state = _everywhere(lambda: self._orbax.restore(folder / "state", args=ocp.args.StandardRestore(target)))
+        state = _everywhere(lambda: self._orbax.restore(folder / "state", args=self._restore_args(target)))
+        if self._remote:
+            shutil.rmtree(folder, ignore_errors=True)
         found = digests.finish(digests.begin(state, mesh))
         if wrong := [path for path, digest in found.items() if digest != sidecar["digests"].get(path)]:
             raise _Damage(f"{wrong[0]} has other values than were saved, {len(wrong)} of {len(found)} arrays have")
         return state, sidecar["notes"]
+
+    def _restore_args(self, target: TrainState) -> Any:
+        if not self._apart:
+            return ocp.args.StandardRestore(target)
+        return ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
 
 
 class _Damage(Exception):
@@ -224,18 +254,18 @@ def _check_structure(folder: Path, stored: dict[str, list], wanted: dict[str, li
             raise UserError(f"{folder} is of another model: {path} is {has} there, {needs} here")
 
 
-def _check_files(folder: Path, written: dict[str, str]) -> None:
-    """The processes share the work."""
-    for name in sorted(written)[jax.process_index() :: jax.process_count()]:
+def _check_files(folder: Path, written: dict[str, str], shared: bool) -> None:
+    """Of a folder that they share, the processes share the work."""
+    for name in sorted(written)[jax.process_index() :: jax.process_count()] if shared else written:
         if not (folder / name).is_file():
             raise _Damage(f"{name} is missing")
-        if _file_digest(folder / name) != written[name]:
+        if file_digest(folder / name) != written[name]:
             raise _Damage(f"{name} is not as it was written")
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digests(folder: Path) -> dict[str, str]:
+    """Of the state's files; in the first process, which writes them down."""
+    return {str(path.relative_to(folder)): file_digest(path) for path in _files(folder / "state")} if is_first() else {}
 
 
 def _not_reported_by_us(record: logging.LogRecord) -> bool:

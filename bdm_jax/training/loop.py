@@ -4,29 +4,34 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from bdm_jax.data.loader import mix_loader
 from bdm_jax.data.source import Skips
 from bdm_jax.errors import BadRecord, UserError
 from bdm_jax.formats.files import write_json
 from bdm_jax.latents.moments import record_key
 from bdm_jax.runtime.costs import PEAKS, flops
-from bdm_jax.runtime.processes import broadcast_from_first, gather, is_first
-from bdm_jax.runtime.sharding import batch_ways, make_mesh, place, place_batch, to_host
+from bdm_jax.runtime.locks import held
+from bdm_jax.runtime.processes import all_agree, broadcast_from_first, gather, is_first
+from bdm_jax.runtime.sharding import batch_ways, make_mesh, place, to_host
 from bdm_jax.runtime.sharding import explain as placements
 from bdm_jax.training.checkpoint import Checkpoints
-from bdm_jax.training.config import TrainConfig, check, remember
+from bdm_jax.training.config import TrainConfig, check, remember, remembered, settle
 from bdm_jax.training.digests import leaves
+from bdm_jax.training.feed import open_feed
+from bdm_jax.training.inputs import Inputs, check_inputs
 from bdm_jax.training.metrics import Clock, Metrics
 from bdm_jax.training.objectives.objective import Batch, Training, Trees, without_remat
-from bdm_jax.training.position import NUMBER, Position, numbered
+from bdm_jax.training.position import Position
+from bdm_jax.training.profiling import Profiler, parse_steps
+from bdm_jax.training.remote import RemoteRun, opened
 from bdm_jax.training.sets import Sets
 from bdm_jax.training.signals import stop_requests
 from bdm_jax.training.state import (
@@ -37,7 +42,9 @@ from bdm_jax.training.state import (
     make_step,
     state_sharding,
 )
+from bdm_jax.training.wandb import WandB
 
+LOCK = "run.lock"
 _PREVIEWS = 16
 
 
@@ -45,18 +52,30 @@ def train(config: TrainConfig) -> bool:
     """Run or resume a training; returns whether it is finished (False: a session ended, run it again to resume).
 
     Everything lies in `config.run`: config.json, checkpoints/, metrics.jsonl, tensorboard/, samples/, and at the end
-    export/ (with `export_only` at once, from the newest checkpoint). SIGINT and SIGTERM end the session after the step
-    that is being computed, with a checkpoint. With several processes, each calls this, on one file system.
+    export/ (with `export_only` at once, from the newest checkpoint); it may be a folder in a bucket (see `remote`).
+    SIGINT and SIGTERM end the session after the call that is being computed, of one step or several, with a checkpoint.
+    With several processes, each calls this, on one file system or with one bucket. The first one holds run.lock in the
+    folder meanwhile.
 
     Raises:
-        UserError: settings or files that do not fit, checkpoints of which none can be used or that cannot be written,
-            a loss that is not finite (its step, samples and the last good checkpoint are named).
+        UserError: another training writes to the folder (who is said), settings or files that do not fit, checkpoints
+            of which none can be used or that cannot be written, a loss that is not finite (its step, samples and the
+            last good checkpoint are named).
     """
-    deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
-    check(config)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    _check_batch(config, mesh)
-    session = _Session(config, mesh)
+    began = time.monotonic()
+    with opened(config.run) as (folder, remote):
+        config = settle(replace(config, run=folder))
+        with _no_empty_folder(config.run):
+            check(config)
+            mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+            _check_batch(config, mesh)
+            with _alone(config):
+                return _train(config, mesh, began, remote)
+
+
+def _train(config: TrainConfig, mesh: Mesh, began: float, remote: RemoteRun | None) -> bool:
+    deadline = math.inf if config.minutes is None else began + 60 * config.minutes
+    session = _Session(config, mesh, began, remote)
     try:
         if not config.export_only:
             session.run(deadline)
@@ -81,6 +100,7 @@ def explain(config: TrainConfig) -> Iterator[str]:
     Raises:
         UserError: as `train`, where it concerns the settings and the frozen networks' folders.
     """
+    config = settle(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     _check_batch(config, mesh)
     trained, frozen = config.task.objective(config.task.sizes()).shapes()
@@ -95,46 +115,97 @@ def explain(config: TrainConfig) -> Iterator[str]:
         yield from placements(arrays, leaves(frozen_sharding(mesh, config.mesh, frozen)))
 
 
+@contextmanager
+def _no_empty_folder(run: Path) -> Iterator[None]:
+    """Folders that the block makes on the way to the run's do not outlast it if nothing is in them."""
+    new = [folder for folder in (run, *run.parents) if not folder.exists()]
+    try:
+        yield
+    finally:
+        if is_first():  # which makes them
+            for folder in new:
+                with suppress(OSError):  # not empty: it holds files, or another training's lock
+                    folder.rmdir()
+
+
+@contextmanager
+def _alone(config: TrainConfig) -> Iterator[None]:
+    """While no other training writes to the run's folder. Raises UserError in all processes where one does."""
+    with ExitStack() as stack:
+        busy = None
+        if is_first():
+            try:
+                stack.enter_context(held(config.run / LOCK, "training this run", "choose another --run"))
+            except UserError as error:
+                busy = error
+        if not all_agree(busy is None):
+            raise busy or UserError(f"{config.run}: another process is training this run")
+        yield
+
+
 class _Session:
     """One process's part of a run between two stops: everything made ready, from scratch or from the newest good
-    checkpoint.
+    checkpoint. `began`: when it did (time.monotonic). `remote`: where the run is kept in a bucket.
     """
 
-    def __init__(self, config: TrainConfig, mesh: Mesh):
+    def __init__(self, config: TrainConfig, mesh: Mesh, began: float, remote: RemoteRun | None = None):
         self.config, self.mesh = config, mesh
-        sets = Sets(config.data, config.task.language, getattr(config.task, "only", ()))
+        task = config.task
+        sets = Sets(config.data, task.language, getattr(task, "only", ()), captions=getattr(task, "captions", True))
         training: Training = config.task.start(sets, config.run, config.seed, config.compute_dtype())
         optimizer = make_optimizer(config.optimizer, config.steps)
         like = abstract_state(training.params, optimizer)
         self.skips = Skips(config.data.skip_rate, config.run / f"left_out-{jax.process_index()}.jsonl")
-        sample = training.sample
-        self.loader = mix_loader(
-            numbered(training.parts),
-            lambda record, rng: {**sample(record, rng), NUMBER: record[NUMBER]},
-            config.batch_size,
-            config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            skips=self.skips,
-        )
-        self.position = Position(self.loader, training.parts)
-        self.checkpoints = Checkpoints(config.run / "checkpoints", config.keep, config.digest())
-        if (found := self.checkpoints.restore(like, mesh)) is None:
-            self.at, self.step_metrics, self.state = 0, [], make_state(training.params, optimizer, mesh)
-        else:
-            self.state, notes = found
-            self.at, self.step_metrics = self.position.restore(notes["data"]), notes["rows"]
+        self.checkpoints = Checkpoints(config.run / "checkpoints", config.keep, config.digest(), remote)
+        found = self.checkpoints.restore(like, mesh)
+        self.state = make_state(training.params, optimizer, mesh) if found is None else found[0]
         self.frozen = place(training.frozen, frozen_sharding(mesh, config.mesh, training.frozen))
-        self.step = make_step(training.objective.loss, optimizer, config, mesh, like, training.frozen)
+        if config.export_only:
+            config = replace(config, data=replace(config.data, on_device=False))
+        self.feed = open_feed(config, training, mesh, self.skips)
+        self.position = Position(self.feed.loader, training.parts)
+        self.at, self.step_metrics = 0, []
+        if found is not None:
+            notes = found[1]
+            self.at, self.step_metrics = self.position.restore(notes["data"]), notes["rows"]
+        self.step, self.steps = (
+            make_step(training.objective.loss, optimizer, config, mesh, like, training.frozen, stacked=stacked)
+            for stacked in (False, True)
+        )
         self.compiled: set[tuple] = set()  # shapes of the batches: each bucket has its own program
-        remember(config)
+        self._check_inputs({**training.inputs, **sets.inputs()})
         self.numbers: dict[int, np.ndarray] = {}  # step -> part and record of this process's rows of its batch
-        self.clock, self.metrics = Clock(), None
-        if is_first():
-            self.metrics = Metrics(config.run, self.at, config.steps, config.batch_size)
         self.previewed = _previewed(training)
+        self.metrics, steps = None, None
+        if is_first() and not config.export_only:
+            steps = None if config.profile_steps is None else parse_steps(config.profile_steps, config.steps)
+            wandb = None if config.wandb is None else WandB(config.wandb, config.run, config.to_json())
+            self.metrics = Metrics(config.run, self.at, config.steps, config.batch_size, wandb)
+        self.profiler = Profiler(config.run / "profile", steps, self.at)
+        self.clock = Clock(began)
         # the state and the step have these arrays now: a second copy would stay in memory
-        self.training = replace(training, params={}, frozen={})
+        self.training = replace(training, params={}, frozen={}, inputs={})
+
+    def _check_inputs(self, inputs: Inputs) -> None:
+        """What the run reads is what it read before. Raises UserError in all processes where it is not."""
+        before, changed, now = {}, None, {}
+        if is_first():
+            before = remembered(self.config) if self.at else {}  # before the first checkpoint nothing is lost
+            if not before and self.at:
+                print(
+                    f"note: {self.config.run} is of a version that kept no digests of networks and data: those here "
+                    "are taken for those that it began with",
+                    file=sys.stderr,
+                )
+            try:
+                now = check_inputs(self.config.run, inputs, before)
+            except UserError as error:
+                changed = error
+        if not all_agree(changed is None):
+            raise changed or UserError(
+                f"{self.config.run}: what the run reads has changed; the first process says what"
+            )
+        remember(self.config, now)
 
     def run(self, deadline: float) -> None:
         """Steps until the run's end, the deadline (time.monotonic) or a signal; the last thing done is a checkpoint."""
@@ -161,30 +232,41 @@ class _Session:
 
     def close(self) -> None:
         """Wait for what is being written; say what was left out."""
-        if self.metrics is not None:
-            self.metrics.close()
-        if self.skips.total:
-            print(f"records: {self.skips}; all of them in {self.skips.log}", file=sys.stderr, flush=True)
-        self.checkpoints.close()
+        self.profiler.close(self.at)
+        try:
+            with self.clock.of("checkpoint"):
+                self.checkpoints.close()
+        finally:
+            if self.metrics is not None:
+                self.metrics.close(self.at, self.clock.take())
+            if self.skips.total:
+                print(f"records: {self.skips}; all of them in {self.skips.log}", file=sys.stderr, flush=True)
 
     def _step(self) -> None:
+        """As many steps as one call takes, which ends where a line, samples or a checkpoint may be due."""
+        count = min(self.feed.at_once - self.at % self.feed.at_once, self.config.steps - self.at)
         with self.clock.of("data"):
-            batch = next(self.loader)
-            self.numbers[self.at + 1] = batch.pop(NUMBER)
-            batch["place"] = self.position.places()
-            batch = place_batch(self.mesh, batch)
+            batch, numbers = self.feed.take(count, self.position.places())
+            self.numbers |= dict(enumerate(numbers, self.at + 1))
         shapes = tuple(value.shape for value in jax.tree.leaves(batch))
         first = shapes not in self.compiled
         if self.metrics is not None and not self.compiled:  # other buckets have about as many pixels
-            self.metrics.work = self._work(batch)
+            self.metrics.work = self._work(batch, count)
         self.compiled.add(shapes)
+        if first and self.metrics is not None:
+            print("compiling the step", file=sys.stderr, flush=True)  # it can take minutes
+        self.profiler.before(self.at, count)
         with jax.set_mesh(self.mesh), self.clock.of("compile") if first else nullcontext():
-            self.state, values = self.step(self.state, self.frozen, batch)
+            call = self.step if count == 1 else self.steps
+            self.state, values = call(self.state, self.frozen, batch)
         self.step_metrics.append(values)
-        self.at += 1
+        self.at += count
+        self.profiler.after(self.at, values)
 
-    def _work(self, batch: Batch) -> float | None:
-        """Seconds that a sample would take on all devices at their stated peak; None where that is unknown."""
+    def _work(self, batch: Batch, count: int) -> float | None:
+        """Seconds that a sample would take on all devices at their stated peak; None where that is unknown. `batch`: of
+        `count` steps.
+        """
         if (peak := PEAKS.get(jax.devices()[0].device_kind)) is None:
             return None
         objective = without_remat(self.training.objective)  # what is computed twice is needed once
@@ -192,6 +274,8 @@ class _Session:
         def loss(params, frozen, batch):
             return objective.loss(params, frozen, batch, jax.random.key(0))[0]
 
+        if count > 1:
+            batch = jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype), batch)
         needed = flops(jax.grad(loss), *jax.eval_shape(lambda *trees: trees, self.state.params, self.frozen, batch))
         return needed / self.config.batch_size / (peak * jax.device_count())
 
@@ -230,7 +314,10 @@ class _Session:
 
     def _fetch(self) -> None:
         """Bring the metrics of the steps since the last line to the host; stop at the first that is not finite."""
-        rows = [{name: float(value) for name, value in row.items()} for row in jax.device_get(self.step_metrics)]
+        rows = []
+        for values in jax.device_get(self.step_metrics):  # of one step, or of those of one call
+            columns = {name: np.atleast_1d(value).tolist() for name, value in values.items()}
+            rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         self.step_metrics = rows
         for step, row in enumerate(rows, self.at - len(rows) + 1):
             if not (np.isfinite(row["loss"]) and np.isfinite(row["gradient_norm"])):

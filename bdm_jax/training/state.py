@@ -114,13 +114,16 @@ def make_step(
     mesh: Mesh,
     state: TrainState,
     frozen: dict[str, Any],
+    *,
+    stacked: bool = False,
 ) -> Callable[[TrainState, dict[str, Any], Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Compile `(state, frozen, batch) -> (state, metrics)`; the old state's memory is reused.
 
     `loss(params, frozen, batch, key) -> (mean, metrics)`: its parameters come in the run's compute type, its key is
     made of the seed and the step. Gradients of `config.accumulate` parts of the batch are averaged in fp32. The average
     of the parameters warms up with them: its decay is min(ema_decay, (1 + step) / (10 + step)). Of `state` and `frozen`
-    only the shapes are read; the frozen arrays are to lie as `frozen_sharding` says.
+    only the shapes are read; the frozen arrays are to lie as `frozen_sharding` says. `stacked`: a call takes several
+    batches, stacked, and returns the metrics of as many steps.
     """
     shardings = state_sharding(mesh, state)
     dtype = config.compute_dtype()
@@ -141,9 +144,12 @@ def make_step(
         metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients), **metrics}
         return TrainState(state.step + 1, params, ema, optimizer_state), metrics
 
+    def steps(state: TrainState, frozen: dict[str, Any], batches: Batch):
+        return jax.lax.scan(lambda state, batch: step(state, frozen, batch), state, batches)
+
     return jax.jit(
-        step,
-        in_shardings=(shardings, frozen_sharding(mesh, config.mesh, frozen), batch_sharding(mesh)),
+        steps if stacked else step,
+        in_shardings=(shardings, frozen_sharding(mesh, config.mesh, frozen), batch_sharding(mesh, stacked)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )

@@ -130,7 +130,7 @@ HOSTILE = {
     "bomb": png_claiming(60000, 60000),
     "beyond any limit": png_claiming(2**31 - 1, 2**31 - 1),
     "no width": png_claiming(0, 10),
-    "unsupported format": encoded(Image.new("RGB", (8, 8)), "BMP"),
+    "unsupported format": encoded(Image.new("RGB", (8, 8)), "PPM"),
 }
 
 

@@ -182,7 +182,9 @@ def test_memory_does_not_grow_with_the_shards(tmp_path, write_tar):
     assert peak < 4e6 < path.stat().st_size
 
 
-@pytest.mark.parametrize("cause", ["empty file", "unsupported format", "corrupt image", "too large", "CMYK", "16-bit"])
+@pytest.mark.parametrize(
+    "cause", ["empty file", "unsupported format", "corrupt image", "too large", "CMYK", "16-bit", "multi-page"]
+)
 def test_strict_decoding_names_the_cause(faults, cause):
     for data in faults[cause]:
         with pytest.raises(BadRecord, match="record 7") as error:

@@ -32,7 +32,7 @@ from bdm_jax.models.config import (
 )
 from bdm_jax.models.functional import abstract, bind
 from bdm_jax.models.unet.conditioning import Conditioning
-from bdm_jax.plan import command, estimate, topology
+from bdm_jax.plan import advice, command, estimate, topology
 from bdm_jax.plan.report import shapes_report
 from bdm_jax.plan.shapes import (
     activation_bytes,
@@ -241,6 +241,16 @@ def test_networks_by_preset_or_file(tmp_path):
         parse_networks(("sdxl-unet",))
 
 
+def test_a_network_that_the_run_has_not_is_named(tiny, capsys):
+    with pytest.raises(
+        UserError, match=r"--networks unett=...: this run reads branch_text_encoder, text_encoder, unet"
+    ):
+        step_shapes(tiny.task, BF16, 64, {"unett": SDXL_UNET})
+    arguments = ("--topology", "v5e:4x4", "--shapes", "--networks", "text_encoder=clip-l-text")
+    assert command.main(["emoji-vae", *arguments]) == 2
+    assert "--networks text_encoder=...: this run reads none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("run", "networks"),
     [("bdm-sd15", ("unet=sdxl-unet", "vae=sdxl-vae")), ("sd15-finetune", ("unet=kolors-unet", "vae=sdxl-vae"))],
@@ -399,3 +409,64 @@ def test_bad_input_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert command.main(["bdm-sd15"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: compiling for a TPU needs libtpu: pip install")
+
+
+def hbm(config, gb):
+    """The slice of a small chip."""
+    where = topology.parse_topology("v5e:2x2")
+    return replace(where, chip=replace(where.chip, hbm=gb * 1e9))
+
+
+@pytest.mark.parametrize(
+    ("gb", "lines"),
+    [
+        (0.1, ["--accumulate ", "--batch-per-chip ", "--remat blocks"]),
+        (1e-6, ["nothing on v5e:2x2: take a larger slice"]),
+    ],
+)
+def test_a_plan_that_does_not_fit_says_what_would(tiny, monkeypatch, gb, lines):
+    """Each is the smallest change of its kind: half of it does not fit."""
+    monkeypatch.setattr(
+        advice, "activation_bytes", lambda shapes, dtype: 10**6 if shapes.objective.remat == "none" else 10**5
+    )
+    config = replace(tiny, batch_size=4 * 256, accumulate=1)
+    task = replace(tiny.task, remat="none")
+    shapes, less = (step_shapes(one, BF16, 64) for one in (task, replace(task, remat="blocks")))
+    where = hbm(config, gb)
+    assert sum(memory_by_shapes(config, AbstractMesh((4, 1, 1), AXES), shapes, 10**6).values()) > where.chip.hbm
+    found = [*advice.advice(config, where, shapes, less)]
+    assert len(found) == len(lines) and all(line in one for line, one in zip(lines, found, strict=True)), found
+
+
+@pytest.mark.parametrize(
+    ("said", "needed"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm.", 20 * 2**30),
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (35.50G) exceeds available HBM (15.75G).",
+            35.5 * 2**30,
+        ),
+    ],
+)
+def test_what_the_compiler_says_of_memory(said, needed):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(said)
+
+    assert estimate._compile(Lowered(), 1).needed == needed
+
+
+def test_a_setting_of_jax_that_is_not_there_is_left_alone(monkeypatch):
+    monkeypatch.setattr(estimate, "_SETTING", "jax_no_such_setting")
+    before = dict(jax.config.values)
+    with estimate._least_effort():
+        assert jax.config.values == before
+
+
+@pytest.mark.parametrize("flags", [["--sweep"], ["--price", "2"], ["--pairs", "1e6"]])
+def test_flags_without_effect_beside_shapes(flags, capsys):
+    assert command.main(["emoji-vae", "--topology", "v5e:2x2", "--shapes", *flags]) == 2
+    assert f"error: {flags[0]} has no effect with --shapes" in capsys.readouterr().err
+    assert command.main(["emoji-vae", "--json", "."]) == 2
+    assert "--json .: a folder; name a file" in capsys.readouterr().err

@@ -167,9 +167,12 @@ def test_a_file_that_fails_when_it_runs_is_made_anew(folder, given, monkeypatch)
 def test_where_nothing_can_be_kept_it_draws_all_the_same(tmp_path, given):
     (tmp_path / "file").touch()
     programs.keep(tmp_path / "file" / "programs")
-    with pytest.warns(UserWarning, match="cannot be kept for the next start"):
+    with pytest.warns(UserWarning, match="not kept for the next start: .*Not a directory"):
         found, _ = call(given)
     np.testing.assert_allclose(found, expected(given), rtol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of the next ones nothing is said
+        call(given, Fixed(3.0))
 
 
 @pytest.fixture

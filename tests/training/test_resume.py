@@ -69,12 +69,18 @@ def test_killed_run_continues_bit_for_bit_and_frozen_parts_stay(branch_run, back
 
 
 def test_a_run_with_other_settings_is_refused(branch_run, tmp_path):
-    """Its folder says which settings differ, before anything is loaded or compiled."""
+    """Its folder says which settings differ, before anything is loaded or compiled; a folder that moved is none."""
     config = branch_run(tmp_path / "run")
-    remember(config)
+    remember(replace(config, seed=1))
+    remember(config)  # without a checkpoint anything may change
+    (config.run / "checkpoints" / "2").mkdir(parents=True)
     remember(replace(config, minutes=9.0, sample_every=7))
+    moved = replace(config, data=replace(config.data, folder=tmp_path / "moved"))
+    remember(moved)
     with pytest.raises(UserError, match=r"other settings \(seed\)"):
         remember(replace(config, seed=1))
+    with pytest.raises(UserError, match=r"other settings \(data.also\)"):
+        remember(replace(config, data=replace(config.data, also=(tmp_path / "more",))))
     with pytest.raises(UserError, match=r"other settings \(optimizer.learning_rate, task.caption_dropout\)"):
         optimizer = replace(config.optimizer, learning_rate=0.5)
         remember(replace(config, optimizer=optimizer, task=replace(config.task, caption_dropout=0.5)))
@@ -84,6 +90,7 @@ def test_a_run_of_an_older_version_with_other_fields_says_which(tmp_path):
     """A UNet's attention_levels became transformer_layers: such a run is not resumed."""
     config = TrainConfig(task=BackboneTask(style_in_caption=True), run=tmp_path / "run", steps=5)
     remember(config)
+    (config.run / "checkpoints" / "2").mkdir(parents=True)
     values = read_json(config.run / "config.json")
     values["task"]["unet"]["attention_levels"] = [True, True, True, False]
     del values["task"]["unet"]["transformer_layers"]

@@ -21,7 +21,7 @@ from bdm_jax.latents.precompute import precompute
 from bdm_jax.models.functional import init
 from bdm_jax.paths import TOKENIZERS
 from bdm_jax.systems.components import Component, load_component, save_component
-from bdm_jax.training import loop, sets
+from bdm_jax.training import feed, sets
 from bdm_jax.training.loop import train
 from bdm_jax.training.position import NUMBER, numbered
 from bdm_jax.training.sets import DataConfig, Sets
@@ -111,7 +111,7 @@ def test_a_branch_learns_from_shards_what_it_learns_from_memory(
         runs[name] = replace(config, task=task, data=DataConfig(folder), steps=4, sample_every=4)
         runs[name].run.mkdir()
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "mix_loader", loop.mix_loader)
+            patch.setattr(feed, "mix_loader", feed.mix_loader)
             toy.watch(runs[name].run)
             assert train(runs[name])
     memory, shards = runs["memory"].run, runs["shards"].run
@@ -238,7 +238,7 @@ def test_what_does_not_fit_is_one_line_and_status_2(script, two_buckets, squares
         (("emoji-vae", "--data.folder", two_buckets), "holds precomputed latents, this training reads images"),
     ]
     for arguments, message in cases:
-        status, err = script(*arguments)
+        status, err = script(*arguments, "--data.scenes", "None")
         (line,) = err.strip().splitlines()
         assert status == 2 and line.startswith("error: ") and message in line, line
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,8 +19,8 @@ import toy
 
 from bdm_jax.data.records import open_source
 from bdm_jax.errors import UserError
-from bdm_jax.training import checkpoint, loop, sets
-from bdm_jax.training.loop import train
+from bdm_jax.training import checkpoint, feed, sets
+from bdm_jax.training.loop import LOCK, train
 from bdm_jax.training.sets import select
 
 PATIENCE = 300  # seconds for a process of a few steps, on a busy machine
@@ -70,7 +71,7 @@ def watched(monkeypatch):
 
     def run(folder, **changes):
         folder.mkdir(exist_ok=True)
-        monkeypatch.setattr(loop, "mix_loader", loop.mix_loader)  # undone after the test
+        monkeypatch.setattr(feed, "mix_loader", feed.mix_loader)  # undone after the test
         toy.watch(folder)
         result = train(toy.config(folder, **changes))
         monkeypatch.undo()
@@ -103,8 +104,38 @@ def test_a_killed_run_goes_on_bit_for_bit(case, whole, watched, tmp_path):
     left = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
     assert max(map(int, left)) == CASES[case]
     assert not (tmp_path / "export").exists()
+    assert (tmp_path / LOCK).exists() and not (whole / LOCK).exists()
     assert watched(tmp_path)
     same(tmp_path, whole)
+
+
+def test_the_second_is_refused_and_the_first_is_as_if_alone(whole, tmp_path):
+    """The second tries while the first is in the middle of its steps and of its checkpoints."""
+    program = f"""
+import sys
+sys.path[:0] = {[str(Path(toy.__file__).parent), str(Path(__file__).parents[2])]!r}
+import toy
+step = toy.loop._Session._step
+def waiting(self):
+    if self.at == 5:
+        print("here", flush=True)
+        sys.stdin.readline()
+    step(self)
+toy.loop._Session._step = waiting
+sys.exit(toy.main({str(tmp_path)!r}, "10"))
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen([sys.executable, "-c", program], **pipes)
+    assert first.stdout.readline() == "here\n"
+    for changes in ({}, {"export_only": True}):
+        with pytest.raises(UserError) as error:
+            train(toy.config(tmp_path, **changes))
+        who = f"process {first.pid} on {socket.gethostname()} has been training this run since 20"
+        assert str(error.value).startswith(f"{tmp_path}: {who}") and "choose another --run" in str(error.value)
+    _, err = first.communicate("\n", timeout=300)
+    assert first.returncode == 0, err
+    same(tmp_path, whole)
+    assert not (tmp_path / LOCK).exists()
 
 
 @pytest.mark.slow
@@ -174,16 +205,16 @@ def test_a_loss_that_is_not_finite_names_step_samples_and_checkpoint(watched, tm
     names = [f"{records[i]['style']}/{records[i]['id']}" for i in (int(one.split("/")[1]) for one in sixth.split())]
 
     batches = iter(range(1, 11))
-    place = loop.place_batch
+    place = feed.place_batch
 
-    def spoil(mesh, batch):
+    def spoil(mesh, batch, stacked):
         if next(batches) == 6:
             batch["x"][0, 0] = bad
-        return place(mesh, batch)
+        return place(mesh, batch, stacked)
 
     bad = np.float32(12345.0)
     monkeypatch.setattr(toy.ToyObjective, "loss", loss)
-    monkeypatch.setattr(loop, "place_batch", spoil)
+    monkeypatch.setattr(feed, "place_batch", spoil)
     with pytest.raises(UserError, match=rf"step 6: loss nan.*checkpoint is of step 4.*{names[0]}"):
         train(toy.config(tmp_path / "run", steps=6))
     told = json.loads((tmp_path / "run" / "not_finite.json").read_text())

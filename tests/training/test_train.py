@@ -1,12 +1,14 @@
 """train.py's words to its user."""
 
 import importlib.util
+import signal
 from pathlib import Path
 
 import pytest
 
 from bdm_jax import configs
 from bdm_jax.models.functional import abstract
+from bdm_jax.paths import DEMO
 
 _SCRIPT = Path(__file__).parents[2] / "train.py"
 
@@ -45,20 +47,58 @@ def test_every_config_is_valid_and_is_listed(run):
         (("emoji-brunch",), "unknown config 'emoji-brunch': did you mean 'emoji-branch'?"),
         (("emoji-vae", "--steps", "0"), "steps=0: must be at least 1"),
         (("emoji-text", "--accumulate", "2"), "accumulate=2: the captions of a whole batch are compared"),
-        (("emoji-vae", "--accumulate", "3"), "batch_size=4 is not a multiple of 3"),
+        (("emoji-vae", "--accumulate", "3"), "batch_size=64 is not a multiple of 3"),
         (("emoji-backbone", "--task.zero-snr", "--task.prediction-type", "epsilon"), "task.zero_snr needs"),
         (("emoji-vae", "--mesh.data", "7"), "does not fit"),
         (("emoji-vae", "--data.style", "oil"), "unknown style 'oil'"),
         (("emoji-vae", "--data.folder", "nowhere"), "nowhere"),
         (("emoji-backbone", "--task.vae", "nowhere"), "nowhere: no such file or component folder"),
-        (("emoji-branch", "--task.backbone", "nowhere"), "nowhere: no such model folder"),
+        (("emoji-branch", "--task.backbone", "nowhere"), "task.backbone=nowhere: no such model folder; give --task.b"),
+        (
+            ("emoji-branch", "--task.start-from", str(DEMO / "branch")),
+            "task.backbone=runs/emoji-backbone/export: no such model folder; give --task.backbone, or start from a",
+        ),
+        (
+            ("emoji-branch", "--task.backbone", str(DEMO)),
+            "task.text_encoder=runs/emoji-text/export/branch_text_encoder: no such component folder; give --task.te",
+        ),
+        (("emoji-vae", "--seed", "-1"), "error: seed=-1: must not be negative\n"),
+        (("emoji-vae", "--minutes", "0"), "error: minutes=0.0: must be positive\n"),
+        (("emoji-vae", "--data.scenes", "1.5"), "error: --data.scenes 1.5: expected a whole number, or None\n"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(run, arguments, message):
+def test_bad_input_is_one_line_and_status_2(run, arguments, message, tmp_path):
     status, _, err = run(*arguments)
     assert status == 2
-    lines = err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    assert err.count("\n") == 1 and err.startswith("error: ") and message in err
+    assert not any(tmp_path.iterdir())  # an empty run's folder is gone again
+
+
+def test_only_folders_that_the_run_has_made_are_taken_away(run, tmp_path):
+    (tmp_path / "T" / "mine").mkdir(parents=True)
+    for folder in ("T/mine", "T/new/deep"):
+        assert run("emoji-vae", "--run", folder, "--data.folder", "nowhere")[0] == 2
+    assert [path.name for path in tmp_path.rglob("*")] == ["T", "mine"]
+    (tmp_path / "T" / "mine" / "config.json").write_text("{}")
+    assert run("emoji-vae", "--run", "T/mine", "--data.folder", "nowhere")[0] == 2
+    assert (tmp_path / "T" / "mine" / "config.json").read_text() == "{}"
+
+
+def test_ctrl_c_before_the_first_step_is_one_line_and_leaves_nothing(run, monkeypatch, tmp_path):
+    """Hit while the session is made ready, where records are read and encoded."""
+    from bdm_jax.training import loop
+
+    def hit(config, mesh):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop, "_Session", hit)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts with &
+    try:
+        status, out, err = run("emoji-vae", "--run", "T/x")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (status, out) == (130, "") and not any(tmp_path.iterdir())
+    assert err == "interrupted outside of the steps, with nothing to save: run the same command again\n"
 
 
 def test_explain_says_where_everything_lies_and_trains_nothing(run, tmp_path):

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -19,13 +19,19 @@ import numpy as np
 
 from bdm_jax.data.loader import Loader, mix_loader
 from bdm_jax.latents.moments import record_key
+from bdm_jax.paths import TOKENIZERS
 from bdm_jax.systems.components import load_component
-from bdm_jax.training import checkpoint, loop
+from bdm_jax.text.tokenizer import Tokenizer
+from bdm_jax.training import checkpoint, feed, loop
 from bdm_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from bdm_jax.training.inputs import of_part
+from bdm_jax.training.objectives.captions import Captions
 from bdm_jax.training.objectives.objective import Training, draw
+from bdm_jax.training.objectives.sample import Sample
 
 WIDTH = 512  # so that the matrix is large enough to be split, as the frozen one is
 FROZEN_WIDTH = 128
+SIZE = (64, 64)  # of images, where a set has several
 
 
 @dataclass(frozen=True)
@@ -33,22 +39,30 @@ class ToyTask:
     """Learn a random linear map from noisy features of a record's name, or, with an autoencoder, of its latents."""
 
     vae: Path | None = None
+    words: bool = False  # samples that can lie on the device: the name's features, an image, a caption's ids
     language: str = "zh"
     prediction_type: str = "epsilon"
 
     def start(self, sets, run, seed, dtype):
-        parts = sets.images() if self.vae is None else sets.latents(load_component(self.vae, "float32"), run)
+        vae = None if self.vae is None else load_component(self.vae, "float32")
+        parts = sets.images() if vae is None else sets.latents(vae, run, common_size=SIZE)
         rng = np.random.default_rng(seed)
         net = {"wide.kernel": jnp.asarray(rng.normal(size=(256, WIDTH)) / 16, jnp.float32), "bias": jnp.zeros(WIDTH)}
         kernel = jnp.asarray(rng.normal(size=(WIDTH, FROZEN_WIDTH)) / 16, jnp.float32)
         frozen = {"net": {"kernel": kernel}}
-        return Training(ToyObjective(), {"net": net}, frozen, parts, _sample, _export, _preview)
+        inputs = {} if vae is None else {"vae": of_part(vae, self.vae)}
+        captions = Captions(Tokenizer.from_pretrained(TOKENIZERS / "chinese"), "zh", dropout=0.1)
+        sample = Sample(_read, captions, "branch", mirrored=True) if self.words else _sample
+        return Training(ToyObjective(), {"net": net}, frozen, parts, sample, _export, _preview, inputs)
 
 
 @dataclass(frozen=True)
 class ToyObjective:
     def loss(self, params, frozen, batch, key):
         x = jax.vmap(lambda one: jnp.resize(one.astype(jnp.float32), 256))(batch["x"])
+        if "texts" in batch:
+            x += jax.vmap(lambda ids: jnp.resize(jnp.sin(ids.astype(jnp.float32)), 256))(batch["texts"]["branch"])
+            x += jax.vmap(lambda image: jnp.resize(image.astype(jnp.float32) / 255, 256))(batch["image"])
         hidden = jnp.tanh(x @ params["net"]["wide.kernel"] + params["net"]["bias"])
         target = draw(key, batch["place"], lambda k: jax.random.normal(k, (FROZEN_WIDTH,)))
         loss = jnp.mean(jnp.square(hidden @ frozen["net"]["kernel"] - target))
@@ -62,6 +76,12 @@ def _sample(record, rng):
     return {"x": (own.normal(size=256) + 0.1 * rng.normal(size=256)).astype(np.float32)}
 
 
+def _read(record):
+    own = np.random.default_rng(zlib.crc32(record_key(record).encode()))
+    image = own.integers(0, 256, (8, 8, 3), np.uint8)
+    return {"x": own.normal(size=256).astype(np.float32), "image": image}
+
+
 def _preview(params, records):
     return [np.zeros((2, 2, 3), np.uint8)] * len(records)
 
@@ -73,7 +93,8 @@ def _export(params, folder, metadata):
 
 def config(run: Path, steps: int = 10, **changes) -> TrainConfig:
     """Ten steps of batches of 16, a checkpoint after every second, a line after every third. In place of the bundled
-    set, TOY_SETS names folders, joined by colons, and TOY_VAE the autoencoder of their latents.
+    set, TOY_SETS names folders, joined by colons, and TOY_VAE the autoencoder of their latents. With TOY_ON_DEVICE,
+    True or False, samples have words, and a checkpoint comes after every fiftieth step.
     """
     folders = [Path(name) for name in os.environ.get("TOY_SETS", "").split(":") if name]
     bundled = DataConfig(style="fluent", concepts=50)
@@ -89,6 +110,9 @@ def config(run: Path, steps: int = 10, **changes) -> TrainConfig:
         "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
         "mesh": MeshConfig(fsdp=max(1, jax.device_count() // 2)),
     }
+    if on_device := os.environ.get("TOY_ON_DEVICE"):
+        values |= {"task": ToyTask(words=True), "data": replace(bundled, on_device=on_device == "True")}
+        values |= {"log_every": 10, "checkpoint_every": 50}
     return TrainConfig(**{**values, **changes})
 
 
@@ -108,7 +132,7 @@ def watch(run: Path) -> None:
         loader.__class__ = Watched
         return loader
 
-    loop.mix_loader = watched
+    feed.mix_loader = watched
 
 
 def seen(run: Path, process: int = 0) -> dict[int, str]:
@@ -148,6 +172,10 @@ def kill_at(case: str) -> None:
         before(saves, "_remove", die, lambda self, folder: folder.name == "2" and folder.is_dir())
     elif case == "between saves":
         before(loop._Session, "_step", die, lambda session: session.at == 5 and session.checkpoints.wait() is None)
+    elif case.startswith("after "):  # "after 60: SIGKILL"
+        step, name = case.removeprefix("after ").split(": ")
+        number = getattr(signal, name)
+        before(loop._Session, "_step", lambda: os.kill(os.getpid(), number), lambda session: session.at == int(step))
     elif case.startswith("SIGTERM"):
         if case == "SIGTERM to one":  # JAX's service listens once per second
             before(loop._Session, "_step", lambda: time.sleep(1), lambda session: session.at >= 4)

@@ -1,16 +1,23 @@
 """Training an autoencoder on images."""
 
+import contextlib
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdm_jax.command_line import OptionalModelPath
 from bdm_jax.data.loader import MixturePart
+from bdm_jax.data.source import Source
 from bdm_jax.diffusion import losses
-from bdm_jax.images.decode import decode_image
+from bdm_jax.errors import BadRecord, UserError
+from bdm_jax.images.decode import decode_image, image_size, resize_to_cover
 from bdm_jax.latents.moments import record_key, record_moments, round_trip
 from bdm_jax.models.config import VAEConfig
 from bdm_jax.models.functional import abstract, init, param_dtype
@@ -27,17 +34,28 @@ from bdm_jax.training.objectives.objective import (
     read_sizes,
 )
 from bdm_jax.training.objectives.remat import Remat, network
+from bdm_jax.training.objectives.sample import Sample, read_image
+from bdm_jax.training.objectives.starting import load_start
 from bdm_jax.training.sets import Sets
+
+_JUDGED = 1000
 
 
 @dataclass(frozen=True)
 class VAETask:
-    """Train an AutoencoderKL on images. remat: as in `BackboneTask`."""
+    """Train an AutoencoderKL on images. remat: as in `BackboneTask`.
+
+    start_from: an autoencoder to train on, whose sizes and scaling factor it keeps; None for fresh weights.
+    """
 
     vae: VAEConfig = field(default_factory=VAEConfig)
     kl_weight: float = 1e-3
     remat: Remat = "none"
+    start_from: OptionalModelPath = None
     language: str = "zh"  # of the records that are used; no caption is read
+
+    sized: ClassVar[dict[str, str]] = {"vae": "vae"}
+    captions: ClassVar[bool] = False  # whether they are read
 
     def sizes(self, read: ReadSizes = read_sizes) -> Sizes:
         """None is read."""
@@ -48,16 +66,25 @@ class VAETask:
         return AutoencoderObjective(self.vae, self.kl_weight, self.remat)
 
     def start(self, sets: Sets, run: Path, seed: int, dtype: jnp.dtype) -> Training:
-        """Fresh weights."""
+        """Fresh weights, or those that it starts from. Raises UserError for images of no multiple of the factor."""
+        begun = load_start(self.start_from, run, {"vae": self.vae}, where="in task.vae")
+        sets.check_scenes(self.vae.factor)
         parts = sets.images()
+        size = _one_size(parts, self.vae)
+        if any(side % self.vae.factor for side in size):
+            raise UserError(
+                f"images of {size[1]} x {size[0]} pixels: both must be multiples of {self.vae.factor} (the "
+                "autoencoder's factor)"
+            )
         return Training(
             self.objective({}),
-            {"vae": init(self.vae, seed)},
+            begun.params or {"vae": init(self.vae, seed)},
             {},
             parts,
-            _sample,
-            partial(_export, self.vae, parts),
-            partial(_preview, self.vae),
+            Sample(partial(read_image, size), mirrored=True),
+            partial(_export, self.vae, parts, size) if self.start_from is None else partial(_export_tuned, self.vae),
+            partial(_preview, self.vae, size),
+            begun.inputs,
         )
 
 
@@ -95,19 +122,55 @@ class AutoencoderObjective:
         }
 
 
-def _sample(record: dict, rng: np.random.Generator) -> Row:
-    pixels = decode_image(record["image"], name=record_key(record))
-    return {"image": pixels[:, ::-1] if rng.random() < 0.5 else pixels}
+def _one_size(parts: Sequence[MixturePart], vae: VAEConfig) -> tuple[int, int]:
+    """(height, width) of the images, judged by the headers of the first thousand of each set; the autoencoder's own if
+    they have several.
+    """
+    sizes = set()
+    for part in parts:
+        for number in range(min(len(part.source), _JUDGED)):
+            with contextlib.suppress(BadRecord):
+                record = part.source[number]
+                sizes.add(image_size(record["image"], name=record_key(record)))
+    if len(sizes) == 1:
+        return sizes.pop()
+    if sizes:
+        side = vae.sample_size
+        warnings.warn(
+            f"images of {len(sizes)} sizes: all are resized to cover {side} x {side} and cropped at the centre "
+            "(task.vae.sample-size)",
+            stacklevel=2,
+        )
+    return (vae.sample_size,) * 2
 
 
-def _export(config: VAEConfig, parts: list[MixturePart], params: Trees, folder: Path, metadata: dict[str, str]) -> None:
+def _export(
+    config: VAEConfig,
+    parts: list[MixturePart],
+    size: tuple[int, int],
+    params: Trees,
+    folder: Path,
+    metadata: dict[str, str],
+) -> None:
     """The folder `vae`, its scaling factor measured on the records: latents times it have unit variance."""
     vae = Component(config, params["vae"])
-    moments = np.concatenate([record_moments(vae, part.source) for part in parts])
+    moments = np.concatenate([_good_moments(vae, part.source, size) for part in parts])
     means, _ = np.split(moments, 2, axis=-1)
     measured = replace(config, scaling_factor=float(1.0 / means.std()))
     save_component(folder / "vae", measured, params["vae"], metadata=metadata)
 
 
-def _preview(config: VAEConfig, params: Trees, records: list[dict]) -> list[np.ndarray]:
-    return round_trip(Component(config, params["vae"]), [decode_image(record["image"]) for record in records])
+def _export_tuned(config: VAEConfig, params: Trees, folder: Path, metadata: dict[str, str]) -> None:
+    """The folder `vae` with the scaling factor that it had: what was trained on its latents goes on with it."""
+    save_component(folder / "vae", config, params["vae"], metadata=metadata)
+
+
+def _good_moments(vae: Component, source: Source, size: tuple[int, int]) -> np.ndarray:
+    """Of the records that can be used; those that cannot were counted when they were trained on."""
+    faults: dict[int, BadRecord] = {}
+    return np.delete(record_moments(vae, source, None, size, None, faults), [*faults], axis=0)
+
+
+def _preview(config: VAEConfig, size: tuple[int, int], params: Trees, records: list[dict]) -> list[np.ndarray]:
+    images = [resize_to_cover(decode_image(record["image"]), size) for record in records]
+    return round_trip(Component(config, params["vae"]), images)

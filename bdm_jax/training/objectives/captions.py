@@ -1,10 +1,12 @@
 """From the words of a record to the token ids of one text source."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from bdm_jax.data import captions
+from bdm_jax.data.captions import Choices
 from bdm_jax.errors import BadRecord
 from bdm_jax.latents.moments import record_key
 from bdm_jax.text.tokenizer import Tokenizer
@@ -28,22 +30,78 @@ class Captions:
 
     def ids(self, record: dict, rng: np.random.Generator) -> np.ndarray:
         """A sample's ids (S,) int32. Raises BadRecord for a record that this language must not be trained on."""
+        self._check(record)
+        drawn = self.draw(lambda: captions.choices(record, self.language), rng)
+        if drawn is None:
+            return self.empty
+        which, number = drawn
+        return self._windows([self._texts(record, self._prompts[which])[number]])[0]
+
+    @property
+    def empty(self) -> np.ndarray:
+        """The ids (S,) int32 of a caption that is left out."""
+        return window(self.tokenizer, [])
+
+    def draw(self, choices: Callable[[], Choices], rng: np.random.Generator) -> tuple[int, int] | None:
+        """A sample's prompt, and which of the texts that the record's captions make of it; None for the empty text.
+        `choices`: what the record's captions are chosen from, asked for where the prompt has a place for one.
+        """
+        which = int(rng.integers(len(self.prompts))) if self.prompts else 0
+        number = choices().draw(rng) if self._has_caption(self._prompts[which]) else 0
+        return None if rng.random() < self.dropout else (which, number)
+
+    def choices(self, record: dict) -> Choices:
+        """How many texts a record makes of every prompt. Raises BadRecord for a record that no sample can be made of
+        with some prompt.
+        """
+        self._check(record)
+        if any(map(self._has_caption, self._prompts)):
+            return captions.choices(record, self.language)
+        return Choices(own=1)
+
+    def all_ids(self, records: Sequence[dict]) -> list[np.ndarray]:
+        """Of each record that `choices` takes, with n texts for each of P prompts: the ids (P * n, S) int32 of text
+        `number` of prompt `which` at which * n + number.
+        """
+        pairs, ends = [], []
+        for record in records:
+            count = self.choices(record).total
+            for prompt in self._prompts:
+                found = self._texts(record, prompt)
+                pairs += found if len(found) == count else found * count
+            ends.append(len(pairs))
+        return np.split(self._windows(pairs), ends[:-1])
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some prompts have a caption in them and others have none."""
+        return len({self._has_caption(prompt) for prompt in self._prompts}) > 1
+
+    @property
+    def _prompts(self) -> tuple[str, ...]:
+        return self.prompts or ("{}",)
+
+    def _has_caption(self, prompt: str) -> bool:
+        return self.word is None and "{}" in prompt
+
+    def _check(self, record: dict) -> None:
         if self.language == "en" and record.get("zh_only"):
             raise BadRecord(record_key(record), "zh_only", "English training must not see it")
-        longer, shorter = self.tokenizer.content(self.texts(record, rng))
-        content = longer if len(longer) <= self.tokenizer.length - 2 else shorter
-        if rng.random() < self.dropout:
-            content = []
-        return window(self.tokenizer, content)
 
-    def texts(self, record: dict, rng: np.random.Generator) -> tuple[str, str]:
-        """A sample's text, and a shorter one in case it does not fit."""
-        prompt = self.prompts[int(rng.integers(len(self.prompts)))] if self.prompts else "{}"
-        if self.word is not None or "{}" not in prompt:
-            text = prompt.replace("{}", self.word or "")
-            return text, text
-        longer = captions.caption(record, self.language, rng, self.style)
-        return prompt.replace("{}", longer), prompt.replace("{}", captions.name(record, self.language, self.style))
+    def _texts(self, record: dict, prompt: str) -> list[tuple[str, str]]:
+        """The texts that a record makes of a prompt, each with a shorter one in case it does not fit."""
+        if not self._has_caption(prompt):
+            return [(prompt.replace("{}", self.word or ""),) * 2]
+        shorter = prompt.replace("{}", captions.name(record, self.language, self.style))
+        texts = captions.variants(record, self.language, self.style)
+        return [(prompt.replace("{}", text), shorter) for text in texts]
+
+    def _windows(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """Texts, each with a shorter one -> ids (N,S) int32."""
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))  # many share the shorter one
+        contents, room = dict(zip(texts, self.tokenizer.content(texts), strict=True)), self.tokenizer.length - 2
+        chosen = [longer if len(contents[longer]) <= room else shorter for longer, shorter in pairs]
+        return np.stack([window(self.tokenizer, contents[text]) for text in chosen])
 
     def name(self, record: dict) -> str:
         """The prompt that a record is previewed with."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdm_jax.command_line import OptionalModelPath
 from bdm_jax.errors import BadRecord, UserError, unknown
 from bdm_jax.images.decode import decode_image, resize_to_cover
 from bdm_jax.latents.moments import record_key
@@ -20,7 +21,6 @@ from bdm_jax.sampling.generate import generate
 from bdm_jax.sampling.settings import Sampling
 from bdm_jax.systems.components import save_component
 from bdm_jax.systems.pipeline import BridgePipeline
-from bdm_jax.training.objectives.backbone import sample
 from bdm_jax.training.objectives.captions import Captions
 from bdm_jax.training.objectives.objective import Batch, Row, Shapes, Sizes, Training, Trees
 from bdm_jax.training.objectives.plugin import (
@@ -32,6 +32,8 @@ from bdm_jax.training.objectives.plugin import (
     trained_component,
 )
 from bdm_jax.training.objectives.preview import request
+from bdm_jax.training.objectives.sample import Sample, read_moments
+from bdm_jax.training.objectives.starting import load_start
 from bdm_jax.training.objectives.system import SystemObjective
 from bdm_jax.training.sets import Sets
 
@@ -45,13 +47,14 @@ class ControlNetTask(PluginTask):
     hint: which map is made of a sample's image ("canny", "line", ...; see `plugins.hints`). hint_column: in place of
     that, the field of the records that holds a ready map, encoded like an image. hint_widths: channels of the layers
     that read the map; each but the first halves it. caption_dropout: half, as the paper has it, so that the map itself
-    is read.
+    is read. start_from: a ControlNet for this backbone to train on, in place of a fresh one.
     """
 
     hint: str = "canny"
     hint_column: str | None = None
     hint_widths: tuple[int, ...] = (16, 32, 96, 256)
     caption_dropout: float = 0.5
+    start_from: OptionalModelPath = None
 
     reads_images: ClassVar[bool] = True
 
@@ -62,7 +65,9 @@ class ControlNetTask(PluginTask):
         return ControlNetObjective(system_objective(self, sizes, {FOLDER: abstract(config)}))
 
     def start(self, sets: Sets, run: Path, seed: int, dtype: jnp.dtype) -> Training:
-        """The backbone's encoder, fresh zero convolutions and layers for the map; the backbone is loaded and frozen."""
+        """The backbone's encoder, fresh zero convolutions and layers for the map, or the ControlNet that it starts
+        from; the backbone is loaded and frozen.
+        """
         ready = load_system(self, sets, run, dtype)
         factor = ready.system.vae.config.factor
         if not self.hint_widths or 2 ** (len(self.hint_widths) - 1) != factor:
@@ -71,16 +76,18 @@ class ControlNetTask(PluginTask):
                 "times as large as the latents"
             )
         config = controlnet_config(ready.system.unet.config, self.hint_widths)
-        params = {FOLDER: init_from_unet(init(config, seed), ready.system.unet.params)}
+        begun = load_start(self.start_from, run, {FOLDER: config}, where="for task.hint_widths and the backbone here")
+        params = begun.params or {FOLDER: init_from_unet(init(config, seed), ready.system.unet.params)}
         hints, texts = Hints(default_size(ready.system), self.hint, self.hint_column), plugin_captions(self, ready)
         return Training(
             ControlNetObjective(loaded_objective(self.objective(ready.sizes).system, ready)),
             params,
             ready.without(params),
             ready.parts,
-            partial(_sample, texts, hints),
+            Sample(partial(_read, hints), texts, "backbone"),
             partial(_export, config),
             partial(_preview, ready.drawing(params), config, ready.dtype, texts, hints),
+            {**ready.inputs, **begun.inputs},
         )
 
 
@@ -145,8 +152,8 @@ def init_from_unet(controlnet: Params, unet: Params) -> Params:
     return {path: unet.get(path, value) for path, value in controlnet.items()}
 
 
-def _sample(texts: Captions, hints: Hints, record: dict, rng: np.random.Generator) -> Row:
-    return {**sample(texts, "backbone", record, rng), "hint": hints(record)}
+def _read(hints: Hints, record: dict) -> Row:
+    return {**read_moments(record), "hint": hints(record)}
 
 
 def _preview(

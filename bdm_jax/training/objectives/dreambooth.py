@@ -22,7 +22,7 @@ from bdm_jax.runtime.processes import broadcast_from_first, is_first
 from bdm_jax.sampling.batching import default_size
 from bdm_jax.sampling.generate import generate
 from bdm_jax.sampling.settings import Request, Sampling
-from bdm_jax.training.objectives.backbone import sample
+from bdm_jax.training.inputs import Input
 from bdm_jax.training.objectives.captions import window
 from bdm_jax.training.objectives.finetune import trained_names, tuned
 from bdm_jax.training.objectives.objective import Batch, Row, Shapes, Sizes, Training, Trees
@@ -37,8 +37,9 @@ from bdm_jax.training.objectives.plugin import (
     system_objective,
 )
 from bdm_jax.training.objectives.preview import draw_records
+from bdm_jax.training.objectives.sample import Sample, read_moments
 from bdm_jax.training.objectives.system import BACKBONE, SystemObjective
-from bdm_jax.training.sets import Sets
+from bdm_jax.training.sets import Sets, check_faults
 
 _BATCH = 4
 
@@ -75,14 +76,14 @@ class DreamBoothTask(PluginTask):
             raise UserError(f"task.prior_weight={self.prior_weight}: must be a number from 0 on")
         params = {name: ready.system.networks[name].params for name in trained_names(self.text_encoder)}
         texts, tokenizer = plugin_captions(self, ready), ready.tokenizer(BACKBONE)
-        make_sample = partial(sample, texts, self.source)
+        make_sample = Sample(read_moments, texts, self.source)
         system = loaded_objective(
             system_objective(self, ready.sizes, {name: abstract(ready.sizes[name]) for name in params}), ready
         )
         objective: Any = system
         if self.prior_weight:
             class_ids = window(tokenizer, tokenizer.content([self.class_prompt])[0])
-            make_sample = partial(_with_class, make_sample, class_moments(self, ready, run), class_ids)
+            make_sample = partial(_with_class, make_sample, class_moments(self, ready, run, sets.skip_rate), class_ids)
             objective = PriorObjective(system, self.prior_weight)
         return Training(
             objective,
@@ -92,7 +93,15 @@ class DreamBoothTask(PluginTask):
             make_sample,
             partial(export_backbone, self.model, ready.sizes),
             partial(draw_records, partial(tuned, ready, ready.drawing(params)), texts, batch_size=PREVIEWS),
+            {**ready.inputs, **self._class_inputs()},
         )
+
+    def _class_inputs(self) -> dict[str, Input]:
+        """The folder of the class's images; those that are drawn are the model's."""
+        if not self.prior_weight or self.class_images is None:
+            return {}
+        source = open_source(self.class_images)
+        return {"class_images": Input(str(self.class_images), source.contents)}
 
 
 @dataclass(frozen=True)
@@ -126,14 +135,21 @@ class PriorObjective:
         return {**row, "class_moments": row["moments"], "class_ids": row["texts"][self.system.source]}
 
 
-def class_moments(task: DreamBoothTask, ready: LoadedSystem, run: Path) -> np.ndarray:
-    """Of the class's images, (N,h,w,2C)."""
+def class_moments(task: DreamBoothTask, ready: LoadedSystem, run: Path, skip_rate: float) -> np.ndarray:
+    """Of the class's images that can be used, (N,h,w,2C), each as often as it counts. Raises UserError for too many
+    that cannot.
+    """
     folder = task.class_images
     if folder is None:
         folder = run / "class-images"
         _draw_class(task, ready, folder)
     cache, size = run / "class-latents.npz", default_size(ready.system)
-    return record_moments(ready.system.vae, open_source(folder), cache, size)
+    source, faults = open_source(folder), {}
+    moments = record_moments(ready.system.vae, source, cache, size, None, faults)
+    check_faults(folder, faults.values(), len(source), skip_rate)
+    counts = np.array(getattr(source, "repeats", np.ones(len(source), np.int64)))
+    counts[[*faults]] = 0
+    return np.repeat(moments, counts, axis=0)
 
 
 def _draw_class(task: DreamBoothTask, ready: LoadedSystem, folder: Path) -> None:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from bdm_jax.models.functional import abstract
 from bdm_jax.systems.pipeline import BridgePipeline
-from bdm_jax.training.objectives.backbone import sample
 from bdm_jax.training.objectives.objective import Sizes, Training, Trees
 from bdm_jax.training.objectives.plugin import (
     PREVIEWS,
@@ -22,6 +21,7 @@ from bdm_jax.training.objectives.plugin import (
     trained_component,
 )
 from bdm_jax.training.objectives.preview import draw_records
+from bdm_jax.training.objectives.sample import Sample, read_moments
 from bdm_jax.training.objectives.system import BACKBONE, NETWORKS, SystemObjective
 from bdm_jax.training.sets import Sets
 
@@ -47,9 +47,10 @@ class FinetuneTask(PluginTask):
             params,
             ready.without(params),
             ready.parts,
-            partial(sample, texts, self.source),
+            Sample(read_moments, texts, self.source),
             partial(export_backbone, self.model, ready.sizes),
             partial(draw_records, partial(tuned, ready, ready.drawing(params)), texts, batch_size=PREVIEWS),
+            ready.inputs,
         )
 
 

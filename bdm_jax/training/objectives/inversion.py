@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bdm_jax.command_line import OptionalModelPath
 from bdm_jax.errors import UserError
 from bdm_jax.formats.files import shown, write_safetensors
 from bdm_jax.models.functional import bind
 from bdm_jax.plugins.install import with_embeddings
-from bdm_jax.plugins.inversion import Embedding, add_embeddings, token_table
+from bdm_jax.plugins.inversion import Embedding, add_embeddings, load_embeddings, token_table
 from bdm_jax.systems.pipeline import BridgePipeline
-from bdm_jax.training.objectives.backbone import sample
+from bdm_jax.training.inputs import of_params
 from bdm_jax.training.objectives.captions import Captions
 from bdm_jax.training.objectives.objective import Sizes, Training, Trees
 from bdm_jax.training.objectives.plugin import (
@@ -27,6 +28,8 @@ from bdm_jax.training.objectives.plugin import (
     system_objective,
 )
 from bdm_jax.training.objectives.preview import draw_records
+from bdm_jax.training.objectives.sample import Sample, read_moments
+from bdm_jax.training.objectives.starting import FRESH, Start, is_there
 from bdm_jax.training.objectives.system import TEXT_ENCODER, SystemObjective
 from bdm_jax.training.sets import Sets
 
@@ -38,7 +41,8 @@ _TREE, _ROWS = "word", "vectors.embedding"
 class InversionTask(PluginTask):
     """Train the vectors of `token` in the backbone's text encoder, or, for target=branch, in the branch's.
 
-    prompts: {} stands for the token. vectors: how many. begin: the word whose vectors they begin as.
+    prompts: {} stands for the token. vectors: how many. begin: the word whose vectors they begin as. start_from: a file
+    of such vectors to train on, in place of that word's.
     """
 
     prompts: tuple[str, ...] = ("a photo of {}", "a rendering of {}", "a cropped photo of {}", "a close-up of {}")
@@ -46,6 +50,7 @@ class InversionTask(PluginTask):
     vectors: int = 1
     begin: str = "dog"
     target: Literal["backbone", "branch"] = "backbone"
+    start_from: OptionalModelPath = None
 
     @property
     def on_branch(self) -> bool:
@@ -58,7 +63,7 @@ class InversionTask(PluginTask):
         return system_objective(self, sizes, {_TREE: {_ROWS: rows}}, NetworksWithWord(sizes, name))
 
     def start(self, sets: Sets, run: Path, seed: int, dtype: jnp.dtype) -> Training:
-        """The vectors begin as those of another word; all networks are loaded and frozen."""
+        """The vectors begin as those of another word, or of the file; all networks are loaded and frozen."""
         ready = load_system(self, sets, run, dtype)
         if missing := [prompt for prompt in self.prompts if "{}" not in prompt]:
             raise UserError(f"task.prompts: {shown(missing[0])} lacks {{}}, which stands for the token")
@@ -70,7 +75,9 @@ class InversionTask(PluginTask):
         if not words:
             raise UserError(f"task.begin={shown(self.begin)}: no word to begin from")
         table = np.asarray(component.params[token_table(*component)], np.float32)
-        rows = table[[words[i % len(words)] for i in range(self.vectors)]]
+        begun = self._begun(table.shape[1], run)
+        of_word = table[[words[i % len(words)] for i in range(self.vectors)]]
+        rows = begun.params[_TREE][_ROWS] if begun.params else of_word
         tokenizer, _ = add_embeddings(tokenizer, component, [Embedding(self.token, rows)])
         texts = Captions(tokenizer, self.language, self.caption_dropout, prompts=self.prompts, word=self.token)
         pipeline = partial(_pipeline, ready.drawing({}), self.source, self.token)
@@ -79,10 +86,26 @@ class InversionTask(PluginTask):
             {_TREE: {_ROWS: jnp.asarray(rows)}},
             ready.frozen,
             ready.parts,
-            partial(sample, texts, self.source),
+            Sample(read_moments, texts, self.source),
             partial(_export, self.token),
             partial(draw_records, pipeline, texts, batch_size=PREVIEWS),
+            {**ready.inputs, **begun.inputs},
         )
+
+    def _begun(self, width: int, run: Path) -> Start:
+        """The vectors of the file. Raises UserError for several words in it, and for vectors of another shape."""
+        path = self.start_from
+        if not is_there(path, run):
+            return FRESH
+        word, *others = load_embeddings(path)
+        shape = np.shape(word.vectors)  # () of one that has vectors for several text encoders
+        if others or shape != (self.vectors, width):
+            raise UserError(
+                f"{path}: holds {1 + len(others)} words, the first of shape {shape}; one of {self.vectors} vectors "
+                f"(task.vectors) of width {width} is wanted"
+            )
+        params = {_TREE: {_ROWS: np.asarray(word.vectors, np.float32)}}
+        return Start(params, {"start_from": of_params(params[_TREE], path)})
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ In bfloat16 a weight with a small change merged into it would be the weight as i
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,17 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bdm_jax.command_line import OptionalModelPath
 from bdm_jax.errors import UserError
 from bdm_jax.formats.files import shown, write_safetensors
-from bdm_jax.formats.layouts import to_torch
+from bdm_jax.formats.layouts import to_jax, to_torch
 from bdm_jax.models.convolution import Conv
 from bdm_jax.models.functional import Params, abstract, bind
 from bdm_jax.plugins.deltas import Delta
-from bdm_jax.plugins.lora import LoRA, apply
+from bdm_jax.plugins.lora import LoRA, apply, load_lora
 from bdm_jax.systems import families
 from bdm_jax.systems.components import Component
 from bdm_jax.systems.pipeline import BridgePipeline
-from bdm_jax.training.objectives.backbone import sample
+from bdm_jax.training.inputs import of_params
 from bdm_jax.training.objectives.objective import Sizes, Training, Trees
 from bdm_jax.training.objectives.plugin import (
     PREVIEWS,
@@ -37,6 +38,8 @@ from bdm_jax.training.objectives.plugin import (
     system_objective,
 )
 from bdm_jax.training.objectives.preview import draw_records
+from bdm_jax.training.objectives.sample import Sample, read_moments
+from bdm_jax.training.objectives.starting import FRESH, Start, check_finite, is_there
 from bdm_jax.training.objectives.system import TEXT_ENCODER, SystemObjective
 from bdm_jax.training.sets import Sets
 
@@ -50,7 +53,8 @@ class LoRATask(PluginTask):
 
     networks: the UNet (the branch), its text tower, or both. rank; alpha: the change is alpha / rank times the product,
     None for alpha = rank. modules, text_modules: regular expressions that the end of a layer's path must match; by
-    default the projections of all attentions. Convolutions and other linear layers can be named too.
+    default the projections of all attentions. Convolutions and other linear layers can be named too. start_from: a LoRA
+    of this rank, alpha and these layers to train on, in any layout that is read.
     """
 
     target: Literal["backbone", "branch"] = "backbone"
@@ -59,6 +63,7 @@ class LoRATask(PluginTask):
     alpha: float | None = None
     modules: str = ATTENTION
     text_modules: str = TEXT_ATTENTION
+    start_from: OptionalModelPath = None
 
     @property
     def on_branch(self) -> bool:
@@ -80,11 +85,12 @@ class LoRATask(PluginTask):
         return system_objective(self, sizes, trained_shapes(self, sizes), NetworksWithLoRA(sizes, self.scale))
 
     def start(self, sets: Sets, run: Path, seed: int, dtype: jnp.dtype) -> Training:
-        """A LoRA without effect; all networks are loaded and frozen."""
+        """A LoRA without effect, or the one that it starts from; all networks are loaded and frozen."""
         ready = load_system(self, sets, run, dtype)
         objective = loaded_objective(self.objective(ready.sizes), ready)
         rng = np.random.default_rng(seed)
-        params = {
+        begun = _from_file(self, ready.sizes, objective.trained, run)
+        params = begun.params or {
             name: {path: _begin(path, leaf.shape, rng) for path, leaf in tree.items()}
             for name, tree in objective.trained.items()
         }
@@ -95,9 +101,10 @@ class LoRATask(PluginTask):
             params,
             ready.frozen,
             ready.parts,
-            partial(sample, texts, self.source),
+            Sample(read_moments, texts, self.source),
             partial(_export, self),
             partial(draw_records, pipeline, texts, batch_size=PREVIEWS),
+            {**ready.inputs, **begun.inputs},
         )
 
 
@@ -222,7 +229,41 @@ def _begin(path: str, shape: tuple[int, ...], rng: np.random.Generator) -> jax.A
     return jnp.asarray(rng.uniform(-bound, bound, shape), jnp.float32)
 
 
-def _modules_of(tree: Params) -> list[str]:
+def _from_file(task: LoRATask, sizes: Sizes, trained: dict[str, Any], run: Path) -> Start:
+    """The LoRA that it starts from, which must be what the task trains: its kind, rank, alpha and layers.
+
+    Raises UserError that says where it is not, `load_lora`'s among them.
+    """
+    path = task.start_from
+    if not is_there(path, run):
+        return FRESH
+    found = load_lora(path, {name: abstract(sizes[name]) for name in task.changed})
+    params: Trees = {}
+    for name in task.changed:
+        tree: Params = {}
+        for kernel, delta in found.deltas.get(name, {}).items():
+            module = kernel.removesuffix(".kernel")
+            if delta.kind != "lora" or delta.axis is not None or delta.parts.keys() != {"up", "down"}:
+                raise UserError(f"{path}: {module}: no plain LoRA of two matrices, which alone is trained here")
+            if (rank := len(delta.parts["down"])) != task.rank:
+                raise UserError(f"{path}: {module} is of rank {rank}, task.rank={task.rank}: give --task.rank {rank}")
+            if not np.isclose(delta.scale, task.scale):
+                alpha = f"{delta.scale * rank:g}"
+                raise UserError(f"{path}: its alpha is {alpha}, the task's {task.scale * rank:g}: --task.alpha {alpha}")
+            for half, array in delta.parts.items():
+                tree[f"{module}.{half}.kernel"] = jnp.asarray(to_jax(f"{half}.weight", array)[1], jnp.float32)
+        wanted = trained[f"{name}_lora"]
+        if odd := sorted(_modules_of({**tree, **wanted}.keys() - (tree.keys() & wanted.keys()))):
+            field = "text_modules" if name.endswith("text_encoder") else "modules"
+            has = "trains" if f"{odd[0]}.down.kernel" in wanted else "does not train"
+            raise UserError(f"{path}: {len(odd)} layers of the {name} differ: task.{field} {has} {odd[0]}")
+        params[f"{name}_lora"] = {path: tree[path].reshape(leaf.shape) for path, leaf in wanted.items()}
+    check_finite(path, params)
+    digests = {f"start_from.{name}": of_params(tree, path) for name, tree in params.items()}
+    return Start(params, digests)
+
+
+def _modules_of(tree: Iterable[str]) -> list[str]:
     return [path.removesuffix(".down.kernel") for path in tree if path.endswith(".down.kernel")]
 
 

@@ -8,7 +8,7 @@ export and its preview.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from bdm_jax.errors import UserError
 from bdm_jax.formats.files import read_json
 from bdm_jax.models.config import Config, from_json
 from bdm_jax.models.functional import Params
+from bdm_jax.training.inputs import Inputs
 
 Trees = dict[str, Params]  # component name -> its parameters
 Shapes = tuple[dict[str, Any], dict[str, Any]]  # trees of ShapeDtypeStruct: what is trained, what is frozen
@@ -52,6 +53,7 @@ class Training:
     that cannot be used.
     export(params, folder, metadata): writes what was trained as files that `load_component` and PyTorch's tools read.
     preview(params, records): images (H,W,3) uint8 that show the progress, one per record.
+    inputs: what was read for it beside the records; see `training.inputs`.
     """
 
     objective: Objective
@@ -61,6 +63,7 @@ class Training:
     sample: Callable[[dict, np.random.Generator], Row]
     export: Callable[[Trees, Path, dict[str, str]], None]
     preview: Callable[[Trees, list[dict]], list[np.ndarray]]
+    inputs: Inputs = field(default_factory=dict)
 
 
 def draw(key: jax.Array, places: jax.Array, make: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from bdm_jax.command_line import ModelPath
 from bdm_jax.data.loader import MixturePart
 from bdm_jax.diffusion.schedule import DiscreteSchedule, TimestepBias
 from bdm_jax.errors import UserError
@@ -19,6 +20,7 @@ from bdm_jax.systems.components import Component, config_of
 from bdm_jax.systems.families import SD15
 from bdm_jax.systems.pipeline import BridgePipeline
 from bdm_jax.text.tokenizer import Tokenizer
+from bdm_jax.training.inputs import Inputs, of_pipeline
 from bdm_jax.training.objectives.captions import Captions
 from bdm_jax.training.objectives.denoising import Denoising
 from bdm_jax.training.objectives.frozen import as_dtype, empty_prompt, on_host
@@ -47,7 +49,7 @@ class PluginTask:
     The others as in `BackboneTask`.
     """
 
-    model: Path = Path("models/stable-diffusion-v1-5")
+    model: ModelPath = Path("stable-diffusion-v1-5/stable-diffusion-v1-5")
     prompts: tuple[str, ...] = ("{}",)
     only: tuple[str, ...] = ()
     timestep_bias: TimestepBias = "none"
@@ -78,13 +80,15 @@ class PluginTask:
 @dataclass(frozen=True)
 class LoadedSystem:
     """What a plug-in's training is made of. system: all networks in fp32. parts: the run's records with their moments.
-    frozen: the networks that a step works with in the compute type, and a branch's empty prompt.
+    frozen: the networks that a step works with in the compute type, and a branch's empty prompt. inputs: see
+    `Training`.
     """
 
     system: BridgePipeline
     parts: list[MixturePart]
     frozen: dict[str, Any]
     dtype: jnp.dtype
+    inputs: Inputs
 
     @property
     def sizes(self) -> Sizes:
@@ -125,7 +129,7 @@ def load_system(task: PluginTask, sets: Sets, run: Path, dtype: jnp.dtype) -> Lo
         if task.on_branch:
             frozen["empty"] = empty_prompt(system, dtype)
     parts = sets.latents(system.vae, run, default_size(system), task.reads_images)
-    return LoadedSystem(system, parts, frozen, dtype)
+    return LoadedSystem(system, parts, frozen, dtype, of_pipeline(system, task.model))
 
 
 def system_objective(

@@ -3,22 +3,27 @@
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bdm_jax.command_line import ModelPath, OptionalModelPath
 from bdm_jax.errors import UserError
-from bdm_jax.images.decode import decode_image
+from bdm_jax.images.decode import decode_image, resize_to_cover
 from bdm_jax.models.config import RobertaConfig, VAEConfig
 from bdm_jax.models.functional import abstract, bind, init
 from bdm_jax.paths import TOKENIZERS
 from bdm_jax.systems.components import load_component, save_component
 from bdm_jax.text.tokenizer import Tokenizer
+from bdm_jax.training.inputs import of_part
 from bdm_jax.training.objectives.captions import Captions
 from bdm_jax.training.objectives.objective import Batch, ReadSizes, Row, Shapes, Sizes, Training, Trees, read_sizes
-from bdm_jax.training.sets import Sets
+from bdm_jax.training.objectives.sample import Sample, read_moments
+from bdm_jax.training.objectives.starting import check_tokenizer, folders_of, load_start
+from bdm_jax.training.sets import Sets, first_record
 
 _SOURCE = "branch"
 
@@ -28,15 +33,23 @@ class TextTask:
     """Train the tower that a branch reads with, against images, as Chinese-CLIP is trained (arXiv 2211.01335).
 
     A caption's mean state and a linear map of its image's latents find each other among those of the batch.
+    start_from: a tower to train on, whose sizes it keeps; None for fresh weights. The map is fresh in any case.
     """
 
     text_encoder: RobertaConfig = field(default_factory=RobertaConfig)
-    vae: Path = Path("runs/emoji-vae/export/vae")
-    tokenizer: Path = TOKENIZERS / "chinese"
+    vae: ModelPath = Path("runs/emoji-vae/export/vae")
+    tokenizer: ModelPath = TOKENIZERS / "chinese"
     temperature: float = 0.07
     caption_dropout: float = 0.0
     style_in_caption: bool = False
+    start_from: OptionalModelPath = None
     language: str = "zh"
+
+    sized: ClassVar[dict[str, str]] = {"text_encoder": "branch_text_encoder"}
+
+    def beside(self, path: Path) -> dict[str, Any]:
+        """What a system at `path` has for these fields."""
+        return folders_of(path, vae="vae", tokenizer="branch_tokenizer")
 
     def sizes(self, read: ReadSizes = read_sizes) -> Sizes:
         """The autoencoder's sizes; no weights are read."""
@@ -48,15 +61,22 @@ class TextTask:
         return TextTowerObjective(self.text_encoder, sizes["vae"], self.temperature, length)
 
     def start(self, sets: Sets, run: Path, seed: int, dtype: jnp.dtype) -> Training:
-        """Fresh tower and map; the autoencoder is loaded and frozen."""
+        """Fresh tower and map, or the tower that it starts from; the autoencoder is loaded and frozen."""
+        tokenizer = Tokenizer.from_pretrained(self.tokenizer)
+        begun = load_start(
+            self.start_from, run, {"text_encoder": self.text_encoder}, parts=self.sized, where="in task.text_encoder"
+        )
+        if begun.params:
+            part = self.sized["text_encoder"]
+            check_tokenizer(tokenizer, self.tokenizer, self.text_encoder, self.start_from, part)
         vae = load_component(self.vae, "float32")
-        parts = sets.latents(vae, run, images=True)
+        parts = sets.latents(vae, run, images=True, common_size=(vae.config.sample_size,) * 2)
         if len({part.bucket for part in parts}) > 1:
             raise UserError(f"{', '.join(map(str, sets.folders))}: the text tower needs images of one size")
-        size = parts[0].source[0]["moments"].size // 2
+        size = first_record(parts[0].source)["moments"].size // 2
         kernel = jax.random.normal(jax.random.key(seed), (size, self.text_encoder.hidden_size)) / np.sqrt(size)
-        params = {"text_encoder": init(self.text_encoder, seed), "picture": {"kernel": kernel}}
-        tokenizer = Tokenizer.from_pretrained(self.tokenizer)
+        tower = begun.params or {"text_encoder": init(self.text_encoder, seed)}
+        params = {**tower, "picture": {"kernel": kernel}}
         texts = Captions(tokenizer, self.language, self.caption_dropout, self.style_in_caption)
         objective = self.objective({"vae": vae.config})
         return Training(
@@ -64,9 +84,10 @@ class TextTask:
             params,
             {},
             parts,
-            partial(_sample, texts),
+            Sample(read_moments, texts, _SOURCE),
             partial(_export, self.text_encoder, tokenizer),
             partial(_preview, objective, texts),
+            {"tokenizer": of_part(tokenizer, self.tokenizer), "vae": of_part(vae, self.vae), **begun.inputs},
         )
 
 
@@ -117,10 +138,6 @@ def _unit(x: jax.Array) -> jax.Array:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def _sample(texts: Captions, record: dict, rng: np.random.Generator) -> Row:
-    return {"moments": record["moments"], "texts": {_SOURCE: texts.ids(record, rng)}}
-
-
 def _export(config: RobertaConfig, tokenizer: Tokenizer, params: Trees, folder: Path, metadata: dict[str, str]) -> None:
     """The folders `branch_text_encoder` and `branch_tokenizer`."""
     save_component(folder / "branch_text_encoder", config, params["text_encoder"], metadata=metadata)
@@ -132,4 +149,5 @@ def _preview(objective: TextTowerObjective, texts: Captions, params: Trees, reco
     ids = texts.tokenizer([texts.name(record) for record in records])
     moments = np.stack([record["moments"] for record in records])
     found = np.asarray(objective.similarity(params, ids, moments)).argmax(axis=1)
-    return [decode_image(records[i]["image"]) for i in found]
+    height, width = (side * objective.vae.factor for side in moments.shape[1:3])
+    return [resize_to_cover(decode_image(records[i]["image"]), (height, width)) for i in found]

@@ -103,7 +103,7 @@ def test_only_the_word_is_another_and_diffusers_reads_it(backbone_folder, tmp_pa
     ("fields", "message"),
     [
         ({"token": "cat"}, "token 'cat': a word of the vocabulary already"),
-        ({"token": "two words"}, "one word without blanks"),
+        ({"token": "two\0words"}, "no text that can be written"),
         ({"vectors": 0}, "task.vectors=0"),
         ({"begin": ""}, "no word to begin from"),
         ({"prompts": ("a photo",)}, "lacks {}"),
