@@ -25,7 +25,7 @@ from bdm_jax.bench.timing import matmul_peak, processor, timed
 from bdm_jax.errors import UserError
 from bdm_jax.formats.files import write_json
 from bdm_jax.images.chart import bars
-from bdm_jax.paths import atomic_file
+from bdm_jax.paths import atomic_file, check_output
 from bdm_jax.runtime import compile_cache
 from bdm_jax.systems.components import default_dtype
 
@@ -52,6 +52,9 @@ class BenchArgs:
 def bench(settings: BenchArgs, sizes: Sizes = SD15) -> dict[str, Any]:
     """All figures. Raises UserError for settings that are not valid."""
     factor = sizes.vae.factor
+    for name in ("cases", "size", "batch"):
+        if not getattr(settings, name):
+            raise UserError(f"--{name} names nothing to measure: give one, or leave the flag out")
     if min(settings.repeats, *settings.batch) < 1 or any(size < factor or size % factor for size in settings.size):
         raise UserError(f"repeats and batch must be positive, sizes multiples of {factor}")
     sizes = replace(sizes, dtype=settings.dtype or default_dtype())
@@ -77,6 +80,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         settings = command_line.parse(BenchArgs, args, prog="python -m bdm_jax.bench")
+        check_output("--json", settings.json)
+        check_output("--chart", settings.chart)
         compile_cache.enable()
         report = bench(settings)
         if settings.json:

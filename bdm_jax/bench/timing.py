@@ -69,7 +69,7 @@ def seconds(function: Callable[[], Any]) -> float:
 def processor() -> str:
     """Its name, where this system tells it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         lines = []
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())

@@ -1,0 +1,223 @@
+"""The page in a headless Chromium, against the real service with the bundled demo at few steps."""
+
+import shutil
+import threading
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bdm_jax.app.metadata import read_settings
+from bdm_jax.app.service import ModelsFolder, Service
+from bdm_jax.images.decode import read_image
+from bdm_jax.web.keys import Keys
+from bdm_jax.web.limits import Limits
+from bdm_jax.web.server import Server, create_app
+
+pytest.importorskip("gradio", reason="the page's tests need gradio and playwright, which the test extra has not yet")
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+if CHROMIUM is None:
+    pytest.skip("no Chromium here", allow_module_level=True)
+
+WAIT = 180_000  # milliseconds; compiling on busy cores takes its time
+ARGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+DONE = "[data-state=done]"
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("out")
+
+
+@pytest.fixture(scope="module")
+def address(out):
+    service, limits = Service(out, ModelsFolder(), preview_every=1), Limits()
+    server = Server(create_app(service, Keys(), limits), "127.0.0.1", 0, limits)
+    thread = threading.Thread(target=server.run, name="server")
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{server.port}/"
+    server.should_exit = True
+    thread.join(30)
+    service.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGS)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def opened(browser, address, width=1280, **options):
+    """A page of its own; afterwards, that it had no error and asked nobody but its own host."""
+    context = browser.new_context(viewport={"width": width, "height": 900}, **{"locale": "zh-CN", **options})
+    page, faults = context.new_page(), []
+    page.set_default_timeout(WAIT)
+    page.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    own = (address, "data:", f"blob:{address}")
+    page.on("request", lambda sent: None if sent.url.startswith(own) else faults.append(sent.url))
+    page.on("response", lambda got: faults.append(f"{got.status} {got.url}") if got.status >= 400 else None)
+    page.goto(address)
+    page.wait_for_selector(".stage")
+    yield page
+    context.close()
+    assert faults == []
+
+
+def unfold(page, *names):
+    for name in names:
+        page.click(f"#{name} > button")
+
+
+def draw(page, prompt, **fields):
+    """Fill the fields, each by its element's id, and press the button."""
+    page.fill("#prompt textarea", prompt)
+    for name, value in fields.items():
+        page.fill(f"#{name} input[type=number], #{name} input[type=text], #{name} textarea", str(value))
+    page.click("#draw")
+
+
+def newest(out):
+    return max(out.glob("*.png"))
+
+
+def test_a_chinese_prompt_becomes_a_picture(browser, address, out):
+    with opened(browser, address) as page:
+        unfold(page, "settings")
+        draw(page, "红灯笼", steps=2, seed=5, count=2)
+        page.wait_for_selector(f"{DONE} button.tile >> nth=1")
+        sizes = page.eval_on_selector_all(f"{DONE} img", "all => all.map(one => [one.naturalWidth, one.naturalHeight])")
+        assert sizes == [[128, 128]] * 2
+        files = sorted(out.glob("*.png"))
+        assert [read_settings(file)["seed"] for file in files] == [5, 6]
+        assert {read_settings(file)["prompt"] for file in files} == {"红灯笼"}
+        # the gallery has both; its settings fill the fields again
+        page.fill("#prompt textarea", "")
+        page.fill("#seed input", "")
+        page.click(f'.thumb[data-name="{files[1].name}"]')
+        page.click("#again")
+        page.wait_for_selector("#said p")
+        assert page.input_value("#prompt textarea") == "红灯笼"
+        assert page.input_value("#seed input") == "6"
+        assert page.input_value("#steps input[type=number]") == "2"
+        # what is not valid is said in one line, as sample.py says it
+        draw(page, "红灯笼", steps=2, size="100")
+        page.wait_for_selector("#said .error")
+        assert "100: write it as WIDTHxHEIGHT" in page.inner_text("#said")
+
+
+def test_stop_in_the_middle(browser, address, out):
+    before = set(out.glob("*.png"))
+    with opened(browser, address) as page:
+        unfold(page, "settings")
+        draw(page, "熊猫", steps=100, count=2)
+        page.click("#draw")  # one more job, which waits
+        page.wait_for_selector(".tile.preview img")
+        page.wait_for_selector("#clear:visible")
+        page.click("#clear")
+        page.click("#stop")
+        page.wait_for_selector("[data-state=stopped]")
+        page.wait_for_selector("#stop", state="hidden")
+        assert set(out.glob("*.png")) == before
+        draw(page, "熊猫", steps=2, count=1)  # and the next one is drawn
+        page.wait_for_selector(f"{DONE} button.tile")
+    assert len(set(out.glob("*.png")) - before) == 1
+
+
+def test_what_is_painted_over_is_redrawn(browser, address, out, tmp_path):
+    picture = np.full((128, 128, 3), 255, np.uint8)
+    picture[:, :20] = (40, 90, 200)
+    Image.fromarray(picture).save(tmp_path / "in.png")
+    with opened(browser, address) as page:
+        unfold(page, "settings", "picture")
+        page.set_input_files("#editor input[type=file]", tmp_path / "in.png")
+        canvas = page.locator("#editor canvas").first
+        page.wait_for_selector("#editor [aria-label='Brush'], #editor [title='Brush']", state="attached")
+        box = canvas.bounding_box()
+        middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.move(*middle)
+        page.mouse.down()
+        page.mouse.move(middle[0] + 30, middle[1] + 20, steps=8)
+        page.mouse.up()
+        draw(page, "红苹果", steps=4, seed=1, strength=1)
+        page.wait_for_selector(f"{DONE} button.tile")
+    values = read_settings(newest(out))
+    assert values["prompt"] == "红苹果" and {"image_sha256", "mask_sha256"} <= values.keys()
+    drawn = read_image(newest(out))
+    changed = np.abs(drawn.astype(int) - picture).max(axis=2) > 40
+    assert changed[44:84, 44:84].any()
+    assert not changed[:24].any() and not changed[:, :24].any()  # far from the paint
+
+
+def test_a_dropped_picture_restores_its_settings(browser, address, out):
+    with opened(browser, address) as page:
+        unfold(page, "prompts", "settings")
+        draw(
+            page,
+            "饺子",
+            steps=3,
+            seed=77,
+            english="pink background",
+            negative="盘子",
+            guidance=2.5,
+            more="--clip-skip 2",
+        )
+        page.wait_for_selector(f"{DONE} button.tile")
+    file = newest(out)
+    with opened(browser, address) as page:
+        unfold(page, "prompts", "settings")
+        data = list(file.read_bytes())
+        dropped = page.evaluate_handle(
+            """([data, name]) => {
+                const transfer = new DataTransfer();
+                transfer.items.add(new File([new Uint8Array(data)], name, {type: 'image/png'}));
+                return transfer;
+            }""",
+            [data, file.name],
+        )
+        page.dispatch_event("#restore button", "drop", {"dataTransfer": dropped})
+        page.wait_for_selector("#said p")
+        fields = ("prompt", "english", "negative", "seed", "guidance", "more", "size")
+        shown = {name: page.input_value(f"#{name} textarea, #{name} input") for name in fields}
+        assert shown == {
+            "prompt": "饺子",
+            "english": "pink background",
+            "negative": "盘子",
+            "seed": "77",
+            "guidance": "2.5",
+            "more": "--clip-skip 2",
+            "size": "128x128",
+        }
+        page.click("#draw")
+        page.wait_for_selector(f"{DONE} button.tile")
+    assert newest(out) != file
+    assert np.array_equal(read_image(newest(out)), read_image(file))  # the same picture
+
+
+@pytest.mark.parametrize(
+    "locale, words", [("zh-CN", ("开始绘制", "参数", "已画的图")), ("en-US", ("Draw", "Settings", "Pictures"))]
+)
+def test_both_languages(browser, address, locale, words):
+    with opened(browser, address, locale=locale) as page:
+        texts = [page.inner_text(one) for one in ("#draw", "#settings > button", "#pictures .heading")]
+        assert tuple(text.split("\n")[0].strip() for text in texts) == words
+
+
+def test_a_narrow_dark_screen(browser, address):
+    with opened(browser, address, width=390, color_scheme="dark") as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        tops = [page.locator(one).bounding_box()["y"] for one in ("#draw", "#stage", "#settings", "#gallery")]
+        assert tops == sorted(tops)  # what matters every day comes first, the picture right below the button
+        red, green, blue = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3)")
+        assert max(map(int, (red, green, blue))) < 60
