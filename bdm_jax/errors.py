@@ -1,6 +1,7 @@
 """The errors that are written for the person at the keyboard: one family, one line each."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -28,6 +29,23 @@ class BadRecord(UserError):
 
 class Filtered(BadRecord):
     """A sound record that is not wanted; never counted as a fault."""
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What an error of NumPy, Python or XLA says of memory that is not there, in one line; None for any other."""
+    said = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return f"out of memory{': ' + said if said else ''}"
+    if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError") or "RESOURCE_EXHAUSTED" not in said:
+        return None
+    if match := re.search(r"[Aa]llocat\w* (\d+) bytes", said):
+        return f"out of memory: {int(match[1]) / 1e9:,.2f} GB more were needed at once"
+    return f"out of memory: {said.partition('RESOURCE_EXHAUSTED: ')[2][:200]}"
+
+
+def short(text: str, limit: int = 60) -> str:
+    """A text of a user's, fit for one line with others."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:

@@ -13,20 +13,24 @@ from bdm_jax import command_line
 from bdm_jax.app.metadata import PARTS, digest, read_settings, restore
 from bdm_jax.app.parts import Parts
 from bdm_jax.app.prompts import read_prompts
+from bdm_jax.app.tags import shared_tags, without_tags
 from bdm_jax.errors import UserError
 from bdm_jax.images.decode import read_image, read_mask
-from bdm_jax.sampling.settings import Request, Sampling, check
+from bdm_jax.sampling.reading import shared_weights, source_texts
+from bdm_jax.sampling.settings import ANY_SEED, Request, Sampling, check
 
 _MAX_SEEDS = 1_000_000
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """`7`, `0-9` or `1,5,20-24` -> seeds. Raises ValueError."""
+    """`7`, `0-9` or `1,5,20-24` -> seeds; `-1` stands for any. Raises ValueError."""
+    if text.strip() == str(ANY_SEED):
+        return (ANY_SEED,)
     seeds: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not all(number.isdecimal() and len(number) < 20 for number in ((first, last) if dash else (first,))):
-            raise ValueError(f"{text}: write seeds as 7, as 0-9 or as 1,5,20-24")
+            raise ValueError(f"{text}: write seeds as 7, as 0-9 or as 1,5,20-24, or -1 for any")
         begin, end = int(first), int(last or first)
         if end < begin or end >= 2**32 or end - begin + len(seeds) >= _MAX_SEEDS:
             raise ValueError(f"{text}: seeds rise, are below 2**32, and at most {_MAX_SEEDS} at a time")
@@ -63,7 +67,7 @@ class Arguments:
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Prompts from a .txt, .csv or .jsonl file, or BDM_870.json; rerunning resumes."""
     seed: Annotated[tuple[int, ...], _SEEDS] = (0,)
-    """Seeds of each prompt's images: one, a range, or a list."""
+    """Seeds of each prompt's images: one, a range, or a list; -1 for any."""
     count: int = 1
     """Images per prompt, with seeds SEED, SEED+1, ..."""
     image: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -97,7 +101,9 @@ class Arguments:
         return [replace(row.request, seed=seed) for row, seed in drawn], [row.number for row, _ in drawn]
 
     def _seeds(self, seeds: Sequence[int]) -> Sequence[int]:
-        return range(seeds[0], seeds[0] + self.count) if self.count > 1 else seeds
+        if self.count == 1:
+            return seeds
+        return [ANY_SEED] * self.count if seeds[0] == ANY_SEED else range(seeds[0], seeds[0] + self.count)
 
 
 def parse(given: Sequence[str]) -> tuple[Arguments, list[Request], list[int] | None]:
@@ -111,10 +117,15 @@ def parse(given: Sequence[str]) -> tuple[Arguments, list[Request], list[int] | N
     _check(arguments, {flag.partition("=")[0] for flag in given if flag.startswith("--")})
     check(arguments.settings)
     requests, rows = arguments.requests()
+    tags = shared_tags(requests, arguments.settings)
+    if arguments.parts.lora_dir and not tags:
+        warnings.warn("--lora-dir has no effect: no prompt names a LoRA, as in <lora:NAME:0.8>", stacklevel=2)
+    arguments = replace(arguments, parts=arguments.parts.with_tags(tags))
     _check_requests(arguments, requests, given)
+    check_folder(arguments.out)
+    arguments = replace(arguments, parts=arguments.parts.fetched())  # after all that can be wrong without them
     if values:
         _compare(arguments, values)
-    _check_folder(arguments.out)
     return arguments, requests, rows
 
 
@@ -154,6 +165,9 @@ def _check(arguments: Arguments, flags: set[str]) -> None:
         raise UserError(f"--batch-size {arguments.batch_size} is less than 1")
     if arguments.preview_every < 0:
         raise UserError(f"--preview-every {arguments.preview_every} is less than 0")
+    for name in ("timesteps", "sigmas", "residual_strengths"):
+        if (flag := f"--{name.replace('_', '-')}") in flags and not getattr(arguments.settings, name):
+            raise UserError(f"{flag} without a number")
     if "--hires-strength" in flags and arguments.settings.hires == 1:
         raise UserError("--hires-strength has no effect without --hires")
     if arguments.settings.reference and arguments.prompts and arguments.batch_size > 1:
@@ -163,13 +177,29 @@ def _check(arguments: Arguments, flags: set[str]) -> None:
     arguments.parts.check()
 
 
-def _check_requests(arguments: Arguments, requests: Sequence[Request], given: Sequence[str]) -> None:
+def check_texts(requests: Sequence[Request], settings: Sampling) -> None:
+    """Prompts before any model is read: what changes from step to step, several parts, bytes that are no text.
+
+    Raises UserError.
+    """
     for request in requests:
-        texts = "".join((request.prompt, request.negative, request.english, request.english_negative))
-        if any("\ud800" <= character <= "\udfff" for character in texts):
+        text = "".join((request.prompt, request.negative, request.english, request.english_negative))
+        if any("\ud800" <= character <= "\udfff" for character in text):
             raise UserError(
-                f"the prompt {texts[:40].encode('ascii', 'replace').decode()!r} holds bytes that are no UTF-8"
+                f"the prompt {text[:40].encode('ascii', 'replace').decode()!r} holds bytes that are no UTF-8"
             )
+    if settings.reference:
+        return
+    texts = {(r.negative, r.prompt, r.english_negative, r.english): r for r in requests}
+    for request in texts.values():
+        plain = without_tags(request, settings)
+        pairs = (plain.negative, plain.prompt), (plain.english_negative, plain.english)
+        shared_weights([source_texts(*pair, lambda: ()) for pair in pairs])
+
+
+def _check_requests(arguments: Arguments, requests: Sequence[Request], given: Sequence[str]) -> None:
+    check_texts(requests, arguments.settings)
+    for request in requests:
         if request.seed >= 2**32:
             raise UserError(f"seed {request.seed} is outside 0 .. 2**32 - 1")
         if request.mask is not None and request.image is None:
@@ -196,21 +226,27 @@ def _compare(arguments: Arguments, values: dict[str, Any]) -> None:
             warnings.warn(f"{file} is another {name} than the one {arguments.from_} was drawn with", stacklevel=2)
     names = arguments.parts.names()
     for name in PARTS:
-        if values.get(name) != names.get(name):
-            here = names.get(name, "the model's own")
-            warnings.warn(
-                f"{arguments.from_} was drawn with the {name.replace('_', ' ')} "
-                f"{values.get(name, 'of the model itself')}, not with {here}",
-                stacklevel=2,
-            )
+        then, here, flag = values.get(name), names.get(name), f"--{name.replace('_', '-')}"
+        if then == here:
+            continue
+        if here is None:
+            message = f"with {flag} {then}: give it with that flag"
+        elif then is None:
+            message = f"without {flag}, not with {here}"
+        else:
+            message = f"with {flag} {then}, not with {here}"
+        warnings.warn(f"{arguments.from_} was drawn {message}", stacklevel=2)
     if arguments.settings.reference:
         warnings.warn(
             "in the reference mode a picture depends on its batch; alone it may come out otherwise", stacklevel=2
         )
 
 
-def _check_folder(out: Path) -> None:
-    """Refuse before the long work, not after it."""
+def check_folder(out: Path) -> None:
+    """Make the output folder, and refuse one that cannot be written before the long work, not after it.
+
+    Raises UserError.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()

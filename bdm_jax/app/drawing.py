@@ -9,14 +9,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bdm_jax.app import claims
 from bdm_jax.app.metadata import text_chunks
 from bdm_jax.app.runs import describe_all
-from bdm_jax.errors import UserError, unknown
-from bdm_jax.images.pictures import file_name, next_index, write_png
+from bdm_jax.app.tags import find_loras, shared_tags, without_tags, written
+from bdm_jax.errors import FileError, UserError, unknown
+from bdm_jax.images.decode import array_image, image_pixels, mask_pixels
+from bdm_jax.images.pictures import file_name, write_png
 from bdm_jax.plugins.controls import Control
 from bdm_jax.plugins.image_prompts import ImagePrompt
+from bdm_jax.plugins.install import with_loras
 from bdm_jax.sampling.generate import Progress, generate
-from bdm_jax.sampling.settings import Request, Sampling
+from bdm_jax.sampling.settings import Request, Sampling, with_seeds
+from bdm_jax.sampling.settings import check as check_settings
 from bdm_jax.systems.pipeline import BridgePipeline, draws_when_called
 
 __all__ = ["BridgePipeline", "PipelineOutput", "draw"]
@@ -50,13 +55,19 @@ class PipelineOutput:
     def save(self, folder: str | Path) -> list[Path]:
         """Write the images as PNG, with their settings inside, under sample.py's names; returns the files.
 
-        They are numbered after those that the folder holds. `sample.py --from FILE` draws one again. Raises FileError
-        where the folder cannot be written.
+        They are numbered after those that the folder holds; several processes may save into one folder.
+        `sample.py --from FILE` draws one again. Raises FileError where the folder cannot be written.
         """
-        folder, first, files = Path(folder), next_index(Path(folder)), []
-        for number, (image, values) in enumerate(zip(self.images, self.settings, strict=True), first):
-            files.append(folder / file_name(number, values["prompt"] or values["english"], values["seed"]))
-            write_png(files[-1], np.asarray(image), text_chunks(values))
+        folder, files = Path(folder), []
+        if folder.exists() and not folder.is_dir():
+            raise FileError(f"{folder}: a file; the images go into a folder, under names of their own")
+        claim = claims.claim(folder, len(self.images))
+        try:
+            for number, (image, values) in enumerate(zip(self.images, self.settings, strict=True), claim.first):
+                files.append(folder / file_name(number, values["prompt"] or values["english"], values["seed"]))
+                write_png(files[-1], np.asarray(image), text_chunks(values))
+        finally:
+            claim.release()
         return files
 
 
@@ -67,6 +78,7 @@ def draw(
     *,
     seed: int | Sequence[int] = 0,
     controls: Sequence[Control | ImagePrompt] = (),
+    lora_dir: str | Path | None = None,
     batch_size: int = 8,
     progress: Progress | None = None,
     **options: Any,
@@ -75,7 +87,8 @@ def draw(
 
     Args:
       prompt: what to draw, in the branch's language; one text or several.
-      seed: one, or several of each prompt, in [0, 2**32).
+      seed: one, or several of each prompt, in [0, 2**32); -1 for any, each image its own.
+      lora_dir: where the LoRAs lie that prompts name, as in "<lora:NAME:0.8>": files of that name.
       controls, batch_size, progress: as of `sampling.generate.generate`.
       options: fields of `Request` (negative, english, image, mask, ...) and of `Sampling` (steps, sampler, guidance,
         size, ...) by name.
@@ -90,9 +103,14 @@ def draw(
     prompts, seeds = _several("prompt", prompt, str), _several("seed", seed, int | np.integer)
     common = {name: _pixels(name, value) for name, value in options.items() if name in _OF_REQUESTS}
     common = {name: value for name, value in common.items() if value is not None}  # as diffusers' habit negative=None
-    requests = [Request(text, seed=int(one), **common) for text in prompts for one in seeds]
+    requests = with_seeds([Request(text, seed=int(one), **common) for text in prompts for one in seeds])
     settings = Sampling(**{name: value for name, value in options.items() if name in _OF_SAMPLING})
-    described = describe_all(pipeline, requests, settings, {}, controls)
+    check_settings(settings)
+    specs = find_loras(lora_dir, shared_tags(requests, settings))
+    pipeline = with_loras(pipeline, specs) if specs else pipeline
+    parts = {"lora": " + ".join(written([spec._replace(path=Path(spec.path.name)) for spec in specs]))} if specs else {}
+    described = describe_all(pipeline, requests, settings, parts, controls)
+    requests = [without_tags(request, settings) for request in requests]
     drawn = generate(pipeline, requests, settings, controls=controls, batch_size=batch_size, progress=progress)
     images = [Image.fromarray(pixels) for pixels in drawn]
     for image, values in zip(images, described, strict=True):
@@ -111,9 +129,11 @@ def _several(name: str, value: Any, kind: Any) -> list[Any]:
 
 
 def _pixels(name: str, value: Any) -> Any:
-    """An option of a request: PIL images as arrays, texts checked. Raises UserError for a text that is none."""
+    """An option of a request: images as arrays uint8, texts checked. Raises UserError for a text that is none."""
+    if name in ("image", "mask") and isinstance(value, np.ndarray):
+        value = array_image(value, name)
     if isinstance(value, Image.Image):
-        return np.asarray(value.convert("L" if name == "mask" else "RGB"))
+        return mask_pixels(value) if name == "mask" else image_pixels(value)
     if name not in ("image", "mask") and not isinstance(value, str | None):
         raise UserError(f"{name} {value!r}: expected a text")
     return value

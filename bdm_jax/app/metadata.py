@@ -15,7 +15,7 @@ from PIL import Image
 
 from bdm_jax.errors import UserError
 from bdm_jax.images.decode import MAX_BYTES, MAX_PIXELS
-from bdm_jax.sampling.settings import Request, Sampling
+from bdm_jax.sampling.settings import KIND_OF, Request, Sampling
 from bdm_jax.systems.families import flags
 
 KEY = "bdm_jax"
@@ -28,7 +28,7 @@ _MAX_JSON = 1 << 20
 _OLD_SAMPLER = "dpmpp-2m"  # of images that do not say it: the only default that there was
 _TEXTS = ("prompt", "negative", "english", "english_negative")
 _PIXELS = ("image", "mask")
-_WEB_UI_SAMPLERS = {
+WEB_UI_SAMPLERS = {
     "ddim": "DDIM",
     "ddpm": "DDPM",
     "pndm": "PLMS",
@@ -194,9 +194,9 @@ def _web_ui_sampler(name: str) -> str:
     from bdm_jax.diffusion.samplers import canonical  # here, so that settings can be read before JAX is loaded
 
     ours = canonical(name)
-    for end, suffix in {"": "", "-karras": " Karras", "-exponential": " Exponential"}.items():
-        if ours.endswith(end) and ours.removesuffix(end) in _WEB_UI_SAMPLERS:
-            return _WEB_UI_SAMPLERS[ours.removesuffix(end)] + suffix
+    for end, suffix in {"": "", "-karras": " Karras", "-exponential": " Exponential", "-beta": " Beta"}.items():
+        if ours.endswith(end) and ours.removesuffix(end) in WEB_UI_SAMPLERS:
+            return WEB_UI_SAMPLERS[ours.removesuffix(end)] + suffix
     return name
 
 
@@ -224,19 +224,16 @@ def _parse(path: Path, text: Any) -> dict[str, Any]:
     return values
 
 
-_KINDS = {"masked": bool, "sampler": str}  # of settings that are None by default, where they are no number
-
-
 def _setting(name: str, value: Any) -> Any:
     """A value of the kind that the setting of this name has. Raises ValueError."""
     default = getattr(Sampling, name)
     if isinstance(default, tuple):
         if not isinstance(value, list) or len(value) > 1000:
             raise ValueError(f"{name} is no list")
-        return tuple(_checked(name, item, float) for item in value)
+        return tuple(_checked(name, item, KIND_OF.get(name, float)) for item in value)
     if default is None and value is None:
         return None
-    return _checked(name, value, _KINDS.get(name, float) if default is None else type(default))
+    return _checked(name, value, KIND_OF.get(name, float) if default is None else type(default))
 
 
 def _checked(name: str, value: Any, kind: type) -> Any:

@@ -41,12 +41,17 @@ def writer(vae: Component | None, path: Path) -> Callable[[int, np.ndarray], Non
     matrix = latent_colours(vae)
 
     def on_preview(done: int, predicted_x0: np.ndarray) -> None:
-        small = np.concatenate(list(colours(matrix, np.nan_to_num(predicted_x0))), axis=1)
-        times = max(1, -(-_HEIGHT // len(small)))
-        size = small.shape[1] * times, small.shape[0] * times
-        write_png(path, np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)))
+        write_png(path, side_by_side(matrix, predicted_x0))
 
     return on_preview
+
+
+def side_by_side(matrix: np.ndarray, predicted_x0: np.ndarray) -> np.ndarray:
+    """Latents (B,h,w,C) that the networks predict -> one image (H,W,3) uint8 of them all, enlarged to be seen."""
+    small = np.concatenate(list(colours(matrix, np.nan_to_num(predicted_x0))), axis=1)
+    times = max(1, -(-_HEIGHT // len(small)))
+    size = small.shape[1] * times, small.shape[0] * times
+    return np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BICUBIC))
 
 
 def _smooth(rng: np.random.Generator, channels: int, cells: int) -> np.ndarray:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bdm_jax.errors import UserError, unknown
+from bdm_jax.formats.plain_text import decode_text, wrong_separator
 from bdm_jax.images.decode import read_bytes
-from bdm_jax.sampling.settings import Request
+from bdm_jax.sampling.settings import ANY_SEED, Request
 
 MAX_BYTES = 1 << 26
 COLUMNS = ("prompt", "negative", "english", "english_negative", "seed", "image", "mask")
@@ -38,14 +39,15 @@ def read_prompts(path: str | Path, defaults: Request | None = None, *, english: 
       defaults: what rows that lack something have.
       english: from .json take the English translation (the third) instead, for a bare backbone.
 
-    Paths of images and masks are relative to the file's folder. UTF-8, with or without a byte-order mark.
+    Paths of images and masks are relative to the file's folder. Encodings are those of `formats.plain_text`.
     Raises UserError that names file and line.
     """
     path = Path(path)
     readers = {".txt": _text, ".csv": _csv, ".jsonl": _jsonl, ".json": _bdm}
     if path.suffix.lower() not in readers:
         raise unknown("kind of prompt file", path.suffix or path.name, readers)
-    found = readers[path.suffix.lower()](path, _read(path))
+    text = decode_text(read_bytes(path, MAX_BYTES, "file of prompts"), str(path))
+    found = readers[path.suffix.lower()](path, text)
     rows = []
     for number, (line, values) in enumerate(found, 1):
         if english and "translation" in values:
@@ -59,15 +61,6 @@ def read_prompts(path: str | Path, defaults: Request | None = None, *, english: 
 _Found = Iterator[tuple[int, dict[str, Any]]]  # line, values by column
 
 
-def _read(path: Path) -> str:
-    data = read_bytes(path, MAX_BYTES, "file of prompts")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8; save the file in that encoding") from error
-
-
 def _text(path: Path, text: str) -> _Found:
     for line, prompt in enumerate(io.StringIO(text, newline=None), 1):
         if prompt.strip() and not prompt.lstrip().startswith("#"):
@@ -75,6 +68,11 @@ def _text(path: Path, text: str) -> _Found:
 
 
 def _csv(path: Path, text: str) -> _Found:
+    for line, header in enumerate(io.StringIO(text, newline=None), 1):
+        if header := header.strip():
+            if found := wrong_separator(header):
+                raise UserError(f"{path}, line {line}: columns are separated by commas; this file has {found}")
+            break
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     columns: list[str] = []
     try:
@@ -180,6 +178,8 @@ def _row(number: int, where: str, values: Mapping[str, Any], defaults: Request, 
 
 def _seed(where: str, value: Any) -> int:
     digits = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+    if digits == str(ANY_SEED):
+        return ANY_SEED
     if not (digits.isdecimal() and len(digits) < 20 and int(digits) < 2**32):
-        raise UserError(f"{where}: seed {str(value)[:40]!r} is no number in 0 .. 2**32 - 1")
+        raise UserError(f"{where}: seed {str(value)[:40]!r} is no number in 0 .. 2**32 - 1, nor -1 for any")
     return int(digits)

@@ -1,33 +1,38 @@
 """Drawing into a folder: names, what is there already, shares of several processes, a log, contact sheets.
 
 A run is a list of images, each of which knows its file's name and everything that it depends on. A image that
-is there, whole and with the same settings inside, is not drawn again; so a run that was cut off resumes.
+is there, whole and with the same settings inside, is not drawn again; so a run that was cut off resumes. Any number of
+processes may draw into one folder, with the same prompts or others: no image that is there is ever replaced.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
+import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
-from bdm_jax.app import preview
-from bdm_jax.app.metadata import complete_settings, describe, digest, filled, text_chunks
+from bdm_jax.app import claims, preview
+from bdm_jax.app.metadata import KEY, complete_settings, describe, digest, filled, text_chunks
+from bdm_jax.app.tags import without_tags
 from bdm_jax.errors import FileError, UserError
 from bdm_jax.images.decode import read_image, read_mask
-from bdm_jax.images.pictures import contact_sheet, file_name, next_index, write_png
-from bdm_jax.paths import atomic_file
+from bdm_jax.images.pictures import contact_sheet, encode_png, file_name, numbered
+from bdm_jax.paths import atomic_file, leads_to, remove_leftovers
 from bdm_jax.plugins.controls import Control
 from bdm_jax.runtime.processes import all_agree, broadcast_from_first, is_first
 from bdm_jax.sampling.batching import default_size
 from bdm_jax.sampling.generate import Progress, generate, resolve
+from bdm_jax.sampling.settings import ANY_SEED, Request, Sampling, with_seeds
 from bdm_jax.sampling.settings import ImageSource as Source
-from bdm_jax.sampling.settings import Request, Sampling
 from bdm_jax.systems.pipeline import BridgePipeline
 
 try:
@@ -51,13 +56,18 @@ class PlannedImage:
 
 @dataclass(frozen=True)
 class Run:
-    """Images to be drawn with the same settings into one folder; `sheet` is what its contact sheet is called."""
+    """Images to be drawn with the same settings into one folder.
+
+    sheet: what its contact sheet is called. claim: of the images' numbers, in the first process; None where their names
+    come from a file of prompts.
+    """
 
     out: Path
     settings: Sampling
     controls: Sequence[Control]
     images: list[PlannedImage]
     sheet: str
+    claim: claims.Claim | None = None
 
 
 def plan(
@@ -75,13 +85,17 @@ def plan(
     Args:
       parts: the names of the model and of what was put in place of its own, for the settings inside the images.
       rows: for prompts from a file, the number of each request's row: names come from row and seed, so that the same
-        file finds its images again. Without, they are numbered on after those that the folder holds.
+        file finds its images again. Without, they are numbered on after those that the folder holds or that other
+        runs are drawing into it; the numbers are the run's until `draw` is done.
 
     Every process of a job is to call this: the first one names and tidies for all. Raises UserError for images that
     cannot be read.
     """
+    if any(request.seed == ANY_SEED for request in requests):  # the same ones in all processes
+        requests = with_seeds(requests, random.Random(broadcast_from_first(random.SystemRandom().randrange(2**31))))
     described = describe_all(pipeline, requests, settings, parts, controls)
-    first = broadcast_from_first(next_index(out))
+    claim = claims.claim(out, len(requests)) if rows is None and is_first() else None
+    first = broadcast_from_first(claim.first if claim else 0)
     numbers = rows or range(first, first + len(requests))
     images = [
         PlannedImage(file_name(number, request.prompt or request.english, request.seed), request, values)
@@ -90,7 +104,7 @@ def plan(
     if is_first():
         _tidy(out, images)
     all_agree(True)  # the others begin when it is tidy
-    return Run(out, settings, controls, images, "contact-sheet" if rows else f"{first:04d}-contact-sheet")
+    return Run(out, settings, controls, images, "contact-sheet" if rows else f"{first:04d}-contact-sheet", claim)
 
 
 def describe_all(
@@ -132,39 +146,117 @@ def draw(
     done at the end makes the contact sheets.
 
     Args:
-      preview_every: after so many steps, the first process shows how far it is in OUT/preview.png; 0 for never.
+      preview_every: number of steps after which the first process shows how far it is in OUT/preview.png; 0 for never.
 
     Raises UserError, before anything is drawn, for a file of a image's name that has other settings inside; and as
     `generate` does.
     """
-    share = run.images[jax.process_index() :: jax.process_count()]
-    there = {image.name: sha256 for image in share if (sha256 := _done(run.out, image))}
-    left = [image for image in share if image.name not in there]
-    drawing: Iterator[np.ndarray] = iter(())
-    if left:
-        shown = {}
-        if preview_every and is_first():
-            shown = {"on_preview": preview.writer(pipeline.vae, run.out / PREVIEW), "preview_every": preview_every}
-        requests = [image.request for image in left]
-        how = {"controls": run.controls, "batch_size": batch_size, "progress": progress}
-        drawing = generate(pipeline, requests, run.settings, **how, **shown)
+    with contextlib.ExitStack() as undo:
+        undo.callback(release, run)
+        share = run.images[jax.process_index() :: jax.process_count()]
+        there = {image.name: sha256 for image in share if (sha256 := _done(run.out, image))}
+        left = [image for image in share if image.name not in there]
+        drawing: Iterator[np.ndarray] = iter(())
+        if left:
+            shown = {}
+            if preview_every and is_first():
+                shown = {"on_preview": preview.writer(pipeline.vae, run.out / PREVIEW), "preview_every": preview_every}
+            requests = [without_tags(image.request, run.settings) for image in left]
+            how = {"controls": run.controls, "batch_size": batch_size, "progress": progress}
+            drawing = generate(pipeline, requests, run.settings, **how, **shown)
+        undo.pop_all()
     return len(there), _draw(run, share, there, left, drawing)
+
+
+def keep(run: Run, image: PlannedImage, pixels: np.ndarray) -> Path:
+    """Write an image of a run, (H,W,3) uint8, and its line in the log; returns its file.
+
+    What another process has finished under its name meanwhile stays. Raises FileError for what cannot be written.
+    """
+    data, path = encode_png(pixels, text_chunks(image.settings)), run.out / image.name
+    with _locked(run.out / LOG) as log:  # over both, so that nobody finds one without the other and mends it
+        try:
+            _write_new(path, data)
+        except FileExistsError:
+            if run.claim is None:
+                if _done(run.out, image) is not None:
+                    return path
+                with atomic_file(path) as file:  # what lay there is torn
+                    file.write(data)
+            else:  # by somebody who asks no one for numbers
+                image = _renumbered(run, image, data)
+        _append(log, run.out / LOG, _line(image, hashlib.sha256(data).hexdigest()))
+    return run.out / image.name
+
+
+def release(run: Run) -> None:
+    """Give back the numbers of a run whose images are there, or will never be."""
+    if run.claim is not None:
+        run.claim.release()
+
+
+def recover(out: Path) -> None:
+    """Mend a folder after a process that was killed while it drew there: no half-written image is left, and every
+    image of ours has its line in the log. Images that are being written now stay as they are.
+    """
+    if not out.is_dir():
+        return
+    remove_leftovers(out)
+    (out / PREVIEW).unlink(missing_ok=True)
+    if not (pictures := [path for path in sorted(out.glob("*.png")) if numbered(path.name)]):
+        return
+    path = out / LOG
+    with _locked(path) as log:
+        lines = path.read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if _logged(line)[0] is not None]
+        logged = {_logged(line)[0] for line in whole}
+        missing = []
+        for picture in (picture for picture in pictures if picture.name not in logged):
+            with contextlib.suppress(UserError):  # none of ours
+                if (settings := complete_settings(picture)) is not None:
+                    image = PlannedImage(picture.name, Request(""), settings)
+                    missing.append(_line(image, hashlib.sha256(picture.read_bytes()).hexdigest()))
+        if len(whole) < len(lines):
+            with atomic_file(path) as file:
+                file.write(b"".join([*whole, *missing]))
+        elif missing:
+            _append(log, path, b"".join(missing))
 
 
 def _draw(
     run: Run, share: list[PlannedImage], there: dict[str, str], left: list[PlannedImage], drawing: Iterator[np.ndarray]
 ) -> Iterator[Path]:
     try:
-        _mend_log(run.out / LOG, share, there)
+        _mend_log(run.out, share, there)
         for image, pixels in zip(left, drawing, strict=True):
-            sha256 = write_png(run.out / image.name, pixels, text_chunks(image.settings))
-            with _locked(run.out / LOG) as log:
-                _append(log, run.out / LOG, _line(image, sha256))
-            yield run.out / image.name
+            yield keep(run, image, pixels)
+        yield from _sheets(run)
     finally:
         if is_first():
             (run.out / PREVIEW).unlink(missing_ok=True)
-    yield from _sheets(run)
+        if jax.process_count() == 1 or all((run.out / image.name).exists() for image in run.images):
+            release(run)
+
+
+def _renumbered(run: Run, image: PlannedImage, data: bytes) -> PlannedImage:
+    """Written under the next number that is free."""
+    while True:
+        claim = claims.claim(run.out, 1)
+        try:
+            name = file_name(claim.first, image.request.prompt or image.request.english, image.request.seed)
+            _write_new(run.out / name, data)
+        except FileExistsError:
+            continue
+        finally:
+            claim.release()
+        found = replace(image, name=name)
+        run.images[run.images.index(image)] = found
+        return found
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    with atomic_file(path, replace=False) as file:
+        file.write(data)
 
 
 def _seen(
@@ -200,15 +292,18 @@ def _line(image: PlannedImage, sha256: str) -> bytes:
     return (json.dumps(values, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def _mend_log(path: Path, share: Sequence[PlannedImage], there: Mapping[str, str]) -> None:
+def _mend_log(out: Path, share: Sequence[PlannedImage], there: Mapping[str, str]) -> None:
     """Exactly one line for every image of the share that is there, none for the others, and no torn one.
 
     Lines of images outside the share stay.
     """
+    path = out / LOG
     if not there and not path.exists():
         return
     names = {image.name for image in share}
     with _locked(path) as log:
+        late = [image for image in share if image.name not in there and (out / image.name).exists()]
+        there = {**there, **{image.name: sha256 for image in late if (sha256 := _done(out, image))}}
         old = path.read_bytes()
         kept, logged = [], set()
         for line in old.splitlines(keepends=True):
@@ -238,7 +333,7 @@ def _logged(line: bytes) -> tuple[str | None, str | None]:
         return None, None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _locked(path: Path) -> Iterator[int]:
     """The log, opened for appending, while no other process writes to it."""
     while True:
@@ -248,8 +343,9 @@ def _locked(path: Path) -> Iterator[int]:
             raise FileError(f"{path}: cannot be written ({error.strerror or error})") from error
         try:
             if fcntl:
-                fcntl.flock(log, fcntl.LOCK_EX)
-            if _is(path, log):
+                with contextlib.suppress(OSError):  # a file system without locks: lines are appended whole
+                    fcntl.flock(log, fcntl.LOCK_EX)
+            if leads_to(path, log):  # a process that mended it has put another in its place
                 yield log
                 return
         finally:
@@ -266,14 +362,6 @@ def _append(log: int, path: Path, data: bytes) -> None:
         raise FileError(f"{path}: cannot be written (is the disk full?)")
 
 
-def _is(path: Path, handle: int) -> bool:
-    """Whether the path still leads to the open file: a process that mended the log has put another in its place."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(handle))
-    except FileNotFoundError:
-        return False
-
-
 def _sheets(run: Run) -> Iterator[Path]:
     """Contact sheets of a run that is complete, a hundred images on each, read from their files one by one."""
     images = run.images
@@ -285,13 +373,36 @@ def _sheets(run: Run) -> Iterator[Path]:
     pages = [images[begin : begin + _SHEET] for begin in range(0, len(images), _SHEET)]
     shared = {name: value for name, value in images[0].settings.items() if _same(images, name, value)}
     for number, page in enumerate(pages, 1):
-        path = run.out / (f"{run.sheet}-{number}.png" if len(pages) > 1 else f"{run.sheet}.png")
-        captions = [p.request.prompt or p.request.english for p in page]
+        stem = f"{run.sheet}-{number}" if len(pages) > 1 else run.sheet
+        captions = [" + ".join(filter(None, (p.request.prompt, p.request.english))) for p in page]
         if seeds > 1 and columns:
             captions = [f"{caption} {p.request.seed}" for caption, p in zip(captions, page, strict=True)]
         sheet = contact_sheet((read_image(run.out / image.name) for image in page), captions, columns)
-        write_png(path, sheet, text_chunks({"sheet": [image.name for image in page], "settings": shared}))
-        yield path
+        names = [image.name for image in page]
+        yield _write_sheet(run.out, stem, names, encode_png(sheet, text_chunks({"sheet": names, "settings": shared})))
+
+
+def _write_sheet(out: Path, stem: str, names: Sequence[str], data: bytes) -> Path:
+    """Under the first name where no sheet is that shows other images; one of some of these is replaced."""
+    for number in itertools.count(1):
+        path = out / (f"{stem}.png" if number == 1 else f"{stem} ({number}).png")
+        try:
+            _write_new(path, data)
+        except FileExistsError:
+            if not _shown(path) <= {*names}:
+                continue
+            with atomic_file(path) as file:
+                file.write(data)
+        return path
+
+
+def _shown(path: Path) -> set[str | None]:
+    """The images on a contact sheet; None among them for a file that is none of ours."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            return {str(name) for name in json.loads(image.text[KEY])["sheet"]}
+    except Exception:  # whatever PIL finds wrong with it
+        return {None}
 
 
 def _same(images: Sequence[PlannedImage], name: str, value: Any) -> bool:
@@ -300,9 +411,5 @@ def _same(images: Sequence[PlannedImage], name: str, value: Any) -> bool:
 
 def _tidy(out: Path, images: Sequence[PlannedImage]) -> None:
     """Remove what a killed run of these images has left half-written."""
-    names = {image.name for image in images} | {LOG, PREVIEW}
-    names = {name[:40] for name in names}  # as much of a name as `atomic_file` keeps
-    for path in out.glob(".*.tmp"):
-        if path.name[1:].rsplit(".", 2)[0] in names:
-            path.unlink(missing_ok=True)
+    remove_leftovers(out, {image.name for image in images} | {LOG, PREVIEW})
     (out / PREVIEW).unlink(missing_ok=True)

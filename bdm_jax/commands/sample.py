@@ -25,11 +25,7 @@ def main(args: Sequence[str] | None = None) -> int:
             files = draw(*asked, bar)
         print(*files, sep="\n")
 
-    try:
-        return run(command)
-    except KeyboardInterrupt:
-        print("stopped; finished pictures are kept", file=sys.stderr)
-        return 130
+    return run(command, stopped="stopped; finished pictures are kept")
 
 
 def draw(arguments: Arguments, requests: list[Request], rows: list[int] | None, bar: "Progress") -> list[Path]:
@@ -43,7 +39,7 @@ def draw(arguments: Arguments, requests: list[Request], rows: list[int] | None, 
     check_sampler(settings.sampler)
     processes.initialize()
     compile_cache.enable()
-    pipeline, controls = arguments.parts.load(), arguments.parts.load_controls()
+    pipeline, controls = arguments.parts.load(settings.dtype), arguments.parts.load_controls()
     names = arguments.parts.names()
     marks.append(time.perf_counter())
     run = runs.plan(pipeline, requests, settings, arguments.out, controls=controls, parts=names, rows=rows)
@@ -70,8 +66,10 @@ def _progress_bar() -> "Progress":
     from rich.console import Console  # not for --help
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=Console(stderr=True))
+    console = Console(stderr=True)
+    spinner = SpinnerColumn("line" if console.options.ascii_only else "dots")
+    columns = spinner, TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def _times(marks: list[float]) -> str:

@@ -21,7 +21,7 @@ _MARGIN = 2.0**-23  # probability left out at either end of a distribution whose
 
 @dataclass(frozen=True)
 class EDMSchedule(Schedule):
-    """A continuous schedule: the network is told t = time_scale * ln sigma.
+    """A continuous schedule: the network's time input is t = time_scale * ln sigma.
 
     Training: ln sigma ~ N(p_mean, p_std^2); the squared error of `target`, all times with weight 1, is the paper's loss
     lambda(sigma) |D - x0|^2 with lambda = (st / (sigma sd))^2. Sampling: sigma from sigma_max to sigma_min along the

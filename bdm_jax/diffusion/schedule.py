@@ -5,7 +5,7 @@ what samplers and training ask of any schedule; `DiscreteSchedule` has N timeste
 `edm.EDMSchedule` a continuous time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol
@@ -26,8 +26,8 @@ TimestepBias = Literal["none", "later"]
 class Schedule(Protocol):
     """A noise schedule. Frozen and hashable: programs are compiled for it.
 
-    Samplers, on the host in float64, speak of the noise level k = sigma / alpha: the standard deviation of the noise
-    in x / alpha. Training, in programs, speaks of the time t that the network is told.
+    Samplers, on the host in float64, use the noise level k = sigma / alpha: the standard deviation of the noise in
+    x / alpha. Training, in compiled programs, uses t, the network's time input.
     """
 
     prediction_type: str  # epsilon (the noise), v_prediction (alpha noise - sigma x0), sample (x0), edm (-v)
@@ -42,11 +42,14 @@ class Schedule(Protocol):
         """The lowest and the highest noise level that the network was trained at."""
         raise NotImplementedError
 
-    def levels(self, count: int, spacing: str | None = None, solver: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def levels(
+        self, count: int, spacing: str | Sequence[float] | None = None, solver: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The times and noise levels (count,) at which a sampler of `count` steps asks the network, the noisiest first.
 
         Args:
-          spacing: how steps are laid out over discrete timesteps, one of `SPACINGS`; None is the schedule's own way.
+          spacing: how steps are laid out over discrete timesteps, one of `SPACINGS`, or the timesteps themselves; None
+            is the schedule's own way.
           solver: as diffusers lays them out for DPM-Solver and UniPC.
 
         Raises UserError for more steps than there are times, or a spacing that the schedule does not have.
@@ -54,7 +57,7 @@ class Schedule(Protocol):
         raise NotImplementedError
 
     def time(self, k: np.ndarray, whole: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
-        """The time that the network is told at noise level k. `whole` (a rounding) makes discrete timesteps whole."""
+        """The network's time input at noise level k. `whole` (a rounding) makes discrete timesteps whole."""
         raise NotImplementedError
 
     def alpha_sigma(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -98,7 +101,8 @@ class DiscreteSchedule(Schedule):
     diffusers' scheduler_config.json.
 
     The defaults are SD1.5's and SDXL's; Kolors has 1100 timesteps and a `beta_end` of 0.014. `timestep_spacing` is how
-    the system's own sampler lays out its steps; samplers that a user names have a spacing of their own.
+    the system's own sampler lays out its steps; samplers that a user names have a spacing of their own. The last five
+    are for models of pixels: see `clipped`.
     """
 
     num_train_timesteps: int = 1000
@@ -110,6 +114,11 @@ class DiscreteSchedule(Schedule):
     set_alpha_to_one: bool = False
     rescale_betas_zero_snr: bool = False
     timestep_spacing: str = "leading"
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
 
     def __post_init__(self):
         _check_one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
@@ -144,11 +153,16 @@ class DiscreteSchedule(Schedule):
         t = t.round() if solver else t
         return t, np.interp(t, np.arange(self.num_train_timesteps), self.noise_levels)
 
-    def timesteps(self, count: int, spacing: str, solver: bool = False) -> np.ndarray:
-        """(count,) float64, falling. One step of "leading" or of "linspace" is at the least noise, as in diffusers; the
-        solvers divide as if there were one step more, and leave out its end.
+    def timesteps(self, count: int, spacing: str | Sequence[float], solver: bool = False) -> np.ndarray:
+        """(count,) float64, falling; `spacing` may be the timesteps themselves. One step of "leading" or of "linspace"
+        is at the least noise, as in diffusers; the solvers divide as if there were one step more, and leave out its
+        end.
         """
         total, points = self.num_train_timesteps, count + solver
+        if not isinstance(spacing, str):
+            if spacing[0] >= total:
+                raise UserError(f"timestep {spacing[0]} is outside 0 .. {total - 1}, those that the model knows")
+            return np.array(spacing, np.float64)
         if count > total:
             raise UserError(f"steps {count} is outside 1 .. {total}, the timesteps that the model knows")
         if spacing == "leading":
@@ -167,6 +181,18 @@ class DiscreteSchedule(Schedule):
     def alpha_sigma(self, t):
         squared = jnp.asarray(self.alphas_cumprod, jnp.float32)[t][:, None, None, None]
         return jnp.sqrt(squared), jnp.sqrt(1.0 - squared)
+
+    def clipped(self, x0: jax.Array) -> jax.Array:
+        """The clean latents (B,H,W,C) that samplers go on with: with `thresholding`, those beyond the quantile
+        `dynamic_thresholding_ratio` of a sample, at least 1 and at most `sample_max_value`, are cut and all divided by
+        it (Saharia et al. 2022); with `clip_sample`, those beyond `clip_sample_range` are cut.
+        """
+        if self.thresholding:
+            each = jnp.abs(x0).reshape(len(x0), -1)
+            most = jnp.quantile(each, self.dynamic_thresholding_ratio, axis=1).clip(1.0, self.sample_max_value)
+            most = most[:, None, None, None]
+            return x0.clip(-most, most) / most
+        return x0.clip(-self.clip_sample_range, self.clip_sample_range)
 
     def draw(self, key, bias="none"):
         count = self.num_train_timesteps

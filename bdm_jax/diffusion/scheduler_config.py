@@ -1,5 +1,6 @@
 """scheduler_config.json, the file in which diffusers keeps a noise schedule."""
 
+import warnings
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -7,6 +8,34 @@ from bdm_jax.diffusion.edm import EDMSchedule
 from bdm_jax.diffusion.schedule import DiscreteSchedule, Schedule
 
 _EDM_CLASSES = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+# What changes the noise or what the network is told, and the one value of it that there is here.
+_IMPLEMENTED = {
+    "trained_betas": None,
+    "use_flow_sigmas": False,
+    "timestep_type": "discrete",
+    "interpolation_type": "linear",
+    "snr_shift_scale": 1.0,
+}
+# What changes the sampler alone, and its usual values, those of the samplers that are named without an ending.
+_USUAL = {
+    "use_karras_sigmas": (False,),
+    "use_exponential_sigmas": (False,),
+    "use_beta_sigmas": (False,),
+    "use_lu_lambdas": (False,),
+    "final_sigmas_type": ("zero",),
+    "lower_order_final": (True,),
+    "euler_at_final": (False,),
+    "solver_order": (2,),
+    "solver_type": ("midpoint", "bh2"),
+    "algorithm_type": ("dpmsolver++",),
+    "predict_x0": (True,),
+    "skip_prk_steps": (True,),
+    "disable_corrector": ([],),
+    "solver_p": (),
+    "variance_type": ("fixed_small",),
+    "timestep_scaling": (10.0,),
+    "original_inference_steps": (50,),
+}
 
 
 def to_json(schedule: Schedule) -> dict[str, Any]:
@@ -17,21 +46,27 @@ def to_json(schedule: Schedule) -> dict[str, Any]:
     if isinstance(schedule, EDMSchedule):
         called = "epsilon" if schedule.prediction_type == "edm" else schedule.prediction_type  # diffusers' word for F
         return {"_class_name": _EDM_CLASSES[0], **values, "prediction_type": called, "sigma_schedule": "karras"}
-    return {"_class_name": "DDIMScheduler", **values, "clip_sample": False}
+    return {"_class_name": "DDIMScheduler", **values}
 
 
 def from_json(values: dict[str, Any]) -> Schedule:
-    """The noise schedule in a scheduler_config.json of any sampler; what concerns only the sampler is not read.
+    """The noise schedule in a scheduler_config.json of any sampler. What concerns only the sampler is not taken over,
+    with a note where it is not as usual.
 
     Raises:
         ValueError: betas, noise levels or a prediction type that are not implemented (named).
     """
-    if values.get("_class_name") in _EDM_CLASSES:
-        return _edm(values)
     if str(values.get("_class_name", "")).startswith("FlowMatch"):
         raise ValueError(f"scheduler_config.json: {values['_class_name']} (flow matching) is not implemented")
-    if values.get("trained_betas") is not None:
-        raise ValueError("scheduler_config.json: trained_betas is not implemented")
+    for name, known in _IMPLEMENTED.items():
+        if values.get(name, known) not in (None, known):
+            raise ValueError(f"scheduler_config.json: {name}={values[name]!r} is not implemented")
+    asked = [f"{name}={values[name]!r}" for name, usual in _USUAL.items() if values.get(name) not in (None, *usual)]
+    if asked:
+        message = f"{', '.join(asked)} of its {values.get('_class_name', 'scheduler')} is not taken over"
+        warnings.warn(f"scheduler_config.json: {message}; choose the sampler by name, see --sampler", stacklevel=2)
+    if values.get("_class_name") in _EDM_CLASSES:
+        return _edm(values)
     return DiscreteSchedule(**_known(DiscreteSchedule, values))
 
 

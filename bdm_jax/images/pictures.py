@@ -4,6 +4,7 @@ import hashlib
 import io
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -28,6 +29,14 @@ def write_png(
     `text`: text chunks by keyword. `palette`: reduce to 256 colours, for smaller files. Raises FileError if the file
     cannot be written.
     """
+    data = encode_png(pixels, text, palette)
+    with atomic_file(path) as file:
+        file.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def encode_png(pixels: np.ndarray, text: Mapping[str, str] | None = None, palette: bool = False) -> bytes:
+    """The PNG that `write_png` writes."""
     info = PngInfo()
     for keyword, value in (text or {}).items():
         info.add_itxt(keyword, value)
@@ -35,23 +44,31 @@ def write_png(
     if palette:
         image = image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     image.save(data, "png", pnginfo=info, optimize=palette)
-    with atomic_file(path) as file:
-        file.write(data.getvalue())
-    return hashlib.sha256(data.getvalue()).hexdigest()
+    return data.getvalue()
 
 
 def file_name(index: int, prompt: str, seed: int) -> str:
-    """A file name that is valid on every file system: number, start of the prompt (word characters only), seed."""
-    words = "-".join(re.findall(r"\w+", prompt)).strip("_")
+    """A file name that is valid on every file system: number, start of the prompt (word characters only), seed.
+
+    Characters that the locale's names of files cannot have (a C locale, Chinese) are left out.
+    """
+    encoding = sys.getfilesystemencoding()
+    words = "-".join(re.findall(r"\w+", prompt.encode(encoding, "ignore").decode(encoding))).strip("_")
     while len(words.encode("utf-8")) > 90:
         words = words[:-1]
     return "-".join(filter(None, [f"{index:04d}", words, f"seed{seed}"])) + ".png"
 
 
 def next_index(folder: Path) -> int:
-    """The next free number in a folder of numbered images, so that no run overwrites an earlier one."""
+    """The number after the largest in a folder of numbered images; `app.claims` takes numbers for a run alone."""
     numbers = [int(found[1]) for path in folder.glob("*.png") if (found := re.match(r"(\d{4,9})-", path.name))]
     return max(numbers, default=0) + 1
+
+
+def numbered(name: str) -> int | None:
+    """The number in a file name that `file_name` made; None of any other, as of contact sheets."""
+    found = re.fullmatch(r"(\d{4,9})-(?:[\w-]*-)?seed\d{1,10}\.png", name)
+    return int(found[1]) if found else None
 
 
 def contact_sheet(pictures: Iterable[np.ndarray], captions: Sequence[str], columns: int | None = None) -> np.ndarray:

@@ -30,7 +30,9 @@ from bdm_jax.images.decode import decode_image, resize_to_cover
 from bdm_jax.latents.moments import digest, encode
 from bdm_jax.models.config import RobertaConfig, VAEConfig
 from bdm_jax.models.functional import bind, cast
+from bdm_jax.runtime.locks import held
 from bdm_jax.systems.components import Component, default_dtype, load_component
+from bdm_jax.systems.fetch import local
 from bdm_jax.text.tokenizer import Tokenizer
 
 _THREADS = 8
@@ -74,7 +76,8 @@ def precompute(
         skips: counts the faults of this process; by default up to 1%.
 
     Raises:
-        UserError: the folder was started with other settings, a bucket does not fit, too many faults.
+        UserError: the folder was started with other settings, a bucket does not fit, too many faults, another process
+            writes a chunk of this part.
     """
     filters, skips = filters or Filters(), Skips() if skips is None else skips
     if not 0 <= part[0] < part[1]:
@@ -99,7 +102,8 @@ def precompute(
     for number in range(part[0], chunks, part[1]):
         if number not in done:
             span = range(number * chunk, min((number + 1) * chunk, len(source)))
-            _one_chunk(Chunk(out, number), source, span, tuple(buckets), filters, encoder, skips)
+            with held(out / f".chunk-{number:06d}.lock", f"writing chunk {number}", "give each process its own --part"):
+                _one_chunk(Chunk(out, number), source, span, tuple(buckets), filters, encoder, skips)
     index = {cause: len(names) for cause, names in getattr(source, "left_out", {}).items()}
     return {**_counts(out), "left_out_of_index": index}
 
@@ -206,11 +210,11 @@ class PrecomputeArgs:
     """records: a prepared set, .tar or .array_record files, an image folder"""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """folder of the shards"""
-    vae: Path
+    vae: command_line.ModelPath
     """folder or file of the autoencoder"""
-    text_encoder: Path | None = None
+    text_encoder: command_line.OptionalModelPath = None
     """also encode captions: folder of the text encoder"""
-    tokenizer: Path | None = None
+    tokenizer: command_line.OptionalModelPath = None
     """folder of the text encoder's tokenizer"""
     split: str = "train"
     """of the source"""
@@ -254,7 +258,8 @@ def _precompute(asked: PrecomputeArgs) -> dict[str, Any]:
         raise UserError(f"{asked.vae}: a tiny autoencoder has no moments; name an AutoencoderKL")
     text = None
     if asked.text_encoder is not None:
-        text = Text(Tokenizer.from_pretrained(asked.tokenizer), load_component(asked.text_encoder, "float32"))
+        tokenizer = Tokenizer.from_pretrained(local(asked.tokenizer, "tokenizer"))
+        text = Text(tokenizer, load_component(asked.text_encoder, "float32"))
     return precompute(
         open_source(asked.source, asked.split, asked.cache),
         asked.out,

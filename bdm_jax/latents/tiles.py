@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-_OVERLAP = 4  # tiles overlap by one part in so many of their side
+_OVERLAP = 4  # tiles overlap by a quarter of their side
 
 
 def tiled(function: Callable[..., np.ndarray], size: tuple[int, int], tile: int, scale: float) -> np.ndarray:

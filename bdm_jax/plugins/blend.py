@@ -20,8 +20,8 @@ def add_difference(one: Component, other: Component, base: Component, weight: fl
 
 
 def _combine(name: str, one: Component, other: Component, rule, keep_type: bool = True) -> Component:
-    if _shapes(one.params) != _shapes(other.params):
-        raise UserError(f"{name}: networks of other sizes cannot be blended ({one.config} and {other.config})")
+    if misfit := _misfit(one.params, other.params):
+        raise UserError(f"{name}: networks of other sizes cannot be blended ({misfit})")
     tree = {}
     for path, value in one.params.items():
         result = rule(value.astype(jnp.float32), other.params[path].astype(jnp.float32))
@@ -29,5 +29,10 @@ def _combine(name: str, one: Component, other: Component, rule, keep_type: bool 
     return Component(one.config, tree)
 
 
-def _shapes(params: Mapping) -> dict[str, tuple[int, ...]]:
-    return {path: value.shape for path, value in params.items()}
+def _misfit(one: Mapping, other: Mapping) -> str | None:
+    """The first weight of another shape, or how many only one of the two has."""
+    if single := sorted(one.keys() ^ other.keys()):
+        more = f" and {len(single) - 1} more are" if single[1:] else " is"
+        return f"{single[0]}{more} in one of them only"
+    path = next((path for path in sorted(one) if one[path].shape != other[path].shape), None)
+    return path and f"{path} is {one[path].shape} in one, {other[path].shape} in the other"

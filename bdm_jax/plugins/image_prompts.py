@@ -32,6 +32,7 @@ from bdm_jax.models.towers.clip import normalised
 from bdm_jax.models.unet.ip_adapter import cross_attentions, image_keys
 from bdm_jax.runtime.programs import program
 from bdm_jax.systems.components import Component
+from bdm_jax.systems.fetch import local
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class ImagePrompt:
     name: str = "image prompt"
 
 
-def read_adapter(path: Path) -> Mapping[str, Any]:
+def read_adapter(path: str | Path) -> Mapping[str, Any]:
     """The tensors of an IP-Adapter's file, flat (safetensors) or nested (a checkpoint). Raises FileError."""
+    path = local(path)
     return read_checkpoint(path) if path.is_file() and is_checkpoint(path) else read_weights(path).tensors
 
 

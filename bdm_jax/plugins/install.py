@@ -11,6 +11,7 @@ from bdm_jax.plugins.inversion import Embedding, add_embeddings, for_encoders
 from bdm_jax.plugins.lora import apply, load_lora
 from bdm_jax.plugins.spec import Spec
 from bdm_jax.systems.components import Component, load_found
+from bdm_jax.systems.fetch import local_blended
 from bdm_jax.systems.folder import find_system
 from bdm_jax.systems.pipeline import BridgePipeline
 
@@ -58,7 +59,7 @@ def with_blend(
     (1 - weight) of its own and weight of the other's; with `base`, weight times what the other has over the base is
     added (see `plugins.blend`). Parts that the other lacks stay.
     """
-    others, bases = (find_system(Path(path)).networks if path else {} for path in (other, base))
+    others, bases = (find_system(local_blended(path)).networks if path else {} for path in (other, base))
     blended = {}
     for name in pipeline.family.lora_networks:
         if name in pipeline.family.backbone_names and name in others and (base is None or name in bases):

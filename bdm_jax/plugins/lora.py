@@ -26,10 +26,11 @@ import numpy as np
 from bdm_jax.errors import FileError, UserError, unknown
 from bdm_jax.formats.files import Tensors, shown
 from bdm_jax.formats.layouts import to_jax, to_torch
-from bdm_jax.formats.lora import LoraFile, family, module_names, numbered_modules, read_lora
+from bdm_jax.formats.lora import LoraFile, LoraKey, family, module_names, numbered_modules, other_kind, read_lora
 from bdm_jax.models.functional import Params
-from bdm_jax.plugins.deltas import Delta, change, make, make_ia3
+from bdm_jax.plugins.deltas import Delta, change, is_nothing, make, make_ia3
 from bdm_jax.systems import families
+from bdm_jax.systems.fetch import local
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["deltas", "tokens"], meta_fields=["path", "left_out"])
@@ -54,16 +55,18 @@ def load_lora(path: str | Path, networks: Mapping[str, Mapping[str, Any]], targe
     """Read a plug-in of any layout (`formats.lora`) and kind (`deltas`) and find the weight that each part changes.
 
     Args:
-      path: a safetensors, .bin or .pt file, a peft folder, or a folder with `pytorch_lora_weights`.
+      path: a safetensors, .bin or .pt file, a peft folder, or a folder with `pytorch_lora_weights`; also a name on a
+        hub, or a link (see `systems.fetch`).
       networks: those of `families.lora_networks()` that there are: parameter path -> array, or anything with a shape
         (`functional.abstract`), in our names and layouts.
       target: "branch" has what was made for the UNet and its text encoder change the branch and its own; modules that
         a branch lacks (a UNet's decoder, an English text encoder) are left out with a warning that counts them.
 
-    Raises UserError or FileError in one line: a key that belongs to nothing here or has another shape, parts that are
-    missing, doubled or not finite, or the family that the file is for, if another.
+    Modules of rank 0 are left out with a warning too. Raises UserError or FileError in one line: a key that belongs to
+    nothing here or has another shape, parts that are missing, doubled or not finite, or the family that the file is
+    for, if another.
     """
-    path = Path(path)
+    path = local(path)
     if not path.exists():
         raise UserError(f"{path}: no such LoRA file or folder")
     denoisers = ("unet", families.mirror("unet"))
@@ -76,24 +79,29 @@ def load_lora(path: str | Path, networks: Mapping[str, Mapping[str, Any]], targe
     file = read_lora(path, families.lora_prefixes())
     found, left_out = _resolved(file, names, networks, target)
     deltas: dict[str, dict[str, Delta]] = defaultdict(dict)
-    misfits = []
-    for (network, module), (spelling, parts) in found.items():
+    misfits, empty = [], []
+    for (network, module), (spelling, parts, keys) in found.items():
         for part, array in parts.items():
             with np.errstate(over="ignore"):
                 finite = np.isfinite(np.asarray(array, np.float32)).all()
             if not finite:
-                raise FileError(f"{path}: {part} of {module} holds values that are not finite")
+                raise FileError(f"{path}: {shown(keys[part])} holds values that are not finite")
+        if is_nothing(parts):
+            empty.append(next(iter(keys.values())))
+            continue
         settings = _settings(file, network, spelling)
         try:
             deltas[network] |= _changes(parts, module, networks[network], settings)
         except ValueError as error:
-            misfits.append(f"{network} {module} {error}")
+            misfits.append(f"{next(iter(keys.values()))}: {error}")
     if misfits:
         _refuse_family(file, networks)
         raise FileError(f"{path}: does not fit: {_few(misfits)}")
+    if empty:
+        warnings.warn(f"{path}: {len(empty)} modules of rank 0 change nothing: {_few(empty)}", stacklevel=2)
     if left_out:
         warnings.warn(f"{path}: left out {len(left_out)} modules that the branch lacks", stacklevel=2)
-    if not deltas:
+    if not deltas and not empty:
         raise FileError(f"{path}: no LoRA is in it")
     return LoRA(dict(deltas), file.tokens, str(file.path), tuple(left_out))
 
@@ -147,8 +155,8 @@ def _changed(key: str, weight: Any, changes: list[tuple[Delta, Any]]) -> Any:
     return jax.device_put(result, weight.sharding) if isinstance(weight, jax.Array) else result
 
 
-# What a file has for one module: (network, module here) -> the file's spelling, part -> array.
-_Found = dict[tuple[str, str], tuple[str, dict[str, np.ndarray]]]
+# What a file has for one module: (network, module here) -> the file's spelling, part -> array, part -> its key.
+_Found = dict[tuple[str, str], tuple[str, dict[str, np.ndarray], dict[str, str]]]
 
 
 def _resolved(file: LoraFile, names, networks, target: str | None) -> tuple[_Found, list[str]]:
@@ -156,15 +164,18 @@ def _resolved(file: LoraFile, names, networks, target: str | None) -> tuple[_Fou
     found: _Found = {}
     left_out: list[str] = []
     strangers = list(file.unknown)
-    parts = [(part.network, part.module, part.part, array) for part, array in file.tensors.items()]
+    parts = [(part, file.keys[part], array) for part, array in file.tensors.items()]
     for network, modules in file.numbered.items():
         order = numbered_modules(set(names.get(network, {}).values()))
         if network in names and sorted(modules) != list(range(len(order))):
             raise FileError(f"{file.path}: {len(modules)} numbered modules for the {len(order)} of this {network}")
         for number, halves in modules.items():
             spelling = order[number] if network in names else f"{network}:{number}"
-            parts += [(network, spelling, part, array) for part, array in halves.items()]
-    for named, spelling, part, array in parts:
+            parts += [
+                (LoraKey(network, spelling, part), f"{network}:{number}:{part}", array)
+                for part, array in halves.items()
+            ]
+    for (named, spelling, part), key, array in parts:
         targets = families.lora_networks()
         made_for = named or next((name for name in targets if spelling in names.get(name, {})), targets[0])
         network = families.mirror(made_for) if target == "branch" else made_for
@@ -175,16 +186,18 @@ def _resolved(file: LoraFile, names, networks, target: str | None) -> tuple[_Fou
                 raise FileError(f"{file.path}: a LoRA for {' or '.join(titles)}, which this system is not")
             raise FileError(f"{file.path}: changes a {network}, which is not here")
         if module := names[network].get(spelling):
-            _, known = found.setdefault((network, module), (spelling, {}))
+            _, known, keys = found.setdefault((network, module), (spelling, {}, {}))
             if part in known:
-                raise FileError(f"{file.path}: holds {part} of {module} under two names")
-            known[part] = array
+                raise FileError(f"{file.path}: holds {part} of {module} under two names: {keys[part]} and {key}")
+            known[part], keys[part] = array, key
         elif network != made_for and spelling in names.get(made_for, {}):
             left_out += [f"{made_for} {spelling}"] if f"{made_for} {spelling}" not in left_out else []
         else:
-            strangers.append(f"{spelling}.{part}")
+            strangers.append(key)
     if strangers:
         _refuse_family(file, networks)
+        if known := next(((key, kind) for key in strangers if (kind := other_kind(key))), None):
+            raise FileError(f"{file.path}: {shown(known[0])} is of {known[1]}, which cannot be merged here")
         raise FileError(f"{file.path}: {len(strangers)} keys belong to nothing here: {_few(strangers)}")
     return found, left_out
 

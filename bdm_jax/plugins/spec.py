@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 
 class Spec(NamedTuple):
-    """A plug-in as a user names it: `FILE[:STRENGTH[:TEXT_STRENGTH]]`."""
+    """A plug-in as a user names it: `FILE[:STRENGTH[:TEXT_STRENGTH]]`. The path may be a link, as a text."""
 
-    path: Path
+    path: Path | str
     strength: float
     text_strength: float

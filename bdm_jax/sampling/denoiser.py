@@ -169,11 +169,18 @@ def denoise(
         predictions, left = _predict(networks, nets["unet"], latents, shifts_t, texts, residuals, features, row, cache)
         guided = rescale(guide(predictions, row.guidance), predictions[-1], rescaling)
         noise = samplers.row_noise(seeds, row.steps.row, before.latents.shape[1:])
-        state = samplers.advance(before, guided, row.steps, noise)
+
+        def predicted_x0() -> jax.Array:
+            return networks.schedule.to_x0(guided, before.latents, row.steps.alpha, row.steps.sigma)
+
+        def clipped() -> jax.Array:
+            return networks.schedule.clipped(predicted_x0()) - predicted_x0()
+
+        state = samplers.advance(before, guided, row.steps, noise, clipped)
         if inpaint is not None:
             old = row.alpha_after * inpaint.clean + row.sigma_after * inpaint.noise
             state = SamplerState(inpaint.mask * state.latents + (1 - inpaint.mask) * old, state.memory)
-        return state, networks.schedule.to_x0(guided, before.latents, row.steps.alpha, row.steps.sigma), left
+        return state, predicted_x0(), left
 
     if networks.reuse and cache is None:
         return step(0, state)

@@ -6,7 +6,7 @@ neighbours become calls of their own, and nothing below knows why.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,7 @@ from bdm_jax.diffusion.guidance import scales
 from bdm_jax.diffusion.samplers import Steps
 from bdm_jax.plugins.controls import Control
 from bdm_jax.sampling.denoiser import BACKBONE, BRANCH, STEPS_PER_CALL, PredictionPlan, ResidualNetwork, StepTable
+from bdm_jax.sampling.reading import RowTexts, SourceTexts, shared_weights
 from bdm_jax.sampling.settings import Sampling
 
 
@@ -43,24 +44,53 @@ class Segment:
     fills_cache: bool = False
 
 
-def guidance_rows(settings: Sampling, count: int, one_text: bool, has_branch: bool) -> list[Guidance]:
-    """The guidance of `count` rows: of each source's negative (0) and positive (1) prompt.
+def guidance_rows(
+    settings: Sampling,
+    count: int,
+    one_text: bool,
+    has_branch: bool,
+    sources: Mapping[str, SourceTexts] | None = None,
+) -> list[Guidance]:
+    """The guidance of `count` rows: of each source's negative and positive texts at that row, 0 and 1 without edits.
 
-    `one_text`: the backbone's negative and positive prompt are the same and there is but text 0; the languages have one
-    guidance then. Rows outside the interval of guidance, and a guidance of exactly 1, take the positive prompts alone.
+    `one_text`: the backbone's texts are all the same and there is but text 0; the languages have one guidance then.
+    Rows outside the interval of guidance, and a guidance of exactly 1, take the positive texts alone, as far as their
+    weights sum to 1. Of several positive texts with the weights w_i, prediction i counts w_i times as much.
     """
-    negative, positive = 0, 0 if one_text else 1
-    scale, english = settings.guidance, settings.english_guidance
-    if english is not None and has_branch and not one_text:
-        plan = PredictionPlan.of({BACKBONE: (negative, positive, positive), BRANCH: (0, 0, 1)})
-        guided = Guidance(plan, (1 - english, english - scale, scale))
-    else:
-        texts = {BACKBONE: (negative, positive), **({BRANCH: (0, 1)} if has_branch else {})}
-        guided = Guidance(PredictionPlan.of(texts), (1 - scale, scale))
-    texts = {BACKBONE: (positive,), **({BRANCH: (1,)} if has_branch else {})}
-    plain = Guidance(PredictionPlan.of(texts), (1.0,))
+    sources, scale, english = sources or {}, settings.guidance, settings.english_guidance
+    rows = {source: own.rows.get(count) or (RowTexts(),) * count for source, own in sources.items()}
+    backbone = (RowTexts(0, (0,)),) * count if one_text else rows.get(BACKBONE, (RowTexts(),) * count)
+    rows = {BACKBONE: backbone} | ({BRANCH: rows.get(BRANCH, (RowTexts(),) * count)} if has_branch else {})
+    weights = shared_weights([*sources.values()])
     within = _within(count, settings.guidance_start, settings.guidance_end) & ({scale, english} - {None} != {1.0})
-    return [guided if inside else plain for inside in within]
+    found = []
+    for i, inside in enumerate(within):
+        texts = {source: own[i] for source, own in rows.items()}
+        if not inside:
+            found.append(_guided(texts, 1.0, weights))
+        elif english is not None and has_branch and not one_text:
+            (negative, (positive,)), (other, (another,)) = texts[BACKBONE], texts[BRANCH]
+            plan = PredictionPlan.of({BACKBONE: (negative, positive, positive), BRANCH: (other, other, another)})
+            found.append(Guidance(plan, (1 - english, english - scale, scale)))
+        else:
+            found.append(_guided(texts, scale, weights, negative=True))
+    return found
+
+
+def _guided(
+    texts: Mapping[str, RowTexts], scale: float, weights: tuple[float, ...], negative: bool = False
+) -> Guidance:
+    """n + scale sum_i w_i (p_i - n); `negative`: also where n has no weight. A single positive text goes with all."""
+    rest = 1 - scale * sum(weights) if len(weights) > 1 else 1 - scale
+    negative = negative or abs(rest) > 1e-9
+    plan = PredictionPlan.of(
+        {
+            source: (row.negative,) * negative + row.positives * (len(weights) // len(row.positives))
+            for source, row in texts.items()
+        }
+    )
+    positive = [scale * weight for weight in weights]
+    return Guidance(plan, (rest, *positive) if negative else tuple(positive))
 
 
 def step_table(
@@ -71,9 +101,12 @@ def step_table(
     networks: Sequence[ResidualNetwork],
     controls: Sequence[Control],
     adapters: Sequence[Control] = (),
+    negatives: int = 1,
 ) -> StepTable:
     """The table (N rows) for the rows of one plan, with their guidance, and the strengths of the residual networks
     (those of the ControlNets in their order) and of the T2I-Adapters.
+
+    `negatives`: how many of the branch's texts, the first ones, are of the negative prompt.
     """
     count = len(steps.t)
     unused = (1.0, *[0.0] * (len(plan) - 1))  # rows of other plans
@@ -83,7 +116,9 @@ def step_table(
     for network in networks:
         residuals = len(network.config.skip_channels) + 1
         if network.name == BRANCH:
-            strengths[network.name] = _branch_strengths(settings, count, len(set(plan[network.source])), residuals)
+            strengths[network.name] = _branch_strengths(
+                settings, count, plan.used(network.source), residuals, negatives
+            )
         else:
             strengths[network.name] = np.tile(_strengths(next(of_controls), count)[:, None, None], (1, 1, residuals))
     acting = [_strengths(adapter, count) for adapter in adapters]
@@ -126,13 +161,15 @@ def chunk(column: np.ndarray, rows: range) -> np.ndarray:
     return np.resize(column[rows.start : rows.start + STEPS_PER_CALL], (STEPS_PER_CALL, *column.shape[1:]))
 
 
-def _branch_strengths(settings: Sampling, count: int, texts: int, residuals: int) -> np.ndarray:
-    """(count, texts, residuals)"""
+def _branch_strengths(
+    settings: Sampling, count: int, texts: Sequence[int], residuals: int, negatives: int
+) -> np.ndarray:
+    """(count, texts, residuals) for the texts of these numbers."""
     factors = settings.branch_strength * np.asarray(settings.residual_strengths or (1.0,) * residuals)
-    strengths = np.tile(factors, (count, texts, 1))
+    strengths = np.tile(factors, (count, len(texts), 1))
     if settings.guess:
         strengths *= np.logspace(-1, 0, residuals)
-        strengths[:, : texts - 1] = 0
+        strengths[:, np.array(texts) < negatives] = 0
     strengths[~_branch_rows(settings, count)] = 0
     return strengths
 

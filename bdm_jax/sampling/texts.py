@@ -23,24 +23,24 @@ ImageKeys = Mapping[str, tuple[jax.Array, jax.Array]]  # of an image prompt: key
 class BatchTexts:
     """What every network reads, with its keys: all texts of each sample, sample by sample, (B*U,S,D).
 
-    of_network: the texts by the network's name. source: by the same name, where they come from. one_text: the negative
-    and the positive prompt of the backbone are one text, for all samples; its U is 1 then, that of other sources 2.
+    of_network: the texts by the network's name. source: by the same name, where they come from. count: U, by source.
+    one_text: all texts of the backbone are one, for all samples; its U is 1 then.
     """
 
     of_network: dict[str, Conditioning]
     source: dict[str, str]
+    count: dict[str, int]
     one_text: bool
 
     def chosen(self, plan: PredictionPlan, names: Sequence[str], size: tuple[int, int]) -> dict[str, Conditioning]:
         """Of the networks of these names the texts that a plan reads, as `plan.renumbered()` counts them.
 
-        `size` (height, width) in pixels is what networks with size ids are told.
+        `size` (height, width) in pixels goes into the size ids of networks that have them.
         """
         found = {}
         for name in names:
             text, source = self.of_network[name], self.source[name]
-            count = 1 if self.one_text and source == BACKBONE else 2
-            used = plan.used(source)
+            count, used = self.count[source], plan.used(source)
             if len(used) < count:
                 text = jax.tree.map(partial(_take, texts=count, used=used), text)
             if text.pooled is not None:
@@ -66,10 +66,11 @@ def encode_batch(
       place: lays out arrays over the devices, samples along their first axis.
     """
     one_text = all(job.same_text(BACKBONE) for job in jobs) and not images
-    texts = {}
+    texts, count = {}, {}
     for source, reader in pipeline.readers.items():
         backbone = source == BACKBONE
-        tokens = stack([job.texts[source] for job in jobs], slice(one_text and backbone, 2))
+        count[source] = 1 if one_text and backbone else len(jobs[0].sources[source].texts)
+        tokens = stack([job.texts[source] for job in jobs], slice(-count[source], None))
         clip_skip = settings.clip_skip if backbone else 1
         texts[source] = readers.encode(
             reader, pipeline.parts, place(tokens), clip_skip=clip_skip, reference=settings.reference
@@ -78,15 +79,17 @@ def encode_batch(
     configs = {"unet": pipeline.unet.config, **{network.name: network.config for network in networks}}
     read = {name: with_keys(configs[name], params[name], texts[source[name]]) for name in configs}
     if images:
-        read["unet"] = replace(read["unet"], image_keys=_image_keys(images, len(jobs), place))
-    return BatchTexts(read, source, one_text)
+        read["unet"] = replace(read["unet"], image_keys=_image_keys(images, jobs, place))
+    return BatchTexts(read, source, count, one_text)
 
 
-def _image_keys(images: Sequence[ImageKeys], count: int, place: Callable) -> dict[str, list]:
-    """The image prompts' keys for `count` samples, negative and positive (see `plugins.image_prompts`)."""
+def _image_keys(images: Sequence[ImageKeys], jobs: Sequence[PreparedRequest], place: Callable) -> dict[str, list]:
+    """The image prompts' keys for each text of the samples: negative or positive (see `plugins.image_prompts`)."""
+    texts = jobs[0].sources[BACKBONE]
+    positive = np.arange(len(texts.texts)) >= texts.negatives
 
     def for_all(x: jax.Array) -> jax.Array:
-        return place(jnp.tile(x, (count, 1, 1, 1)))
+        return place(jnp.tile(x[positive.astype(int)], (len(jobs), 1, 1, 1)))
 
     return {path: [jax.tree.map(for_all, image[path]) for image in images] for path in images[0]}
 

@@ -48,14 +48,15 @@ def read(
     without a token.
 
     Args:
-      reference: do as BDM's reference implementation: its smaller grammar, and weights in Chinese prompts (those of a
-        BERT tokenizer) have no effect.
+      reference: do as BDM's reference implementation: its smaller grammar, weights in Chinese prompts (those of a
+        BERT tokenizer) have no effect, and English texts are mended (see `Tokenizer.content`).
       masked: hide the padding (for a BERT tokenizer, whose padding is a token of its own).
       windows: at least that many.
     """
     parsed = [parse(prompt, reference=reference) for prompt in prompts]
     segments = [(prompt, s.text) for prompt, parts in zip(prompts, parsed, strict=True) for part in parts for s in part]
-    found = iter(tokenizer.content([text for _, text in segments], [prompt for prompt, _ in segments]))
+    names, texts = [prompt for prompt, _ in segments], [text for _, text in segments]
+    found = iter(tokenizer.content(texts, names, mended=reference))
     weighted = tokenizer.byte_pairs or not reference
     contents: list[list[list[tuple[int, float]]]] = []
     for parts in parsed:

@@ -3,7 +3,7 @@
 | form | effect |
 |---|---|
 | `(x)`, `(x:1.3)`, `[x]` | x times 1.1, times 1.3, divided by 1.1; nested factors multiply |
-| `\\(` | a backslash before a bracket, a colon or a backslash makes it an ordinary character |
+| `\\(` | a backslash makes a bracket, a colon or a backslash an ordinary character; before others it is dropped |
 | `(x` | what is not closed lasts to the end, at its default factor |
 | `x)` | what was not opened is an ordinary character |
 | `BREAK` | on its own: what follows begins a new window |
@@ -35,7 +35,8 @@ def parse(prompt: str, *, reference: bool = False) -> list[list[WeightedText]]:
     time in proportion to the prompt, whatever it holds.
 
     Args:
-      reference: read as BDM's reference implementation does: no full-width signs, no BREAK, no blanks around a weight.
+      reference: read as BDM's reference implementation does: no full-width signs, no BREAK, no blanks around a weight,
+        no escaped colon.
     """
     products = ([1.0], [1.0])  # of the round and of the square brackets open so far; the last entry is in force
     parts: list[list[tuple[list[str], float]]] = [[]]
@@ -112,7 +113,7 @@ def _items(prompt: str, token: re.Pattern, breaks: bool) -> Iterator[str | _Open
         elif kind == "text" and breaks:
             for index, part in enumerate(_BREAK.split(text)):
                 items += [None] * (index > 0) + [part] * bool(part)
-        else:
+        elif text != "\\":
             items.append(match["escaped"] or text)
     return iter(items)
 

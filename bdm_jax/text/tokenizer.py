@@ -1,6 +1,8 @@
 """Prompts to token ids: CLIP's byte-pair, BERT's Chinese and T5's tokenizers behind one small class."""
 
 import copy
+import hashlib
+import json
 import re
 import unicodedata
 import warnings
@@ -8,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
+import ftfy
 import numpy as np
 from transformers import BertTokenizer, CLIPTokenizer, T5TokenizerFast
 
-from bdm_jax.errors import UserError
+from bdm_jax.errors import UserError, short
 from bdm_jax.formats.files import read_json
 from bdm_jax.text.windows import WindowFormat
 
@@ -96,7 +99,7 @@ class Tokenizer:
         Raises UserError for a tokenizer with added tokens, which no such folder can hold as they are read here.
         """
         if self._added:
-            names = ", ".join(map(_short, self._added))
+            names = ", ".join(map(short, self._added))
             raise UserError(f"{folder}: the added tokens {names} cannot be saved; save the tokenizer without them")
         self._tokenizer.model_max_length = self.length
         try:
@@ -119,28 +122,45 @@ class Tokenizer:
         """The tokens of `with_tokens` and their ids."""
         return dict(self._added)
 
+    def fingerprint(self, probe: str) -> str:
+        """32 hexadecimal digits of the vocabulary, how words are made of it, what windows look like, and how the text
+        `probe` is read.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PromptWarning)
+            ids = [int(id_) for id_ in self.content([probe])[0]]
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        model = json.loads(backend.to_str())["model"] if backend else {}
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or ()]
+        scores = model["vocab"] if isinstance(model.get("vocab"), list) else ()  # T5's
+        parts = [sorted(self._tokenizer.get_vocab().items()), merges, scores, repr(self.format), ids]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
     def with_tokens(self, tokens: Mapping[str, Sequence[int]]) -> "Tokenizer":
         """A tokenizer that reads each of these tokens as its ids, beyond the vocabulary; this one stays as it is.
 
-        A token is found in a text whatever its case, as these tokenizers read all text. Where it begins or ends with a
-        letter or digit, none may adjoin it ("easy" is not in "uneasy"; a Chinese token needs no blanks around it);
-        where it begins or ends otherwise ("<cat>"), anything may. Of several that begin at one place the longest is
-        taken. So it is found wherever AUTOMATIC1111's interface or transformers' added tokens find a whole word, but
-        not in parts of words, where either may. The grammar's brackets in a token are escaped in a prompt.
+        A token is found in a text whatever its case, as these tokenizers read all text; blanks inside it stand for any
+        blanks. Where it begins or ends with a letter or digit, none may adjoin it ("easy" is not in "uneasy"; a Chinese
+        token needs no blanks around it); where it begins or ends otherwise ("<cat>"), anything may. Of several that
+        begin at one place the longest is taken. So it is found wherever AUTOMATIC1111's interface or transformers'
+        added tokens find a whole word, but not in parts of words, where either may. ComfyUI's spelling
+        ("embedding:easy", "embedding:easy.pt") is the same token. The grammar's brackets in a token are escaped in a
+        prompt.
 
-        Raises UserError for an empty token, one with blanks or control characters, and one that is there already.
+        Several tokens may have the same ids: they are names of one thing.
+
+        Raises UserError for an empty token, one with control characters, and one that is there already.
         """
         added = dict(self._added)
-        known = {name.casefold() for name in self._tokenizer.get_vocab()}
         taken = {name.casefold() for name in added}
         for token, ids in tokens.items():
-            name = unicodedata.normalize("NFC", token)
-            if not name.isprintable() or name.split() != [name]:
-                raise UserError(f"token {_short(name)!r}: a token is one word without blanks; give it another name")
-            if not known.isdisjoint((name.casefold(), f"{name.casefold()}</w>")):
-                raise UserError(f"token {_short(name)!r}: a word of the vocabulary already; give it another name")
+            name = " ".join(unicodedata.normalize("NFC", token).split())
+            if not name or not name.isprintable():
+                raise UserError(f"token {short(name)!r}: no text that can be written; give it another name")
+            if self.has_word(name):
+                raise UserError(f"token {short(name)!r}: a word of the vocabulary already; give it another name")
             if name.casefold() in taken:
-                raise UserError(f"token {_short(name)!r}: added already; give it another name")
+                raise UserError(f"token {short(name)!r}: added already; give it another name")
             taken.add(name.casefold())
             added[name] = tuple(ids)
         result = copy.copy(self)
@@ -148,17 +168,30 @@ class Tokenizer:
         result._pattern = re.compile("|".join(map(_whole, result._added)), re.IGNORECASE) if added else None
         return result
 
-    def content(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> list[list[int]]:
+    def has_word(self, text: str) -> bool:
+        """Whether it is a word or a part of words of the vocabulary, whatever its case; no added token can be."""
+        known, word = {name.casefold() for name in self._tokenizer.get_vocab()}, text.casefold()
+        return not known.isdisjoint((word, f"{word}</w>"))
+
+    def content(
+        self, texts: Sequence[str], prompts: Sequence[str] | None = None, *, mended: bool = False
+    ) -> list[list[int]]:
         """Ids of each text without start and end, nothing cut off. Brackets are characters like others here.
 
-        Warns with PromptWarning, naming the characters, where a text has some that the vocabulary lacks; `prompts` are
-        the names that the texts go by there, the texts themselves if None.
+        Warns with PromptWarning, naming the characters, where a text has some that the vocabulary lacks.
+
+        Args:
+          prompts: the names that the texts go by in the warning; the texts themselves if None.
+          mended: for a tokenizer of byte pairs, mend the texts first as CLIP's own tokenizer and transformers' slow one
+            do: wrongly decoded characters, curly quotes, full-width forms, ligatures, HTML entities (`ftfy.fix_text`).
         """
         if not texts:
             return []
         parts = [self._parts(text) for text in texts]
         plain = [(part, prompt) for row, prompt in zip(parts, prompts or texts, strict=True) for part in row[::2]]
         texts, prompts = zip(*plain, strict=True)
+        if mended and self.byte_pairs:
+            texts = [ftfy.fix_text(text).lower() for text in texts]
         offsets = not self.byte_pairs
         rows = self._tokenizer(
             list(texts), add_special_tokens=False, return_offsets_mapping=offsets, verbose=False, truncation=False
@@ -181,8 +214,8 @@ class Tokenizer:
         """
         if lost := [id_ for content in contents[windows:] for id_ in content]:
             kept = sum(map(len, contents[:windows]))
-            words = _short(self._words(lost), 200)
-            message = f"the prompt {_short(text)!r} has {kept + len(lost)} tokens, {kept} are read; cut off: {words!r}"
+            words = short(self._words(lost), 200)
+            message = f"the prompt {short(text)!r} has {kept + len(lost)} tokens, {kept} are read; cut off: {words!r}"
             warnings.warn(message, PromptWarning, stacklevel=2)
         return self.format.fill(contents, windows)
 
@@ -215,7 +248,7 @@ class Tokenizer:
                 if id_ == unknown:
                     lost.setdefault(prompt, {})[text[begin:end]] = None
         for prompt, names in lost.items():
-            message = f"the prompt {_short(prompt)!r} has characters that the vocabulary lacks: {' '.join(names)}"
+            message = f"the prompt {short(prompt)!r} has characters that the vocabulary lacks: {' '.join(names)}"
             warnings.warn(message, PromptWarning, stacklevel=3)
 
 
@@ -224,11 +257,8 @@ def _first(*ids: int | None) -> int | None:
 
 
 def _whole(token: str) -> str:
-    """The pattern of a token as a whole word, in a group."""
+    """The pattern of a token as a whole word, in a group; around it what ComfyUI writes."""
     before = f"(?<!{_LETTER})" if re.match(_LETTER, token) else ""
     after = f"(?!{_LETTER})" if re.match(_LETTER, token[-1]) else ""
-    return f"{before}({re.escape(token)}){after}"
-
-
-def _short(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    spelling = r"\s+".join(map(re.escape, token.split(" ")))
+    return rf"(?:(?<!{_LETTER})embedding:|{before})({spelling})(?:\.(?:pt|bin|safetensors)(?!{_LETTER})|{after})"

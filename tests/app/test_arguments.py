@@ -21,12 +21,12 @@ def folder(tmp_path, monkeypatch):
     """An empty folder to be in, with an image, a mask of another size, and prompts."""
     monkeypatch.chdir(tmp_path)
     Image.effect_noise((32, 24), 90).convert("RGB").save("image.png")
-    Image.new("L", (32, 32)).save("mask.png")
+    Image.new("L", (32, 32), 255).save("mask.png")
     (tmp_path / "p.txt").write_text("红灯笼\n猫\n", encoding="utf-8")
     (tmp_path / "e.csv").write_text("prompt,english\n猫,a cat\n", encoding="utf-8")
     (tmp_path / "broken.png").write_bytes((tmp_path / "image.png").read_bytes()[:200])
     (tmp_path / "file").touch()
-    parts = {"model": "other", "vae": "x.safetensors"}
+    parts = {"model": "other", "vae": "x.safetensors", "branch_lora": "ink.safetensors:0.8:0.8"}
     settings = describe(Request("龙", seed=8), Sampling(size=(8, 8)), parts)
     write_png("ours.png", np.zeros((8, 8, 3), np.uint8), text_chunks(settings))
     return tmp_path
@@ -45,16 +45,25 @@ def test_jax_is_not_loaded():
         ("1,5,20-22", (1, 5, 20, 21, 22)),
         ("4294967295", (2**32 - 1,)),
         ("3-3", (3,)),
+        ("-1", (-1,)),
     ],
 )
 def test_seeds(text, seeds):
     assert parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["", "-1", "a", "1-", "3-1", "1,1", "0-2,1", "4294967296", "0-99999999", "1.5", "²"])
+@pytest.mark.parametrize(
+    "text", ["", "-2", "-1,5", "5,-1", "a", "1-", "3-1", "1,1", "0-2,1", "4294967296", "0-99999999", "1.5", "²"]
+)
 def test_what_is_no_seed(text):
     with pytest.raises(ValueError, match="seed"):
         parse_seeds(text)
+
+
+@pytest.mark.parametrize("given", [["--seed", "-1"], ["--seed=-1"]])
+def test_any_seed(given):
+    assert [r.seed for r in parse(["猫", *given])[1]] == [-1]
+    assert [r.seed for r in parse(["猫", *given, "--count", "3"])[1]] == [-1] * 3
 
 
 def test_requests():
@@ -73,8 +82,9 @@ def test_a_pictures_settings_are_defaults():
     assert requests == [Request("龙", seed=8)] and arguments.settings == Sampling(steps=9, size=(8, 8))
     notes = [str(note.message) for note in caught]
     assert notes == [
-        "ours.png was drawn with the model other, not with demo",
-        "ours.png was drawn with the vae x.safetensors, not with the model's own",
+        "ours.png was drawn with --model other, not with demo",
+        "ours.png was drawn with --vae x.safetensors: give it with that flag",
+        "ours.png was drawn with --branch-lora ink.safetensors:0.8:0.8: give it with that flag",
     ]
     assert parse(["猫", "--from=ours.png", "--seed", "1-2"])[1] == [Request("猫", seed=1), Request("猫", seed=2)]
 
@@ -98,6 +108,7 @@ def test_a_pictures_settings_are_defaults():
         (["猫", "--image", "nix.png"], "nix.png: cannot be read"),
         (["猫", "--strength", "0.75"], "--strength has no effect"),
         (["猫", "--strength=0.75"], "--strength has no effect"),
+        (["猫", "--timesteps", "--steps", "9"], "--timesteps without a number"),
         (["猫", "--hires-strength", "0.5"], "--hires-strength has no effect"),
         (["猫", "--bare", "--english", "a cat"], "--bare draws the prompt itself"),
         (["--prompts", "e.csv", "--bare"], "--bare draws the prompt itself"),

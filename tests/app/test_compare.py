@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdm_jax.app.compare import main
+from bdm_jax.app.compare import _split, main
 from bdm_jax.images.pictures import table
 from bdm_jax.runtime import compile_cache
 
@@ -35,7 +35,7 @@ def test_table_of_settings(tiny_folder, tmp_path, capsys):
     "axis",
     [
         "prompt=红灯笼|a, b",
-        "seed=1,2",
+        "seed=1,-1",
         "guess=true,false",
         "size=32x32,48x32",
         "residual-strengths=1 1 1 1 0,0 0 0 0 1",
@@ -60,12 +60,13 @@ def test_any_field_is_an_axis(tiny_folder, tmp_path, axis):
         (["猫", "--x", "guidence=1,2"], "unknown setting 'guidence': did you mean 'guidance'?"),
         (["猫", "--x", "guidance"], "guidance: write an axis as NAME=A,B,C"),
         (["猫", "--x", "guidance=1,,2"], "write an axis as"),
-        (["猫", "--x", "guidance=1,two"], "--guidance: "),
+        (["猫", "--x", "guidance=1,two"], "--guidance two: expected a number"),
         (["猫", "--x", "guess=1"], "--guess 1: it is true or false"),
         (["猫", "--x", "sampler=ddim,dim"], "unknown sampler 'dim'"),
         (["猫", "--x", "strength=0.5,2"], "strength 2.0 is outside 0 .. 1"),
         (["猫", "--x", "steps=1,5000"], "steps 5000"),
-        (["猫", "--x", "seed=" + ",".join("1" * 401)], "401 pictures are more than"),
+        (["猫", "--x", "guidance=1,2", "--seed", "-2"], "seed -2 is negative"),
+        (["猫", "--x", "seed=" + ",".join("1" * 401)], "401 images are more than"),
         (["猫", "--x", "seed=1,2", "--model", "nowhere"], "nowhere: no such model folder"),
     ],
 )
@@ -75,6 +76,42 @@ def test_bad_axes_are_one_line(tiny_folder, tmp_path, capsys, given, message):
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ("[红灯笼|熊猫],龙", ["[红灯笼|熊猫]", "龙"]),
+        ("[a|b]|c, d", ["[a|b]", "c, d"]),
+        ("(a, b:1.2),［红：蓝，紫,绿：0.5］,<lora:x,y:1>", ["(a, b:1.2)", "［红：蓝，紫,绿：0.5］", "<lora:x,y:1>"]),
+        ("[a (b, c], d", ["[a (b, c]", " d"]),
+        (":(,cat,:)", [":(,cat,:)"]),
+        (":(,:[,a>", [":(", ":[", "a>"]),
+        (r"\[a,b\]", [r"\[a", r"b\]"]),
+        (r"a\|b,c", [r"a\|b", "c"]),
+        ("1,,2", ["1", "", "2"]),
+    ],
+)
+def test_values_within_brackets_are_not_split(values, expected):
+    assert _split(values) == expected
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("folder", "folder: a folder; name a file"),
+        ("i.jpg", "i.jpg: the table is a PNG file, name it"),
+        ("table", "table: the table is a PNG file, name it"),
+        ("file/i.png", "i.png: cannot be written"),
+    ],
+)
+def test_what_the_table_cannot_be_written_to(tmp_path, capsys, out, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    assert main(["猫", "--x", "seed=1,2", "--out", str(tmp_path / out)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: --out") and captured.err.count("\n") == 1 and message in captured.err
+    assert "drawing" not in captured.err and sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_headings_are_drawn_in_chinese():

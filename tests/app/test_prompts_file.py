@@ -1,5 +1,6 @@
 """Every form of a prompt file, and what is wrong with those that are none: file and line are named."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from bdm_jax.app import prompts
 from bdm_jax.app.prompts import read_prompts
 from bdm_jax.errors import UserError
+from bdm_jax.formats.plain_text import EncodingNote
 from bdm_jax.sampling.settings import Request
 
 BDM_870 = Path(__file__).parents[3] / "shared/data/prompts/BDM_870.json"
@@ -69,6 +71,29 @@ def test_bdms_own_form(write):
     assert requests(path, english=True)[0] == Request("All is well")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.csv", "prompt,seed\n猫,-1\n"), ("a.jsonl", '{"prompt": "猫", "seed": -1}')]
+)
+def test_any_seed(write, name, text):
+    assert read_prompts(write(name, text)) == [(1, Request("猫", seed=-1), True)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gbk"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "红灯笼\r\n熊猫\r\n"),
+        ("a.csv", "prompt\r\n红灯笼\r\n熊猫\r\n"),
+        ("a.jsonl", '{"prompt": "红灯笼"}\r\n{"prompt": "熊猫"}\r\n'),
+        ("a.json", '[["1.png", "红灯笼", "b", "c", "d", "e", "f"], ["2.png", "熊猫", "b", "c", "d", "e", "f"]]'),
+    ],
+)
+def test_what_editors_write(write, name, text, encoding):
+    noted = pytest.warns(EncodingNote, match=name) if encoding == "gbk" else contextlib.nullcontext()
+    with noted:
+        assert [request.prompt for request in requests(write(name, text.encode(encoding)))] == ["红灯笼", "熊猫"]
+
+
 @pytest.mark.skipif(not BDM_870.is_file(), reason="the authors' prompts are not here")
 def test_bdm_870():
     found = requests(BDM_870)
@@ -83,9 +108,13 @@ LIST = '[["1.png", "a", "b", "c", "d", "e", "f"],\n'
     [
         ("a.doc", "x", "unknown kind of prompt file '.doc'"),
         ("a.txt", "# nothing\n\n", "a.txt: no prompts in it"),
-        ("a.txt", "红灯笼".encode("gbk"), "a.txt, line 1: not UTF-8"),
-        ("a.txt", "猫\n猫\n".encode() + b"\xff", "a.txt, line 3: not UTF-8"),
+        ("a.txt", "红灯笼\n猫\n".encode("gbk") + b"\xff", "a.txt, line 3: neither UTF-8 nor GBK"),
         ("a.csv", "prompt,negativ\n", "a.csv, line 1: unknown column 'negativ': did you mean 'negative'?"),
+        ("a.csv", "prompt;seed\nx;1\n", "a.csv, line 1: columns are separated by commas; this file has semicolons"),
+        ("a.csv", '\n"prompt";"seed"\n', "a.csv, line 2: columns are separated by commas; this file has semicolons"),
+        ("a.csv", "prompt\tseed\r\nx\t1".encode("utf-16"), "columns are separated by commas; this file has tabs"),
+        ("a.csv", "sep=;\nprompt;seed\n", "this file has semicolons"),
+        ("a.csv", "prompt，seed\n", "this file has full-width commas"),
         ("a.csv", "prompt,prompt\n", "a.csv, line 1: column 'prompt' is there twice"),
         ("a.csv", "prompt,seed\nx,1\ny,z\n", "a.csv, line 3: seed 'z'"),
         ("a.csv", "prompt,seed\nx,4294967296\n", "a.csv, line 2: seed '4294967296'"),
@@ -100,7 +129,7 @@ LIST = '[["1.png", "a", "b", "c", "d", "e", "f"],\n'
         ("a.jsonl", '{"prompt": ["x"]}', r"a.jsonl, line 1: prompt is \"\['x'\]\", not a string"),
         ("a.jsonl", '{"prompt": "x", "seed": true}', "a.jsonl, line 1: seed 'True'"),
         ("a.jsonl", '{"prompt": "x", "seed": 1.5}', "a.jsonl, line 1: seed '1.5'"),
-        ("a.jsonl", '{"prompt": "x", "seed": -1}', "a.jsonl, line 1: seed '-1'"),
+        ("a.jsonl", '{"prompt": "x", "seed": -2}', "a.jsonl, line 1: seed '-2'"),
         ("a.jsonl", '{"prompt": "x", "size": 1}', "a.jsonl, line 1: unknown column 'size'"),
         ("a.json", '{"a": 1}', "a.json: not a list of lists"),
         ("a.json", LIST + "x", "a.json, line 2: not JSON"),

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdm_jax.app import runs
+from bdm_jax.app import drawing, runs
 from bdm_jax.app.metadata import read_settings, text_chunks
 from bdm_jax.app.prompts import read_prompts
 from bdm_jax.errors import UserError
 from bdm_jax.images.decode import read_image
 from bdm_jax.images.pictures import write_png
-from bdm_jax.sampling.settings import Request, Sampling
+from bdm_jax.sampling.generate import generate
+from bdm_jax.sampling.settings import Request, Sampling, any_seed
 
 SCRIPT = Path(__file__).resolve().parents[2] / "sample.py"
 BDM_870 = Path(__file__).parents[3] / "shared/data/prompts/BDM_870.json"
@@ -56,6 +57,41 @@ def check_whole(out, count):
         read_image(path)
     others = {path.name for path in out.iterdir()} - {path.name for path in pictures} - {runs.LOG}
     assert all(name.startswith("contact-sheet") for name in others), others
+
+
+def test_any_seed_is_chosen_noted_and_stored(tiny, tmp_path):
+    asked = [Request("猫", seed=-1), Request("猫", seed=7), Request("龙", seed=-1)]
+    with pytest.warns(UserWarning, match="seed -1 is any") as noted:
+        planned = runs.plan(tiny, asked, Sampling(), tmp_path, parts={}).images
+    seeds = [image.request.seed for image in planned]
+    assert seeds[1] == 7 and seeds[0] != seeds[2] and all(0 <= seed < 2**31 for seed in seeds)
+    assert [image.settings["seed"] for image in planned] == seeds
+    assert all(f"seed{seed}" in image.name for seed, image in zip(seeds, planned, strict=True))
+    assert f"{seeds[0]}, {seeds[2]} chosen" in str(noted[0].message)
+
+
+@pytest.mark.parametrize("seed", [-1, [-1, 7, -1]])
+def test_any_seed_when_a_pipeline_is_called(tiny, monkeypatch, seed):
+    drawn = []
+
+    def generate(pipeline, requests, settings, **how):
+        drawn.extend(requests)
+        return iter([np.zeros((8, 8, 3), np.uint8)] * len(requests))
+
+    monkeypatch.setattr(drawing, "generate", generate)
+    with pytest.warns(UserWarning, match="seed -1 is any"):
+        output = drawing.draw(tiny, "猫", seed=seed)
+    assert [values["seed"] for values in output.settings] == [request.seed for request in drawn]
+    assert all(request.seed >= 0 for request in drawn)
+
+
+def test_any_seed_without_a_folder(tiny):
+    with pytest.warns(UserWarning, match="seed -1 is any"):
+        generate(tiny, [Request("猫", seed=-1)], Sampling(2))
+    with pytest.raises(UserError, match="seed -2 is outside"):
+        generate(tiny, [Request("猫", seed=-2)], Sampling(2))
+    with pytest.raises(UserError, match="seed -2 is negative; -1 stands for any"):
+        any_seed(-2)
 
 
 NAMES = ["0001-红灯笼-seed0.png", "0002-猫-seed0.png", "0003-雪山-seed4.png"]

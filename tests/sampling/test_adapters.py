@@ -108,7 +108,7 @@ def test_original_files_of_t2i_adapters(adapters, hint, tmp_path, capsys):
         assert again.config == config
         assert all(np.array_equal(again.params[key], value) for key, value in component.params.items())
         assert main(["inspect", str(path)]) == 0
-        assert "SD1.x t2i_adapter (original)" in capsys.readouterr().out
+        assert "SD1.x t2i_adapter (original)" in " ".join(capsys.readouterr().out.split())
         assert next(iter(find(folder))) == "t2i_adapter"
 
 
@@ -264,7 +264,8 @@ def test_strength_0_is_without_and_strengths_compile_nothing(
     for request in (REQUEST, replace(REQUEST, english_negative=REQUEST.english)):
         without = latents([request])
         np.testing.assert_array_equal(latents([request], controls=[replace(prompt, strength=0.0)]), without)
-        np.testing.assert_array_equal(latents([request], controls=[replace(control, strength=0.0)]), without)
+        off = latents([request], controls=[replace(control, strength=0.0)])  # another program: other rounding
+        np.testing.assert_allclose(off, without, atol=1e-5 * np.abs(without).max())
     first = latents([REQUEST], controls=[prompt, control])
     programs = denoise.count(), image_prompts._keys.count()
     changed = [replace(prompt, strength=0.3), replace(control, strength=0.5, end=0.5)]
@@ -321,7 +322,7 @@ def test_image_prompts_that_cannot_be(tiny, tiny_folder, torch_nets, vision, pic
         with pytest.raises(UserError, match=message):
             generate(tiny, [REQUEST], Sampling(2), controls=[replace(prompt, adapter=good, **change)])
     misshaped = {**good, "image_proj": {**good["image_proj"], "proj.bias": np.zeros(3, np.float32)}}
-    with pytest.raises(FileError, match="file.bin: image_proj: .*image_embeds.bias"):
+    with pytest.raises(FileError, match=r"file.bin: image_proj: .*proj.bias \(3,\)"):
         generate(tiny, [REQUEST], Sampling(2), controls=[replace(prompt, adapter=misshaped)])
 
 
@@ -339,7 +340,7 @@ def test_as_on_the_command_line(adapters, image_adapter, vision, hint, picture, 
     names = parts.names()
     assert ",map.png,strength=0.8,end=0.6,from=canny,map=" in names["adapter"]
     assert names["image_prompt"].startswith(f"adapter.bin,{vision[0].name},picture.png,strength=0.7,map=")
-    with pytest.raises(UserError, match="holds t2i_adapter, not a controlnet"):
+    with pytest.raises(UserError, match="holds t2i_adapter, not controlnet"):
         load_control(f"{adapters['full'][0]},{tmp_path / 'map.png'}")
     for text, message in {
         "a,b": "write it as ADAPTER,VISION,PICTURE",

@@ -26,13 +26,13 @@ from bdm_jax.formats.weights import read_weights
 from bdm_jax.latents.autoencoder import decode
 from bdm_jax.models import config as configs
 from bdm_jax.models.functional import abstract
-from bdm_jax.sampling import generate as module
+from bdm_jax.sampling import passes as module
 from bdm_jax.sampling.generate import generate
 from bdm_jax.sampling.settings import Request, Sampling
 from bdm_jax.systems.pipeline import BridgePipeline
 from bdm_jax.text.encode import tokenize
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.large]
 
 PLAN = configs.SD15_UNET.transformer_layers, configs.SD15_UNET.layers_per_block
 LAYOUTS = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bdm_jax.errors import UserError
-from bdm_jax.sampling import generate as module
+from bdm_jax.sampling import passes as module
 from bdm_jax.sampling.denoiser import denoise
 from bdm_jax.sampling.generate import generate
 from bdm_jax.sampling.settings import Request, Sampling
@@ -80,8 +80,9 @@ def test_picture_depends_on_its_request_only(tiny):
     requests = [Request(prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)]
     together = pictures(tiny, requests, batch_size=2)
     np.testing.assert_array_equal(pictures(tiny, requests, batch_size=2), together)
-    np.testing.assert_array_equal(pictures(tiny, requests[::-1], batch_size=2)[::-1], together)
-    np.testing.assert_array_equal(pictures(tiny, [requests[2], requests[0]], batch_size=2), together[[2, 0]])
+    # in another row of a batch some processors round otherwise, as in programs of another size
+    assert_same(pictures(tiny, requests[::-1], batch_size=2)[::-1], together)
+    assert_same(pictures(tiny, [requests[2], requests[0]], batch_size=2), together[[2, 0]])
     for size in (1, 3):
         assert_same(pictures(tiny, requests, batch_size=size), together)
     assert len({picture.tobytes() for picture in together}) == 3
@@ -170,7 +171,7 @@ def test_default_size_is_the_unets(tiny):
         (dict(guidance=float("nan")), "guidance nan"),
         (dict(batch_size=0), "batch size 0"),
         (dict(requests=[Request("猫", seed=2**32)]), "seed 4294967296"),
-        (dict(requests=[Request("猫", seed=-1)]), "seed -1"),
+        (dict(requests=[Request("猫", seed=-2)]), "seed -2"),
     ],
 )
 def test_settings_that_cannot_be(tiny, settings, message):

@@ -1,10 +1,14 @@
 """Weighted prompts and the reference's reading of them, through to the picture."""
 
+import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from bdm_jax.plugins.install import with_embeddings
+from bdm_jax.plugins.inversion import Embedding
 from bdm_jax.sampling.batching import read_jobs
 from bdm_jax.sampling.denoiser import denoise
 from bdm_jax.sampling.generate import generate
@@ -33,6 +37,30 @@ def test_weights_count_and_change_no_neighbour(tiny, weighted, text):
     one, other = pictures(tiny, [weighted, text])
     assert not np.array_equal(one, other)
     assert np.abs(other.astype(int) - alone[1]).max() <= 1  # one English prompt for both halves is another program
+
+
+@pytest.fixture
+def taught(tiny, rng):
+    """The tiny bridge with two English words and a Chinese one."""
+    english = [Embedding(word, rng.standard_normal((2, 16), np.float32)) for word in ("<lamp>", "inkstyle")]
+    return with_embeddings(with_embeddings(tiny, english), [Embedding("某物", english[0].vectors)], "branch")
+
+
+@pytest.mark.parametrize(
+    ("requests", "notes"),
+    [
+        ([Request("某物", english="a <lamp>", english_negative="INKSTYLE")], []),
+        ([Request("猫", english="a <lamp>"), Request("某物", english="inkstyle")], []),
+        ([Request("inkstyle某物", english="<lamp>")], ["no English prompt has the added word 'inkstyle'"]),
+        ([Request("猫")], ["no English prompt has the added words 'inkstyle', '<lamp>'", "no prompt has .* '某物'"]),
+    ],
+)
+def test_words_that_no_prompt_has_are_noted(taught, requests, notes):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        generate(taught, requests, Sampling(2))  # nothing is drawn yet
+    said = sorted(str(w.message) for w in caught if "the added word" in str(w.message))
+    assert len(said) == len(notes) and all(map(re.search, notes, said)), said
 
 
 def test_weights_compile_nothing_anew(tiny):

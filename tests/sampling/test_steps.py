@@ -2,6 +2,7 @@
 each against the same thing spelled out with diffusers' and transformers' own networks and schedulers.
 """
 
+import sys
 from dataclasses import replace
 
 import diffusers
@@ -9,14 +10,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from PIL import Image
 
+from bdm_jax.diffusion.samplers import SAMPLERS
+from bdm_jax.diffusion.schedule import DiscreteSchedule
+from bdm_jax.diffusion.scheduler_config import to_json
 from bdm_jax.errors import UserError
 from bdm_jax.images.decode import resize_to_cover
 from bdm_jax.latents.autoencoder import encode
 from bdm_jax.models import functional
-from bdm_jax.sampling import generate as module
+from bdm_jax.sampling import passes as module
 from bdm_jax.sampling.denoiser import PredictionPlan, denoise
 from bdm_jax.sampling.generate import generate
 from bdm_jax.sampling.settings import Request, Sampling
@@ -28,6 +33,8 @@ from bdm_jax.text.windows import join
 TOLERANCE = 1e-4  # fp32 on both sides, of the largest latent
 SIZE = (32, 48)
 REQUEST = Request("红灯笼", "低质量", "film grain", "blurry", seed=5)
+TOP = np.repeat(np.uint8([255, 0]), [8, 56])[:, None].repeat(8, axis=1)  # a mask, white at the top
+CUT_OFF = replace(REQUEST, image=np.zeros((64, 8, 3), np.uint8), mask=TOP)
 STRENGTHS = (0.3, -1.0, 2.0, 0.7, 1.5)  # the tiny branch adds to four skips and the middle
 
 
@@ -164,6 +171,70 @@ def test_inpainting(torch_nets, latents, plain, assert_parity, picture, tiny):
     assert np.abs(drawn[mask > 0].astype(int) - picture[mask > 0]).mean() > 5
 
 
+@pytest.fixture
+def their_pipeline(torch_nets, plain, monkeypatch):
+    """A function from a class of diffusers' pipelines to the latents that it draws with the bare backbone and REQUEST's
+    noise, the image's latents being their mean.
+    """
+
+    def draw(cls, picture, strength, scheduler=diffusers.DPMSolverMultistepScheduler, **more):
+        noise = plain.noise(REQUEST.seed)
+        monkeypatch.setattr(sys.modules[cls.__module__], "randn_tensor", lambda *_, **__: noise)
+        monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
+        scheduler = scheduler.from_config(to_json(DiscreteSchedule(prediction_type="v_prediction")))
+        parts = {"vae": torch_nets["vae"], "unet": torch_nets["unet"], "scheduler": scheduler}
+        absent = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
+        pipeline = cls(**parts, **dict.fromkeys(absent), requires_safety_checker=False)
+        pipeline.set_progress_bar_config(disable=True)
+        negative, positive = plain.english(REQUEST)[:, None]
+        settings = {"guidance_scale": 3.0, "num_inference_steps": 6, "output_type": "latent", "strength": strength}
+        texts = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+        return pipeline(image=Image.fromarray(picture), **texts, **settings, **more).images.numpy()
+
+    return draw
+
+
+@pytest.mark.parametrize(("sampler", "strength"), [("ddim", 1.0), ("dpmpp-2m", 1.0), ("euler", 1.0), ("euler", 0.67)])
+def test_inpainting_equals_diffusers_pipeline(latents, their_pipeline, assert_parity, picture, strength, sampler):
+    """At a strength of 1 from noise alone."""
+    mask = np.zeros(SIZE, np.uint8)
+    mask[8:24, 16:40] = 255
+    scheduler = {
+        "ddim": diffusers.DDIMScheduler,
+        "dpmpp-2m": diffusers.DPMSolverMultistepScheduler,
+        "euler": diffusers.EulerDiscreteScheduler,
+    }[sampler]
+    more = {"mask_image": Image.fromarray(mask), "height": SIZE[0], "width": SIZE[1]}
+    theirs = their_pipeline(diffusers.StableDiffusionInpaintPipeline, picture, strength, scheduler, **more)
+    request = replace(REQUEST, image=picture, mask=mask)
+    ours = latents([request], bare=True, strength=strength, sampler=f"{sampler}-leading")
+    assert_parity(ours, theirs, TOLERANCE)
+
+
+def test_image_to_image_of_full_strength_equals_diffusers_pipeline(latents, their_pipeline, assert_parity, picture):
+    """It begins from the image with the most noise, not from noise alone."""
+    theirs = their_pipeline(diffusers.StableDiffusionImg2ImgPipeline, picture, 1.0)
+    request = replace(REQUEST, image=picture)
+    assert_parity(latents([request], bare=True, strength=1.0, sampler="dpmpp-2m-leading"), theirs, TOLERANCE)
+
+
+@pytest.mark.parametrize("mask", [None, np.full(SIZE, 255, np.uint8)])
+def test_no_step_left_keeps_the_image(tiny, torch_nets, latents, assert_parity, picture, mask):
+    """The original through the autoencoder. (diffusers answers with no image at all, or an error.)"""
+    request = replace(REQUEST, image=picture, mask=mask)
+    with pytest.warns(UserWarning, match="strength 0.15 of 6 steps leaves none to take: the image is kept"):
+        ours = latents([request], strength=0.15)
+    clean = _clean(torch_nets, picture)
+    assert_parity(ours, clean.numpy(), TOLERANCE)
+    decoded = torch_nets["vae"].decode(clean / torch_nets["vae"].config.scaling_factor).sample[0].numpy()
+    expected = np.moveaxis(decoded, 0, -1).clip(-1, 1) * 127.5 + 127.5
+    counts = []
+    (drawn,) = generate(tiny, [request], Sampling(6, strength=0), progress=lambda *done: counts.append(done))
+    assert np.abs(drawn - expected).max() <= 1 and counts == [(0, 0)]
+    (enlarged,) = generate(tiny, [REQUEST], Sampling(2, size=(16, 16), hires=2, hires_strength=0))
+    assert enlarged.shape == (32, 32, 3)
+
+
 def test_a_mask_of_all_white_is_image_to_image(latents, picture):
     request = replace(REQUEST, image=picture)
     masked = replace(request, mask=np.full(SIZE, 255, np.uint8))
@@ -262,21 +333,82 @@ def test_previews_of_the_predicted_latents(tiny):
         (dict(branch_start=0.5, branch_end=0.5), "branch start 0.5 is not before branch end 0.5"),
         (dict(guidance_end=1.5), "guidance end 1.5 is outside 0 .. 1"),
         (dict(clip_skip=0), "clip skip 0 is less than 1"),
+        (dict(steps="25"), "steps '25': expected a whole number"),
+        (dict(steps=2.5), "steps 2.5: expected a whole number"),
+        (dict(steps=True), "steps True: expected a whole number"),
+        (dict(size=(32, 32.0)), r"size \(32, 32.0\): expected \(height, width\) in pixels"),
+        (dict(size=32), "size 32: expected"),
+        (dict(guidance="7"), "guidance '7': expected a number"),
+        (dict(sampler=3), "sampler 3: expected a text"),
+        (dict(bare="yes"), "bare 'yes': expected true or false"),
+        (dict(masked=1.0), "masked 1.0: expected true or false"),
+        (dict(residual_strengths=1.0), "residual strengths 1.0: expected a tuple"),
+        (dict(batch_size=2.0), "batch size 2.0: expected a whole number"),
+        (dict(batch_size="8"), "batch size '8': expected a whole number"),
+        (dict(eta=0.5), "eta 0.5 has no effect: dpmpp-2m has no such setting"),
+        (dict(eta=1.5, sampler="ddim"), "eta 1.5 is outside 0 .. 1"),
+        (dict(timesteps=(9, 99)), "timesteps 9 99: expected falling numbers, as 999 749 499 249"),
+        (dict(timesteps=(99.5, 9)), "timesteps 99.5: expected a whole number"),
+        (dict(timesteps=(1000, 9)), "timestep 1000 is outside 0 .. 999"),
+        (dict(timesteps=(99, 9), steps=3), "steps 3 has no effect: timesteps are 2 steps"),
+        (dict(timesteps=(99, 9), sampler="pndm"), "timesteps 99 9 has no effect: pndm"),
+        (dict(timesteps=(99, 9), sampler="euler-karras"), "timesteps 99 9 has no effect: euler-karras lays out"),
+        (dict(timesteps=(99, 9), sigmas=(2.0, 0.0)), "timesteps and sigmas: give one"),
+        (dict(sigmas=(2.0,)), "sigmas 2.0: expected falling numbers"),
+        (dict(sigmas=(20.0, 2.0, 0.0)), "sigmas: 20 is above 14.6146, the most noise"),
+        (dict(sigmas=(2.0, 0.0), sampler="ddim"), "sigmas 2.0 0.0 has no effect: ddim"),
         (dict(clip_skip=2), "clip skip 2 is outside 1 .. 1"),
         (dict(hires=0.5), "hires 0.5 is outside 1 .. 8"),
         (dict(bare=True, guess=True), "guess True has no effect: a bare backbone has no branch"),
         (dict(reference=True, sampler="ddim"), "sampler ddim has no effect: the reference"),
         (dict(request=replace(REQUEST, mask=np.zeros((4, 4), np.uint8))), "a mask without an image"),
         (
-            dict(request=replace(REQUEST, image=np.zeros((8, 16, 3), np.uint8), mask=np.zeros((8, 8), np.uint8))),
+            dict(request=replace(REQUEST, image=np.zeros((8, 16, 3), np.uint8), mask=np.full((8, 8), 255, np.uint8))),
             "the mask has 8x8 pixels, the image 16x8",
         ),
         (dict(request=replace(REQUEST, image=np.zeros((8, 7, 3), np.uint8))), "7x8 pixels is too small"),
         (dict(request=replace(REQUEST, image="nowhere.png")), "nowhere.png: cannot be read"),
-        (dict(request=replace(REQUEST, image=np.zeros((8, 8, 3), np.uint8)), steps=3, strength=0.2), "leaves none"),
+        (
+            dict(request=replace(REQUEST, image=np.zeros((8, 8, 3), np.uint8), mask=np.ones((8, 8), np.uint8))),
+            "the mask: nothing to repaint, its brightest value is 1 of 255",
+        ),
+        (dict(request=CUT_OFF, size=(8, 64)), "the mask, within the 64x8 that are drawn: nothing to repaint"),
     ],
 )
 def test_settings_that_cannot_be(tiny, settings, message):
-    request = settings.pop("request", REQUEST)
+    settings = dict(settings)
+    request, batch_size = settings.pop("request", REQUEST), settings.pop("batch_size", 8)
     with pytest.raises(UserError, match=message):
-        generate(tiny, [request], Sampling(**settings))
+        generate(tiny, [request], Sampling(**settings), batch_size=batch_size)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(dict(branch_strength=0.5), dict(branch_start=0.1), dict(branch_end=0.9), dict(residual_strengths=(1.0,) * 5)),
+        *(dict(guess=True), dict(masked=False), dict(reference=True), dict(english_guidance=2.0), dict(branch_every=2)),
+    ],
+)
+def test_settings_of_a_branch_where_there_is_none(tiny, settings):
+    (name,) = settings
+    with pytest.raises(UserError, match=f"{name.replace('_', ' ')} .* has no effect: the model has no branch"):
+        generate(tiny.without_bridge(), [REQUEST], Sampling(**settings))
+
+
+def test_own_timesteps_and_fresh_noise(latents, plain, assert_parity):
+    """Through all of sampling, and as many steps as there are timesteps."""
+    spaced = tuple(int(t) for t in SAMPLERS["ddim"](DiscreteSchedule(), 6).t)
+    ours = latents([REQUEST], timesteps=spaced, sampler="ddpm", steps=25)
+    np.testing.assert_allclose(ours, latents([REQUEST], sampler="ddpm"), atol=1e-5)
+    plainly = latents([REQUEST], sampler="ddim")
+    assert_parity(plainly, plain(cls=diffusers.DDIMScheduler, timestep_spacing="leading"), TOLERANCE)
+    assert np.abs(latents([REQUEST], sampler="ddim", eta=1.0) - plainly).max() > 1e-3
+
+
+def test_pixels_that_are_clipped(tiny, latents):
+    """As the model's schedule asks, by the samplers that clip; the others say that they do not."""
+    clips = tiny.replace(schedule=replace(tiny.schedule, clip_sample=True, clip_sample_range=0.05))
+    drawn = latents([REQUEST], clips, sampler="ddim")
+    assert np.abs(drawn).max() < np.abs(latents([REQUEST], sampler="ddim")).max()
+    with pytest.warns(UserWarning, match="dpmpp-2m does not clip samples as the model's scheduler_config.json asks"):
+        generate(clips, [REQUEST], Sampling(6))

@@ -41,7 +41,12 @@ BOTH = [
     (r"\(a\) \[b\] \\", [(r"(a) [b] \ "[:-1], 1)]),
     (r"(a\):2)", [("a)", 2)]),
     (r"\\(a)", [("\\", 1), ("a", 1.1)]),
-    (r"a\b", [(r"a\b", 1)]),
+    (r"a\b", [("ab", 1)]),
+    (r"红\灯", [("红灯", 1)]),
+    ("\\", []),
+    ("a\\", [("a", 1)]),
+    (r"\\\a", [(r"\a", 1)]),
+    (r"(a\b:2)\c", [("ab", 2), ("c", 1)]),
     ("a: b", [("a: b", 1)]),
     ("(a:0)", [("a", 0)]),
     ("(a:-.5)(b:+2.)", [("a", -0.5), ("b", 2)]),
@@ -80,7 +85,7 @@ def test_full_width_signs_and_blanks_around_a_weight(prompt, expected):
 
 @pytest.mark.parametrize("prompt", ["（红）灯笼", "（红：1.3）", "［红］", "a BREAK b", r"\（红\）"])
 def test_the_reference_knows_neither_full_width_signs_nor_break(prompt):
-    assert parse(prompt, reference=True) == [[WeightedText(prompt, 1.0)]]
+    assert parse(prompt, reference=True) == [[WeightedText(prompt.replace("\\", ""), 1.0)]]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +117,8 @@ def direct(text):
         if text[i] == "\\" and text[i + 1 : i + 2] and text[i + 1] in "()[]:\\":
             signs.append((None, text[i + 1], None))
             i += 2
+        elif text[i] == "\\":
+            i += 1
         elif text[i] == ":" and (number := closed_number(text[i + 1 :])):
             signs.append((")", text[i : i + len(number) + 2], float(number)))
             i += len(number) + 2

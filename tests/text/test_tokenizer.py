@@ -119,6 +119,23 @@ def test_added_tokens_in_another_normal_form(english):
     assert english.with_tokens({"cafe\u0301-look": [60000]}).content(["CAF\u00c9-look"]) == [[60000]]
 
 
+def test_added_tokens_of_several_words(english):
+    larger = english.with_tokens({" ink style": [60000]})
+    for text in ("Ink  STYLE, wash", "ink\nstyle", "embedding:ink style", "EMBEDDING:ink style.pt, wash"):
+        assert 60000 in larger.content([text])[0]
+    for text in ("pink style", "ink styles", "ink, style"):
+        assert larger.content([text]) == english.content([text])
+
+
+def test_comfyuis_spelling_leaves_nothing_behind(chinese, english):
+    for tokenizer in (chinese, english):
+        larger = tokenizer.with_tokens({"birb-style": [60000, 60001], "水墨x": [60002]})
+        for text in ("embedding:birb-style", "birb-style.safetensors", "Embedding:birb-style.bin"):
+            assert larger.content([text]) == [[60000, 60001]]
+        assert larger.content(["embedding:水墨x.pt"]) == [[60002]]
+        assert larger.content(["embedding: x"]) == tokenizer.content(["embedding: x"])
+
+
 def test_added_tokens_that_are_cut_off_are_named(chinese, english):
     for tokenizer in (chinese, english):
         with pytest.warns(PromptWarning, match="has 17 tokens, 14 are read; cut off: '<cat> [a龙]"):
@@ -136,11 +153,10 @@ def test_characters_without_a_token_beside_an_added_one(chinese):
 @pytest.mark.parametrize(
     ("token", "message"),
     [
-        ("", "without blanks"),
-        ("a cat", "'a cat': a token is one word without blanks"),
-        (" <cat>", "without blanks"),
-        ("a\u3000b", "without blanks"),
-        ("a\nb", "without blanks"),
+        ("", "no text that can be written"),
+        (" \u3000", "no text that can be written"),
+        ("a\0b", "no text that can be written"),
+        (" <cat>", "'<cat>': added already"),
         ("Red", "'Red': a word of the vocabulary already"),
         ("<CAT>", "'<CAT>': added already"),
     ],
