@@ -14,7 +14,7 @@ from bdm_jax.latents.autoencoder import decode
 from bdm_jax.models import functional
 from bdm_jax.models.config import BranchConfig, CLIPTextConfig, RobertaConfig, UNetConfig, VAEConfig
 from bdm_jax.paths import TOKENIZERS
-from bdm_jax.sampling import generate as module
+from bdm_jax.sampling import passes as module
 from bdm_jax.sampling.generate import generate
 from bdm_jax.sampling.settings import Request, Sampling
 from bdm_jax.systems.components import Component
@@ -111,6 +111,11 @@ def plain(tiny, tiny_folder, torch_nets):
         ids = torch.from_numpy(tokenize(tokenizer, texts)[:, 0].astype(np.int64))
         return torch_nets[tower](ids, **more)
 
+    def english_states(request, more=()):
+        """Of the negative and the positive prompt, and of more (2+N,S,D)."""
+        texts = [request.english_negative, request.english, *more]
+        return states("text_encoder", tiny.tokenizer, texts).last_hidden_state
+
     def draw(
         request=None,
         steps=6,
@@ -126,15 +131,16 @@ def plain(tiny, tiny_folder, torch_nets):
         unet=None,
         adapt=lambda i, english_text: {},
         after=lambda x, i, scheduler: x,
+        more=((), ()),
         **config,
     ):
+        """`more`: texts beside the request's own, English and Chinese, from number 2 on."""
         request = REQUEST if request is None else request
         scheduler = cls.from_pretrained(tiny_folder / "scheduler", **{**SCHEDULER, **config})
         scheduler.set_timesteps(steps)
         if english is None:
-            english = states("text_encoder", tiny.tokenizer, [request.english_negative, request.english])
-            english = english.last_hidden_state
-        chinese = states("branch_text_encoder", tiny.branch_tokenizer, [request.negative, request.prompt])
+            english = english_states(request, more[0])
+        chinese = states("branch_text_encoder", tiny.branch_tokenizer, [request.negative, request.prompt, *more[1]])
         chinese = chinese.last_hidden_state
         noise = unit_noise(request.seed) if noise is None else noise
         x, timesteps = noise, scheduler.timesteps[begin:]
@@ -162,7 +168,8 @@ def plain(tiny, tiny_folder, torch_nets):
             x = after(scheduler.step(guide(i, predict), t, x).prev_sample, i, scheduler)
         return x.numpy()
 
-    draw.noise, draw.classifier_free, draw.remembering = unit_noise, classifier_free, remembering
+    draw.noise, draw.english = unit_noise, english_states
+    draw.classifier_free, draw.remembering = classifier_free, remembering
     return draw
 
 

@@ -5,13 +5,14 @@ import os
 import secrets
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported: the tolerances are those of fp32 on a CPU
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a hub but its own
 
 import jax  # noqa: E402
 import numpy as np
 import pytest
 import torch
 
-pytest_plugins = ["bridge", "sources"]  # the tiny system; records of every format
+pytest_plugins = ["bridge", "sources", "hub"]  # the tiny system; records of every format; a hub
 
 PARITY = 1e-4  # fp32 on both sides: what remains is the order of summation, measured at 1e-6 to 1e-5
 

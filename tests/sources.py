@@ -55,12 +55,13 @@ def faults():
     png = _encoded(Image.effect_noise((64, 64), 50).convert("RGB"), "PNG")
     return {
         "empty file": [b""],
-        "unsupported format": [b"no picture", _encoded(Image.new("RGB", (8, 8)), "BMP"), _animation("GIF")],
+        "unsupported format": [b"no picture", _encoded(Image.new("RGB", (8, 8)), "PPM")],
         "corrupt image": [png[:20], png[: len(png) // 2], _noise_jpeg()[:700], png[:100] + bytes(200) + png[300:]],
         "too large": [_png_claiming(60000, 60000), _png_claiming(2**31 - 1, 2**31 - 1)],
         "CMYK": [_picture(1, kind="JPEG", mode="CMYK")],
         "16-bit": [_encoded(Image.new("I;16", (9, 9)), "PNG"), _png_claiming(9, 9, depth=16)],
-        "animated": [_animation("PNG"), _animation("WEBP")],
+        "animated": [_animation("PNG"), _animation("WEBP"), _animation("GIF")],
+        "multi-page": [_animation("TIFF")],
     }
 
 

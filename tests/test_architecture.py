@@ -1,6 +1,7 @@
 """The rooms of docs/architecture.md: who may import whom, that nothing lies loose, what every file must have."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -22,7 +23,7 @@ FLOORS = {
     5: ("sampling",),
     6: ("training",),
     7: ("app", "configs"),
-    8: ("evaluate", "plan", "bench", "app/web"),
+    8: ("evaluate", "plan", "bench", "web"),
     9: ("commands", "convert"),
     10: ("sample", "train"),  # a few lines each, so that commands run from a checkout
 }
@@ -141,6 +142,26 @@ def test_commands_are_thin():
 def test_errors_are_reported_in_one_place():
     reporting = {module for module, path in FILES.items() if 'print(f"error: ' in path.read_text("utf-8")}
     assert reporting == {"bdm_jax.command_line"}
+
+
+def test_text_is_utf8_whatever_the_locale():
+    """A file that is opened as text names its encoding: by default it is the locale's."""
+    silent = []
+    for module, path in FILES.items():
+        for node in ast.walk(parsed(path)):
+            if not isinstance(node, ast.Call) or any(one.arg == "encoding" for one in node.keywords):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", None))
+            texts = [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+            if name in ("open", "fdopen"):
+                own = isinstance(node.func, ast.Name)  # open(path), where path.open() and Image.open(...) are others'
+                modes = [text for text in texts if re.fullmatch("[rwax]+[bt+]*", text)]
+                text_mode = "b" not in modes[0] if modes else own or not (node.args or node.keywords)
+            else:
+                text_mode = name in ("read_text", "write_text") and len(node.args) <= (name == "write_text")
+            if text_mode:
+                silent.append(f"{module}:{node.lineno}")
+    assert not silent
 
 
 def test_no_habit_is_excused():

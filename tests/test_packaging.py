@@ -50,6 +50,7 @@ def test_every_file_is_there_and_nothing_else(installed):
     }
     found = {path.relative_to(installed) for path in (installed / "bdm_jax").rglob("*") if path.is_file()}
     assert found == expected
+    assert Path("bdm_jax/evaluate/claims/ambiguity.txt") in found
     assert Path("bdm_jax/data/emoji/zh_only.txt") in found and Path("bdm_jax/assets/demo/model_index.json") in found
 
 

@@ -63,7 +63,7 @@ def work(tmp_path_factory):
         def start(*call):
             return pool.submit(*call).result
 
-        jobs = {"training": start(place.run, "train.py", *runs.TRAINING)}
+        jobs = {"training": start(place.run, "train.py", *runs.TRAINING, *runs.TRAINING_SINCE)}
         jobs |= {name: start(place.draw, name, name) for name in runs.DRAWINGS}
         jobs["old run"] = start(go_on)
         jobs["again"] = start(place.run, "sample.py", *again)  # after the drawing whose programs it takes
@@ -167,6 +167,7 @@ def test_an_old_run_is_exported_and_goes_on(work, exact):
     finished(exported)
     assert runs.read_tensors(run / "export" / runs.EXPORTED_WORD) == RECORDED["old_run"]["word"]
     finished(trained, runs.LEG_OVER)
+    assert "compiling the step" in trained.stderr
     metrics = runs.read_metrics(run)
     assert metrics[0] == RECORDED["old_run"]["metrics"][0]
     assert_same_metrics(metrics, RECORDED["old_run"]["metrics"], exact)

@@ -70,10 +70,13 @@ def ours(name, schedule, noise, count):
 @pytest.mark.parametrize("name", ["euler", "heun"])
 @pytest.mark.parametrize("kind", ["edm", "v_prediction"])
 def test_sampling_equals_the_papers_algorithm(name, kind, count, rng):
-    """1e-5 of the data's scale: we hold fp32 latents, the paper's algorithm is in float64."""
+    """1e-5 of the data's scale, and 1e-6 of a value (few steps leave much of the noise): our latents are in fp32, of
+    which a unit is 6e-8 of a value; the paper's algorithm is in float64.
+    """
     noise = rng.standard_normal(SHAPE, dtype=np.float32)
     expected = algorithm_1(noise, count, name == "heun")
-    np.testing.assert_allclose(ours(name, replace(SCHEDULE, prediction_type=kind), noise, count), expected, atol=1e-5)
+    found = ours(name, replace(SCHEDULE, prediction_type=kind), noise, count)
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-6)
 
 
 def test_other_constants_and_the_networks_time(rng):
@@ -86,13 +89,13 @@ def test_other_constants_and_the_networks_time(rng):
 
 @pytest.mark.parametrize("name", ["lms", "dpmpp-2m", "unipc", "heun-exponential", "dpmpp-2m-karras"])
 def test_other_samplers_come_to_the_same_distribution(name, rng):
-    """The flow of Gaussian data is linear: x at sigma goes to MEAN + (x - MEAN) times the ratio of deviations. At 120
+    """The flow of Gaussian data is linear: x at sigma goes to MEAN + (x - MEAN) times the ratio of deviations. At 160
     steps within a thousandth, which is the samplers' own error (Heun's falls to a quarter with each doubling).
     """
     noise = rng.standard_normal(SHAPE, dtype=np.float32)
     ratio = DEVIATION / np.sqrt(DEVIATION**2 + SCHEDULE.sigma_max**2)
     expected = MEAN + (SCHEDULE.sigma_max * noise - MEAN) * ratio
-    np.testing.assert_allclose(ours(name, SCHEDULE, noise, 120), expected, atol=1e-3)
+    np.testing.assert_allclose(ours(name, SCHEDULE, noise, 160), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize(("name", "count"), [("dpmpp-2m-sde", 100), ("dpmpp-sde", 60), ("euler-a", 250)])

@@ -1,5 +1,9 @@
 """Noise schedule and targets against diffusers' DDPMScheduler."""
 
+import inspect
+import json
+
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 
 from bdm_jax.diffusion import samplers
+from bdm_jax.diffusion.edm import EDMSchedule
 from bdm_jax.diffusion.samplers import SAMPLERS, system_sampler
 from bdm_jax.diffusion.schedule import DiscreteSchedule
 from bdm_jax.diffusion.scheduler_config import from_json, to_json
@@ -83,11 +88,50 @@ def test_scheduler_config_survives_diffusers(schedule):
         ({"beta_schedule": "squaredcos_cap_v2"}, "squaredcos_cap_v2"),
         ({"trained_betas": [0.1]}, "trained_betas"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "flow matching"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas=True"),
+        ({"timestep_type": "continuous"}, "timestep_type='continuous'"),
+        ({"interpolation_type": "log_linear"}, "interpolation_type='log_linear'"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(values, named):
     with pytest.raises(ValueError, match=named):
         from_json({**to_json(DiscreteSchedule()), **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"use_karras_sigmas": True}, "use_karras_sigmas=True"),
+        ({"final_sigmas_type": "sigma_min", "solver_order": 3}, "final_sigmas_type='sigma_min', solver_order=3"),
+        ({"algorithm_type": "dpmsolver"}, "algorithm_type='dpmsolver'"),
+        ({"variance_type": "fixed_large"}, "variance_type='fixed_large'"),
+    ],
+)
+def test_what_is_asked_of_the_sampler_is_noted(values, named):
+    with pytest.warns(UserWarning, match=f"{named} of its DDIMScheduler is not taken over; choose the sampler by name"):
+        assert from_json({**to_json(DiscreteSchedule()), **values}) == DiscreteSchedule()
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"),
+        *("EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler", "LCMScheduler", "DPMSolverMultistepScheduler"),
+        *("UniPCMultistepScheduler", "EDMEulerScheduler"),
+    ],
+)
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_usual_settings_of_diffusers_schedulers_need_no_note(cls):
+    kind = getattr(diffusers, cls)
+    settings = {"clip_sample": False, "skip_prk_steps": True}  # as every model of latents has them
+    settings = {name: value for name, value in settings.items() if name in inspect.signature(kind).parameters}
+    schedule = from_json(json.loads(kind(**settings).to_json_string()))
+    assert isinstance(schedule, EDMSchedule if cls == "EDMEulerScheduler" else DiscreteSchedule)
+
+
+def test_clipping_survives_diffusers():
+    schedule = DiscreteSchedule(clip_sample=True, clip_sample_range=2.0, thresholding=True, sample_max_value=3.0)
+    assert from_json(dict(DDIMScheduler.from_config(to_json(schedule)).config)) == schedule
 
 
 def test_draws_are_those_that_training_always_made():

@@ -4,14 +4,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
-from bdm_jax.app.spec import parse_spec
+from bdm_jax.app.drawing import draw
+from bdm_jax.app.spec import parse_embedding, parse_spec
 from bdm_jax.errors import UserError
 from bdm_jax.plugins.install import with_blend, with_embeddings, with_loras
-from bdm_jax.plugins.inversion import Embedding
+from bdm_jax.plugins.inversion import Embedding, load_embeddings
 from bdm_jax.sampling.generate import generate
 from bdm_jax.sampling.settings import Request, Sampling
+from bdm_jax.text.tokenizer import PromptWarning
 
 REQUEST = Request("红灯笼", english="a cat", english_negative="blurry", seed=3)
 
@@ -56,6 +59,17 @@ def test_loras_change_the_picture_and_leave_the_system(tiny, lora):
     assert both.branch is tiny.branch or both.branch.params.keys() == tiny.branch.params.keys()
 
 
+def test_a_prompt_names_its_lora(tiny, lora, tmp_path):
+    merged = picture(with_loras(tiny, [parse_spec(f"{lora('one')}:0.7:0.2")]))
+    how = {"english": "a cat <lora:one:0.2:0.7>", "english_negative": "blurry", "seed": 3, "steps": 2, "guidance": 3.0}
+    output = draw(tiny, "红灯笼", lora_dir=tmp_path, **how)
+    np.testing.assert_array_equal(np.asarray(output.images[0]), merged)
+    assert output.settings[0]["english"] == how["english"]
+    assert output.settings[0]["lora"] == "one.safetensors:0.7:0.2"
+    with pytest.raises(UserError, match="the prompt names the LoRA 'one'"):
+        draw(tiny, "红灯笼", **how)
+
+
 def test_strength_0_is_without_bit_for_bit(tiny, lora):
     silent = with_loras(tiny, [parse_spec(f"{lora('one')}:0")])
     np.testing.assert_array_equal(picture(silent), picture(tiny))
@@ -79,6 +93,21 @@ def test_words_of_either_language(tiny, rng):
     taught = with_embeddings(tiny, [Embedding("某物", vectors)], "branch")
     named = replace(REQUEST, prompt="红色的某物")
     assert not np.array_equal(picture(taught, named), picture(tiny, named))
+
+
+def test_the_files_name_in_a_prompt(tiny, rng, tmp_path):
+    """Equal pixels by whatever name: the file's, that inside it, ComfyUI's spelling, one of the user's own."""
+    path = tmp_path / "InkStyle.pt"
+    vectors = torch.from_numpy(rng.standard_normal((2, tiny.text_encoder.config.hidden_size), np.float32))
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "21ink"}, path)
+    taught = with_embeddings(tiny, load_embeddings(*parse_embedding(str(path))))
+    own = with_embeddings(tiny, load_embeddings(*parse_embedding(f"{path}=<mine>")))
+    expected = picture(own, replace(REQUEST, english="a <mine> cat"))
+    for word in ("inkstyle", "21ink", "embedding:InkStyle"):
+        np.testing.assert_array_equal(picture(taught, replace(REQUEST, english=f"a {word} cat")), expected)
+    unread = replace(REQUEST, english="a inkstyle cat")
+    with pytest.warns(PromptWarning, match="no English prompt has the added word '<mine>'"):
+        np.testing.assert_array_equal(picture(own, unread), picture(tiny, unread))
 
 
 def test_added_words_cannot_be_saved_and_nothing_is_written(tiny, rng, tmp_path):
@@ -106,6 +135,14 @@ def test_blends(tiny, tiny_folder, tmp_path):
 
 
 def test_blend_with_what_does_not_fit(tiny, tiny_folder):
-    narrow = tiny.replace(text_encoder=tiny.text_encoder._replace(params={"a": np.zeros(3, np.float32)}))
-    with pytest.raises(UserError, match="networks of other sizes cannot be blended"):
-        with_blend(narrow, tiny_folder, 0.5)
+    path = "text_model.final_layer_norm.scale"
+    rest = {key: value for key, value in tiny.text_encoder.params.items() if key != path}
+    width = tiny.text_encoder.config.hidden_size
+    for message, params in {
+        rf"{path} is in one of them only": rest,
+        rf"{path} is \(3,\) in one, \({width},\) in the other": {**rest, path: np.zeros(3, np.float32)},
+    }.items():
+        narrow = tiny.replace(text_encoder=tiny.text_encoder._replace(params=params))
+        with pytest.raises(UserError, match=rf"networks of other sizes cannot be blended \({message}") as error:
+            with_blend(narrow, tiny_folder, 0.5)
+        assert len(str(error.value)) < 300 + len(str(tiny_folder))

@@ -16,7 +16,7 @@ from bdm_jax.errors import UserError
 from bdm_jax.models import functional
 from bdm_jax.models.config import CLIPTextConfig, RobertaConfig, UNetConfig
 from bdm_jax.paths import TOKENIZERS
-from bdm_jax.plugins.inversion import Embedding, add_embeddings, for_encoders, load_embeddings
+from bdm_jax.plugins.inversion import Embedding, add_embeddings, for_encoders, load_embeddings, token_table
 from bdm_jax.systems.components import Component
 from bdm_jax.text.encode import encode, read
 from bdm_jax.text.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ def test_the_states_are_those_of_diffusers(chosen, english, clip, made, assert_p
     module, component = clip
     theirs, embeddings = Diffusers(module), [made(*one) for one in chosen]
     theirs.load_textual_inversion(
-        [{token: torch.from_numpy(vectors.copy())} for token, vectors in embeddings],
+        [{token: torch.from_numpy(vectors.copy())} for token, vectors, _ in embeddings],
         token=[e.token for e in embeddings],
     )
     tokens = " and ".join(embedding.token for embedding in embeddings)
@@ -205,8 +205,51 @@ def test_names_of_files(tmp_path):
     for file, token in (("file.bin", "<birb>"), ("EasyStyle.safetensors", "EasyStyle"), ("birb.pt", "birb-100")):
         (found,) = load_embeddings(tmp_path / file)
         assert found.token == token and found.vectors.shape == (2, WIDTH)
+        assert {found.token, *found.aliases} == {token, Path(file).stem}
         (found,) = load_embeddings(tmp_path / file, "mine")
-        assert found.token == "mine"
+        assert found.token == "mine" and found.aliases == ()
+    torch.save({"<birb>": vectors}, tmp_path / "learned_embeds-steps-500.bin")  # no name: diffusers calls all so
+    assert load_embeddings(tmp_path / "learned_embeds-steps-500.bin")[0].aliases == ()
+
+
+FILES = {  # by the file's name: what is in it, the prompts that have its vectors, prompts that do not
+    "inkstyle.pt": ({"name": "21inkstyle"}, ["inkstyle", "21InkStyle", "embedding:inkstyle"], ["inkstyles"]),
+    "InkStyle.pt": ({}, ["inkstyle", "INKSTYLE, wash", "embedding:inkstyle.pt"], ["ink style"]),
+    "ink style.v2.pt": ({"name": None}, ["ink style.v2", "Ink  Style.V2"], ["ink", "style.v2"]),
+    "水墨.pt": ({"name": "birb"}, ["水墨", "一张水墨画", "birb"], ["水", "墨"]),
+    "style.pt": ({"name": "21style"}, ["21style", "embedding:style"], ["style", "a style"]),  # a word stays a word
+    "21style.pt": ({"name": "style"}, ["21style", "embedding:style"], ["style"]),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_files_name_is_a_token(file, english, clip, rng, tmp_path):
+    """As in AUTOMATIC1111's interface and ComfyUI, whatever the file says that it is called."""
+    values, with_it, without = FILES[file]
+    vectors = torch.from_numpy(rng.standard_normal((2, WIDTH), np.float32))
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, **values}, tmp_path / file)
+    tokenizer, larger = add_embeddings(english, clip[1], load_embeddings(tmp_path / file))
+    rows = larger.params[token_table(*larger)]
+    ids = [len(rows) - 2, len(rows) - 1]
+    np.testing.assert_array_equal(rows[-2:], vectors.numpy())
+    for prompt in with_it:
+        (found,) = tokenizer.content([prompt])
+        assert [id_ for id_ in found if id_ in ids] == ids, prompt
+    assert tokenizer.content(without) == english.content(without)
+
+
+def test_a_token_of_ldms_own_and_names_of_two_files(english, clip, tmp_path):
+    for file, key in (("ink.pt", "<one>"), ("two/ink.pt", "<two>"), ("three.pt", "*")):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        values = {"string_to_token": {key: 265}, "string_to_param": {key: torch.ones(1, WIDTH)}}
+        torch.save(values | ({"name": "INK"} if key == "*" else {}), tmp_path / file)
+    one, two, three = (load_embeddings(tmp_path / file)[0] for file in ("ink.pt", "two/ink.pt", "three.pt"))
+    assert one.token == "<one>" and one.aliases == ("ink",)
+    for pair in ((one, two), (three, one), (one, Embedding("ink", np.ones((1, WIDTH))))):
+        with pytest.raises(UserError, match="token ink: two emb.* give one another: FILE=TOKEN|token INK: two"):
+            add_embeddings(english, clip[1], pair)
+    tokenizer, _ = add_embeddings(english, clip[1], [one, *load_embeddings(tmp_path / "two/ink.pt", "my-ink")])
+    assert {name: len(ids) for name, ids in tokenizer.added.items()} == {"<one>": 1, "embedding:ink": 1, "my-ink": 1}
 
 
 def test_the_real_file(english, clip):
@@ -215,7 +258,7 @@ def test_the_real_file(english, clip):
         pytest.skip(f"{file} is not here")
     (found,) = load_embeddings(file)
     assert found.token == "<birb-style>" and found.vectors.shape == (1, 768)
-    with pytest.raises(UserError, match="<birb-style>: vectors of width 768 .SD1.x. for a text encoder of width 32"):
+    with pytest.raises(UserError, match="<birb-style> or fastai-diffusion-nbs.learned_embeds: vectors of width 768"):
         add_embeddings(english, clip[1], [found])
 
 
@@ -249,6 +292,9 @@ def test_files_that_do_not_fit(tmp_path):
     one, other = Embedding("<a>", np.ones((2, 768))), Embedding("<a>", np.ones((3, 1280)))  # diffusers' two files
     halves = for_encoders([other, one], {"text_encoder": 768, "text_encoder_2": 1280})
     assert [len(own[0].vectors) for own in halves.values()] == [2, 3]
+    named = [one._replace(aliases=("ink", "both")), other._replace(aliases=("ink_2", "both"))]
+    halves = for_encoders(named, {"text_encoder": 768, "text_encoder_2": 1280})
+    assert [own[0].aliases for own in halves.values()] == [("both",), ("both",)]
     with pytest.raises(UserError, match="<a>: has no vectors for the text_encoder_2"):
         for_encoders([one], {"text_encoder": 768, "text_encoder_2": 1280})
     save_file({"clip_l": torch.ones(1, 768)}, tmp_path / "one.safetensors")
@@ -271,7 +317,8 @@ def test_files_that_do_not_fit(tmp_path):
         ([("<a>", np.full((1, WIDTH), 1e300))], "not finite in float32"),
         ([("<a>", np.ones((376, WIDTH)))], "376 vectors, but a prompt holds 375 tokens"),
         ([("<a>", np.ones((1, WIDTH))), ("<A>", np.ones((1, WIDTH)))], "<A>: two embeddings have this name"),
-        ([("a b", np.ones((1, WIDTH)))], "'a b': a token is one word without blanks"),
+        ([("a" * 10**6, np.ones((1, WIDTH)))], "1000000 characters; give it another name"),
+        ([("a\0b", np.ones((1, WIDTH)))], "no text that can be written"),
         ([("lantern", np.ones((1, WIDTH)))], "'lantern': a word of the vocabulary already"),
     ],
 )

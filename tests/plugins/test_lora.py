@@ -2,13 +2,15 @@
 
 import json
 import re
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from bdm_jax.app.spec import Spec, parse_spec
 from bdm_jax.errors import FileError, UserError
 from bdm_jax.formats.files import write_json, write_safetensors
 from bdm_jax.plugins.lora import apply, load_lora
@@ -182,31 +184,6 @@ def test_plugin_for_other_networks(networks, pair, load):
         apply({"unet": {f"{CONV}.kernel": networks["unet"][f"{CONV}.kernel"]}}, [(load(pair()), 1, 1)])
 
 
-# --------------------------------------------------------------------------------------------------- the command line
-
-
-@pytest.mark.parametrize(
-    ("text", "spec"),
-    [
-        ("a.safetensors", ("a.safetensors", 1.0, 1.0)),
-        ("a.safetensors:0.8", ("a.safetensors", 0.8, 0.8)),
-        ("a.safetensors:0.8:0.5", ("a.safetensors", 0.8, 0.5)),
-        ("a.safetensors:-1:0", ("a.safetensors", -1.0, 0.0)),
-        ("C:/风格/a b.safetensors:1e-1", ("C:/风格/a b.safetensors", 0.1, 0.1)),
-        ("1:2:3:4", ("1:2", 3.0, 4.0)),
-        ("0.5", ("0.5", 1.0, 1.0)),
-    ],
-)
-def test_spec(text, spec):
-    assert parse_spec(text) == Spec(type(parse_spec(text).path)(spec[0]), *spec[1:])
-
-
-@pytest.mark.parametrize("text", ["", ":0.5", "a:nan", "a:0.5:inf", ":1:2"])
-def test_spec_that_is_refused(text):
-    with pytest.raises(UserError, match="write it as FILE"):
-        parse_spec(text)
-
-
 # -------------------------------------------------------------------------------------------------- what does not fit
 
 
@@ -223,13 +200,40 @@ REFUSED = {
         {f"{NAME}.lora_sideways.weight": np.zeros((2, 2))},
         "1 keys belong to nothing here: .*sideways",
     ),
-    "another kind": ({f"{NAME}.oft_blocks": np.zeros((2, 2, 2))}, "belong to nothing here: .*oft_blocks"),
+    "OFT of another width": ({f"{NAME}.oft_blocks": np.zeros((2, 2, 2))}, r"oft_blocks: has oft_blocks \(2, 2, 2\)"),
+    "OFT of oblong blocks": ({f"{NAME}.oft_blocks": np.zeros((2, 4, 2))}, "do not make"),
+    "BOFT of too many levels": ({f"{NAME}.oft_blocks": np.zeros((4, 4, 2, 2))}, "do not make"),
+    "BOFT of endless levels": ({f"{NAME}.oft_blocks": np.zeros((2**16, 4, 2, 2))}, "do not make"),
+    "a rescale alone": ({f"{NAME}.rescale": np.ones((8, 1))}, "lacks oft_blocks"),
+    "DoRA of OFT": (
+        {f"{NAME}.oft_blocks": np.zeros((2, 4, 4)), f"{NAME}.dora_scale": np.ones((8, 1))},
+        "has dora_scale beside oft's parts",
+    ),
+    "GLoRA without a half": ({f"{NAME}.a1.weight": np.zeros((6, 2))}, r"to_k\.a1\.weight: lacks a2"),
+    "GLoRA of two ranks": (
+        {f"{NAME}.a1.weight": np.zeros((6, 2)), f"{NAME}.a2.weight": np.zeros((2, 6))}
+        | {f"{NAME}.b1.weight": np.zeros((8, 3)), f"{NAME}.b2.weight": np.zeros((3, 6))},
+        "do not make",
+    ),
+    "early OFT": ({f"{NAME}.oft_diag": np.zeros((2, 4, 4))}, r"to_k\.oft_diag is of OFT as LyCORIS 2.0 wrote it"),
+    "peft's OFT": (
+        {f"unet.{LINEAR}.oft_R.weight": np.zeros((2, 6))},
+        "to_k.oft_R.weight is of peft's OFT, which cannot",
+    ),
+    "two adapters": (
+        {f"unet.{LINEAR}.lora_A.{name}.weight": np.zeros((2, 6)) for name in ("ink", "wash")},
+        r"holds 2 adapters \(ink, wash\); save one of them",
+    ),
     "half of a pair": ({f"{NAME}.lora_up.weight": np.zeros((8, 2))}, "lacks down"),
     "alpha alone": ({f"{NAME}.alpha": np.zeros(())}, "has alpha, which make no change"),
     "two kinds": (up_down(NAME, (8, 2), (2, 6)) | {f"{NAME}.diff": np.zeros((8, 6))}, "which make no change"),
     "widths swapped": (up_down(NAME, (6, 2), (2, 8)), r"up \(6, 2\).*do not make \(8, 6\)"),
     "ranks that differ": (up_down(NAME, (8, 2), (3, 6)), "do not make"),
-    "rank 0": (up_down(NAME, (8, 0), (0, 6)), r"up of shape \(8, 0\)"),
+    "rank 0 on one side": (up_down(NAME, (8, 0), (2, 6)), r"up of shape \(8, 0\)"),
+    "rank 0 with a magnitude": (
+        up_down(NAME, (8, 0), (0, 6)) | {f"{NAME}.dora_scale": np.ones((8, 1))},
+        r"up of shape \(8, 0\)",
+    ),
     "one axis": (up_down(NAME, (8,), (2, 6)), r"up of shape \(8,\)"),
     "no axis": (up_down(NAME, (), ()), r"up of shape \(\)"),
     "many axes": (up_down(NAME, (8, 2, 1, 1, 1, 1), (2, 6, 2, 1, 1)), "do not make"),
@@ -305,6 +309,9 @@ VALID = [
     {"lokr_w1": (1, 2), "lokr_w2": (5, 2, 3, 3), "alpha": ()},
     {"lokr_w1_a": (5, 1), "lokr_w1_b": (1, 2), "lokr_w2_a": (1, 2), "lokr_w2_b": (2, 18)},
     {"lokr_w1": (5, 2), "lokr_w2_a": (2, 1), "lokr_w2_b": (2, 2), "lokr_t2": (2, 2, 3, 3), "dora_scale": (1, 4, 1, 1)},
+    {"lokr_w1": (5, 2), "lokr_w2": (1, 18)},
+    {"a1.weight": (4, 2, 1, 1), "a2.weight": (2, 4, 1, 1), "b1.weight": (5, 2, 1, 1), "b2.weight": (2, 4, 3, 3)},
+    {"oft_blocks": (1, 5, 5), "rescale": (5, 1, 1, 1), "alpha": ()},
     {"diff": (5, 4, 3, 3), "diff_b": (5,)},
     {"weight": (1, 5, 1, 1), "on_input": ()},
     {"ia3_l": (1, 4, 1, 1)},
@@ -342,6 +349,70 @@ def test_damaged_shapes(parts, networks, load, rng):
             assert "\n" not in str(error)
             outcomes.add("refused")
     assert outcomes == {"taken", "refused"}
+
+
+@pytest.mark.parametrize("name", ["lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.ink"])
+def test_pefts_magnitude_beside_kohyas_names(name, networks, pair, load, rng):
+    magnitude, factors = rng.uniform(1, 2, 8), pair()
+    ours = apply(networks, [(load(factors | {f"{NAME}.dora_scale": magnitude[:, None]}), 0.7, 1)])
+    theirs = apply(networks, [(load(factors | {f"{NAME}.{name}": magnitude}, name="b"), 0.7, 1)])
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_rank_0_is_nothing_and_noted(networks, pair, load):
+    with pytest.warns(UserWarning, match=rf"1 modules of rank 0 change nothing: {TEXT_NAME}.lora_"):
+        lora = load(pair() | up_down(TEXT_NAME, (8, 0), (0, 8)))
+    assert lora.deltas.keys() == {"unet"}
+    with pytest.warns(UserWarning, match="rank 0"):
+        nothing = load(up_down(TEXT_NAME, (8, 0), (0, 8)))
+    assert apply(networks, [(nothing, 1, 1)])["text_encoder"] is networks["text_encoder"]
+
+
+@pytest.mark.parametrize("blocks", [(2, 4, 4), (2, 4, 2, 2)])
+def test_rotations_keep_lengths_and_are_traced(blocks, networks, load, rng):
+    """What OFT is for: angles between outputs' inputs change, their Gram matrix over inputs does not."""
+    lora = load({f"{NAME}.oft_blocks": rng.standard_normal(blocks), f"{NAME}.alpha": np.zeros(())})
+    weight, turned = (tree["unet"][f"{LINEAR}.kernel"] for tree in (networks, apply(networks, [(lora, 1, 1)])))
+    assert largest_difference(weight, turned) > 0.1
+    np.testing.assert_allclose(turned @ turned.T, weight @ weight.T, atol=2e-5)
+    for strength in (0.5, 1.0):
+        traced = jax.jit(lambda networks, lora, m: apply(networks, [(lora, m, m)]))(networks, lora, strength)
+        assert largest_difference(traced, apply(networks, [(lora, strength, strength)])) < 2e-5
+
+
+def test_names_without_end_take_no_time(load):
+    begins = (
+        "module." * 20_000,
+        "a.lora_A." * 10_000,
+        "." * 100_000,
+        ".to_q_lora" * 10_000,
+        "x.lora_A." + "y" * 100_000,
+    )
+    start = time.monotonic()
+    for key in begins:
+        with pytest.raises(FileError, match="1 keys belong to nothing here") as error:
+            load({f"{key}.down.weight": np.zeros((2, 6))})
+        assert len(str(error.value)) < 600
+    assert time.monotonic() - start < 10  # measured at 0.5 s; time in proportion to the square would be hours
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_factors_of_eight_bits(dtype, networks, pair, tmp_path):
+    eighth = {key: torch.from_numpy(array).to(dtype) for key, array in pair().items()}
+    eighth |= {f"{NAME}.alpha": torch.tensor(3.0).to(dtype)}
+    save_file(eighth, tmp_path / "a.safetensors")
+    save_file({key: value.float() for key, value in eighth.items()}, tmp_path / "b.safetensors")
+    ours, theirs = (load_lora(tmp_path / f"{name}.safetensors", networks) for name in "ab")
+    jax.tree.map(np.testing.assert_array_equal, *(apply(networks, [(lora, 0.5, 0.5)]) for lora in (ours, theirs)))
+
+
+@pytest.mark.parametrize("wrap", ["module.", "model.", "_orig_mod."])
+def test_keys_are_shown_as_they_stand_in_the_file(wrap, load, pair):
+    tensors = {f"{wrap}unet.{LINEAR}.lora_{half}.ink.weight": np.zeros((2, 3)) for half in "AB"}
+    with pytest.raises(FileError, match=rf"does not fit: {wrap}unet.{LINEAR}.lora_A.ink.weight: has"):
+        load(tensors)
+    with pytest.raises(FileError, match=f"1 keys belong to nothing here: {wrap}unet.nowhere.lora_A.ink.weight"):
+        load({f"{wrap}unet.nowhere.lora_A.ink.weight": np.zeros((2, 3))})
 
 
 def test_first_of_many_strangers(load):

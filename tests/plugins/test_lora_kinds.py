@@ -8,6 +8,7 @@ import pytest
 import torch
 from lycoris import LycorisNetwork
 from lycoris.functional.general import apply_dora_scale
+from lycoris.functional.lokr import make_kron
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from torch import nn
 
@@ -114,6 +115,17 @@ LYCORIS = {
         dict(network_module="lokr", lora_dim=1, conv_lora_dim=1, weight_decompose=True),
         "lokr_w2_a dora_scale",
     ),
+    "glora": (dict(network_module="glora", alpha=2.0), "a1.weight a2.weight b1.weight b2.weight alpha"),
+    "oft": (dict(network_module="diag-oft", lora_dim=4, conv_lora_dim=4), "oft_blocks alpha"),
+    "oft, constrained and rescaled": (
+        dict(network_module="diag-oft", lora_dim=4, conv_lora_dim=4, constraint=0.05, rescaled=True),
+        "oft_blocks rescale alpha",
+    ),
+    "boft": (dict(network_module="boft", lora_dim=6, conv_lora_dim=6), "oft_blocks"),
+    "boft, constrained and rescaled": (
+        dict(network_module="boft", lora_dim=12, conv_lora_dim=12, constraint=0.05, rescaled=True),
+        "oft_blocks rescale alpha",
+    ),
     "ia3, on outputs": (dict(network_module="ia3"), "weight on_input"),
     "ia3, on inputs": (dict(network_module="ia3", train_on_input=True), "weight on_input"),
     "full": (dict(network_module="full"), "diff diff_b"),
@@ -135,7 +147,7 @@ def test_what_lycoris_trained(name, net, tree, x, seed, tmp_path, assert_parity)
         base, theirs = plain(tree)(x), net(x)
         assert (theirs - base).abs().max() > 0.01 * base.abs().max()
         assert_parity(with_ours(tmp_path / "a.safetensors", tree, x), theirs, TOLERANCE)
-        if "dora" not in name:
+        if "dora" not in name and "rescaled" not in name:
             plugin.set_multiplier(0.5)
             assert_parity(with_ours(tmp_path / "a.safetensors", tree, x, 0.5), net(x), TOLERANCE)
 
@@ -175,6 +187,30 @@ def test_what_peft_trained(name, net, tree, x, seed, tmp_path, assert_parity):
     assert_parity(with_ours(tmp_path, tree, x), theirs, TOLERANCE)
 
 
+NAMED_ADAPTERS = {
+    "lora": LoraConfig(r=3, lora_alpha=3),
+    "dora": LoraConfig(r=3, lora_alpha=3, use_dora=True),
+    "loha": LoHaConfig(r=3, alpha=3),
+    "lokr": LoKrConfig(r=1, alpha=1, decompose_both=True),
+    "ia3": IA3Config(feedforward_modules=["linear"]),
+}
+
+
+@pytest.mark.parametrize("name", NAMED_ADAPTERS)
+def test_the_state_of_a_peft_model_itself(name, net, tree, x, seed, tmp_path, assert_parity):
+    """Not saved by peft's writer, which takes the adapter's name out of the keys, but by the user's own."""
+    config = NAMED_ADAPTERS[name]
+    config.target_modules = ["linear"] if name == "ia3" else ["conv", "linear", "last"]
+    with torch.no_grad():
+        model = get_peft_model(net, config, adapter_name="ink-2").eval()
+        shaken(nn.ParameterList([p for p in model.parameters() if p.requires_grad]), seed)
+        theirs, state = model(x), model.state_dict()
+    tensors = {key: value.numpy() for key, value in state.items() if ".ink-2" in key}
+    assert tensors
+    write_safetensors(tmp_path / "a.safetensors", tensors, {})
+    assert_parity(with_ours(tmp_path / "a.safetensors", tree, x), theirs, TOLERANCE)
+
+
 def test_dora_between_its_ends_is_a_line(net, tree, seed, tmp_path, assert_parity):
     """As LyCORIS' apply_dora_scale (and ComfyUI and A1111) have it."""
     with torch.no_grad():
@@ -187,6 +223,31 @@ def test_dora_between_its_ends_is_a_line(net, tree, seed, tmp_path, assert_parit
         theirs = apply_dora_scale(weight, module.get_diff_weight()[0], module.dora_scale, 0.3)
     merged = apply({"unet": tree}, [(load_lora(tmp_path / "a.safetensors", {"unet": tree}), 0.3, 0)])
     assert_parity(merged["unet"]["last.kernel"].T, theirs, TOLERANCE)
+
+
+def test_glora_of_the_first_releases(net, tree, tmp_path, rng):
+    """Their parts 1 and 2 were the other way round (ComfyUI's old_glora): W a2 a1 + b2 b1."""
+    a1, a2, b1, b2 = (rng.standard_normal(shape, np.float32) for shape in ((3, 16), (16, 3), (3, 16), (24, 3)))
+    parts = {"a1.weight": a1, "a2.weight": a2, "b1.weight": b1, "b2.weight": b2, "alpha": np.float32(6).reshape(())}
+    write_safetensors(tmp_path / "a.safetensors", {f"lora_unet_linear.{name}": v for name, v in parts.items()}, {})
+    merged = apply({"unet": tree}, [(load_lora(tmp_path / "a.safetensors", {"unet": tree}), 0.5, 1)])["unet"]
+    weight = net.linear.weight.detach().numpy()
+    expected = weight + 0.5 * 6 / 3 * (weight @ a2 @ a1 + b2 @ b1)
+    np.testing.assert_allclose(merged["linear.kernel"].T, expected, atol=TOLERANCE * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("small", "large"), [((3, 8), (4, 9)), ((4, 2), (3, 36)), ((2, 9), (6, 8))])
+def test_lokr_of_a_flattened_convolution(small, large, net, tree, tmp_path, rng, assert_parity):
+    """LyCORIS' early files: their product is of (out, in x height x width), and reshaped to the weight."""
+    w1, w2 = (rng.standard_normal(shape, np.float32) for shape in (small, large))
+    theirs = net.conv.weight + make_kron(torch.from_numpy(w1), torch.from_numpy(w2), 1.0).reshape(12, 8, 3, 3)
+    up, down = w2[:, :1], rng.standard_normal((1, large[1]), np.float32)
+    factors = {"lokr_w1": w1, "lokr_w2_a": up, "lokr_w2_b": down}
+    second = net.conv.weight + make_kron(torch.from_numpy(w1), torch.from_numpy(up @ down), 1.0).reshape(12, 8, 3, 3)
+    for parts, expected in (({"lokr_w1": w1, "lokr_w2": w2}, theirs), (factors, second)):
+        write_safetensors(tmp_path / "a.safetensors", {f"lora_unet_conv.{name}": v for name, v in parts.items()}, {})
+        merged = apply({"unet": tree}, [(load_lora(tmp_path / "a.safetensors", {"unet": tree}), 1, 1)])["unet"]
+        assert_parity(np.transpose(merged["conv.kernel"], (3, 2, 0, 1)), expected.detach(), TOLERANCE)
 
 
 def test_no_alpha_means_rank(net, tree, tmp_path, rng):

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel
 
 from bdm_jax.formats.files import write_json, write_safetensors
 from bdm_jax.formats.layouts import to_torch, tree_to_torch
-from bdm_jax.formats.lora import module_names, numbered_modules
+from bdm_jax.formats.lora import module_names, numbered_modules, read_lora
 from bdm_jax.formats.networks.unet import ldm_unet
 from bdm_jax.models import functional
 from bdm_jax.models.config import (
@@ -31,6 +31,7 @@ from bdm_jax.models.config import (
     to_json,
 )
 from bdm_jax.plugins.lora import apply, load_lora
+from bdm_jax.systems.families import lora_prefixes
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "lora" / "cloneofsimo"
 TOLERANCE = 2e-6  # of a weight's largest value: the same product in fp32, measured at 1e-7 to 4e-7
@@ -149,6 +150,16 @@ def dotted(factors, down, up, prefix="{network}."):
     return {key: np.asarray(value) for key, value in tensors.items()}
 
 
+def comfyui(factors, spell):
+    prefixes = {"unet": "diffusion_model.", "text_encoder": "text_encoders.clip_l.transformer."}
+    tensors = {}
+    for (network, module), values in factors.items():
+        if network in prefixes:
+            one = {(network, spell(network, module)): values}
+            tensors |= dotted(one, "lora_down", "lora_up", prefixes[network])
+    return tensors
+
+
 BACKBONE = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 BRIDGE = BACKBONE | {"branch": "lora_branch_", "branch_text_encoder": "lora_branch_te_"}
 # By layout: the tensors, and the networks that they are for.
@@ -160,6 +171,11 @@ LAYOUTS = {
     "diffusers": (lambda f: dotted(f, "lora_A", "lora_B"), CONFIGS),
     "diffusers 0.2x": (lambda f: dotted(f, "lora.down", "lora.up"), CONFIGS),
     "peft": (lambda f: dotted(f, "lora_A.default", "lora_B.default", "base_model.model.{network}."), CONFIGS),
+    "an adapter's number": (lambda f: dotted(f, "lora_A.default_0", "lora_B.default_0"), CONFIGS),
+    "an adapter's name": (lambda f: dotted(f, "lora_A.ink-wash_2", "lora_B.ink-wash_2"), CONFIGS),
+    "DataParallel": (lambda f: dotted(f, "lora_A", "lora_B", "module.{network}."), CONFIGS),
+    "ComfyUI": (lambda f: comfyui(f, ldm), BACKBONE),
+    "ComfyUI, diffusers' names": (lambda f: comfyui(f, lambda _, module: module), BACKBONE),
 }
 
 
@@ -177,6 +193,17 @@ def test_layouts_without_alpha(layout, networks, factors, tmp_path):
     write_safetensors(tmp_path / "a.safetensors", layout(factors), {})
     lora = load_lora(tmp_path / "a.safetensors", networks)
     assert_same(apply(networks, [(lora, 1, 1)]), expected(networks, attention_only(factors), alphas=False))
+
+
+def test_whose_modules_are_in_a_file(factors, tmp_path):
+    """Also of files whose keys do not name the network."""
+    count = {name: sum(key[0] == name for key in factors) for name in CONFIGS}
+    attention = {name: sum(key[0] == name for key in attention_only(factors)) for name in ("unet", "text_encoder")}
+    lycoris = {name: count[name] for name in BACKBONE}
+    for layout, expected in ((processors, attention), (oldest, attention), (LAYOUTS["lycoris"][0], lycoris)):
+        write_safetensors(tmp_path / "a.safetensors", layout(factors), {})
+        file = read_lora(tmp_path / "a.safetensors", lora_prefixes())
+        assert file.modules == dict(sorted(expected.items())) and not file.unknown
 
 
 def test_torch_file(networks, factors, tmp_path):

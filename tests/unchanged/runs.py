@@ -70,8 +70,8 @@ DRAWINGS = {
     ),
     "plugins": Drawing(  # prompts of two windows
         (
-            {"prompt": "一碗热气腾腾的牛肉面，旁边放着一双筷子", "english": "noodles, red"},
-            {"prompt": "一座古老的石桥，桥下有一条小船慢慢划过", "english": "(bridge:1.2), night"},
+            {"prompt": "一碗热气腾腾的牛肉面，旁边放着一双筷子和一个小碟子，上面撒满葱花", "english": "noodles, red"},
+            {"prompt": "一座古老的石桥，桥下有一条小船慢慢划过，船上的人撑着红伞", "english": "(bridge:1.2), night"},
         ),
         (
             *("--lora", "lora.safetensors:0.8:0.5", "--control", "controlnet,hint.png,strength=0.7,end=0.75"),
@@ -106,10 +106,14 @@ OLD_PICTURES_OF = "sampler"  # the drawing whose output folder is kept as the ol
 TRAINING_STEPS = 20
 TRAINING = (
     *("emoji-branch", "--task.backbone", "assets/demo", "--task.text-encoder", "assets/demo/branch_text_encoder"),
-    *("--task.tokenizer", "assets/demo/branch_tokenizer", "--data.folder", "assets/emoji", "--data.concepts", "32"),
-    *("--steps", str(TRAINING_STEPS), "--batch-size", "4", "--optimizer.warmup-steps", "5", "--log-every", "1"),
-    *("--sample-every", "1000", "--run", "training"),
+    *("--task.tokenizer", "assets/demo/branch_tokenizer", "--task.guidance", "3"),
+    *("--data.folder", "assets/emoji", "--data.style", "fluent", "--data.concepts", "32"),
+    *("--optimizer.learning-rate", "1e-3", "--optimizer.copied-factor", "0.2", "--optimizer.warmup-steps", "5"),
+    *("--optimizer.b2", "0.999", "--optimizer.ema-decay", "0.999"),
+    *("--steps", str(TRAINING_STEPS), "--batch-size", "4", "--log-every", "1", "--sample-every", "1000"),
+    *("--run", "training"),
 )
+TRAINING_SINCE = ("--data.scenes", "None")  # settings that came later, as the recorded version trained
 
 # Two vectors are trained: a whole train state, and a run's folder small enough to be kept.
 OLD_RUN_FLAGS = (
@@ -313,10 +317,10 @@ def make_inputs(folder: Path) -> dict[str, str]:
 
 _RANK = 2
 _ATTENTION = re.compile(r"(attn[12]\.to_(q|k|v|out\.0)|self_attn\.(q|k|v|out)_proj)\.weight$")
-_HINT_WIDTHS = (8, 8, 16, 16, 32)
+_HINT_WIDTHS = (8, 8, 16, 32)
 _CONTROLNET = {
     "_class_name": "ControlNetModel",
-    "in_channels": 16,
+    "in_channels": 4,
     "block_out_channels": [96, 192],
     "layers_per_block": 1,
     "cross_attention_dim": 128,
