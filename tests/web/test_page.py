@@ -8,19 +8,18 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from PIL import Image
+from playwright import sync_api
+from safetensors.numpy import save_file
 
 from bdm_jax.app.metadata import read_settings
 from bdm_jax.app.service import ModelsFolder, Service
 from bdm_jax.images.decode import read_image
-from bdm_jax.web.keys import Keys
+from bdm_jax.web.keys import parse_keys
 from bdm_jax.web.limits import Limits
 from bdm_jax.web.server import Server, create_app
 
-pytest.importorskip("gradio", reason="the page's tests need gradio and playwright, which the test extra has not yet")
-sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-if CHROMIUM is None:
-    pytest.skip("no Chromium here", allow_module_level=True)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
 
 WAIT = 180_000  # milliseconds; compiling on busy cores takes its time
 ARGS = (
@@ -35,10 +34,10 @@ def out(tmp_path_factory):
     return tmp_path_factory.mktemp("out")
 
 
-@pytest.fixture(scope="module")
-def address(out):
-    service, limits = Service(out, ModelsFolder(), preview_every=1), Limits()
-    server = Server(create_app(service, Keys(), limits), "127.0.0.1", 0, limits)
+@contextmanager
+def served(out, models=None, keys=()):
+    service, limits = Service(out, ModelsFolder(models), preview_every=1), Limits()
+    server = Server(create_app(service, parse_keys(keys), limits), "127.0.0.1", 0, limits)
     thread = threading.Thread(target=server.run, name="server")
     thread.start()
     while not server.started and thread.is_alive():
@@ -50,6 +49,12 @@ def address(out):
 
 
 @pytest.fixture(scope="module")
+def address(out):
+    with served(out) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGS)
@@ -58,7 +63,7 @@ def browser():
 
 
 @contextmanager
-def opened(browser, address, width=1280, **options):
+def opened(browser, address, width=1280, key=None, **options):
     """A page of its own; afterwards, that it had no error and asked nobody but its own host."""
     context = browser.new_context(viewport={"width": width, "height": 900}, **{"locale": "zh-CN", **options})
     page, faults = context.new_page(), []
@@ -69,6 +74,9 @@ def opened(browser, address, width=1280, **options):
     page.on("request", lambda sent: None if sent.url.startswith(own) else faults.append(sent.url))
     page.on("response", lambda got: faults.append(f"{got.status} {got.url}") if got.status >= 400 else None)
     page.goto(address)
+    if key:
+        page.fill("#key", key)
+        page.click("button")
     page.wait_for_selector(".stage")
     yield page
     context.close()
@@ -84,7 +92,7 @@ def draw(page, prompt, **fields):
     """Fill the fields, each by its element's id, and press the button."""
     page.fill("#prompt textarea", prompt)
     for name, value in fields.items():
-        page.fill(f"#{name} input[type=number], #{name} input[type=text], #{name} textarea", str(value))
+        page.fill(f"#{name} input:not([type=range]), #{name} textarea", str(value))
     page.click("#draw")
 
 
@@ -141,9 +149,11 @@ def test_what_is_painted_over_is_redrawn(browser, address, out, tmp_path):
     Image.fromarray(picture).save(tmp_path / "in.png")
     with opened(browser, address) as page:
         unfold(page, "settings", "picture")
-        page.set_input_files("#editor input[type=file]", tmp_path / "in.png")
         canvas = page.locator("#editor canvas").first
+        canvas.wait_for()
+        page.set_input_files("#editor input[type=file]", tmp_path / "in.png")
         page.wait_for_selector("#editor [aria-label='Brush'], #editor [title='Brush']", state="attached")
+        canvas.scroll_into_view_if_needed()
         box = canvas.bounding_box()
         middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         page.mouse.move(*middle)
@@ -221,3 +231,41 @@ def test_a_narrow_dark_screen(browser, address):
         assert tops == sorted(tops)  # what matters every day comes first, the picture right below the button
         red, green, blue = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3)")
         assert max(map(int, (red, green, blue))) < 60
+
+
+def pick(page, field, name):
+    page.click(f"#{field} input")
+    page.click(f"#{field} [role=option] >> text={name}")
+
+
+def test_plugins_are_picked_and_pictures_are_their_owner_s(browser, tmp_path, rng):
+    """A LoRA with its strength and a textual inversion, of the models folder."""
+    for kind in ("loras", "embeddings"):
+        (tmp_path / "models" / kind).mkdir(parents=True)
+    module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {"lora_down": rng.normal(size=(4, 192)), "lora_up": rng.normal(size=(192, 4))}
+    tensors = {f"{module}.{name}.weight": value.astype(np.float32) for name, value in tensors.items()}
+    save_file(tensors, tmp_path / "models" / "loras" / "ink.safetensors")
+    word = {"emb_params": rng.normal(size=(2, 128)).astype(np.float32)}
+    save_file(word, tmp_path / "models" / "embeddings" / "inkstyle.safetensors")
+    out, keys = tmp_path / "out", ("ann=the-key-of-ann", "bob=the-key-of-bob")
+    with served(out, tmp_path / "models", keys) as address:
+        with opened(browser, address, key="the-key-of-ann") as page:
+            unfold(page, "settings", "prompts", "plugins")
+            pick(page, "lora", "ink.safetensors")
+            page.keyboard.press("Escape")
+            page.wait_for_selector("#plugins input[aria-label*='ink']")
+            page.fill("#plugins input[type=number][aria-label*='ink']", "0.5")
+            pick(page, "embedding", "inkstyle.safetensors")
+            page.keyboard.press("Escape")
+            page.wait_for_function("document.querySelector('#english textarea').value.includes('inkstyle')")
+            draw(page, "红灯笼", steps=2, seed=5)
+            page.wait_for_selector(f"{DONE} button.tile")
+            assert page.locator(".thumb").count() == 1
+        (file,) = (out / "ann").glob("*.png")
+        values = read_settings(file)
+        assert values["lora"] and "0.5" in str(values["lora"]) and "inkstyle" in values["english"]
+        with opened(browser, address, key="the-key-of-bob") as page:
+            assert page.locator(".thumb").count() == 0
+            page.click("a[href='page/logout']")
+            page.wait_for_selector("#key")
