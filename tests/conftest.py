@@ -3,6 +3,8 @@
 import gc
 import os
 import secrets
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported: the tolerances are those of fp32 on a CPU
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a hub but its own
@@ -11,9 +13,13 @@ import jax  # noqa: E402
 import numpy as np
 import pytest
 import torch
+from jax.experimental.compilation_cache import compilation_cache
+
+from bdm_jax.runtime import programs
 
 pytest_plugins = ["bridge", "sources", "hub"]  # the tiny system; records of every format; a hub
 
+_CACHE = pytest.StashKey[str]()  # compiled programs of this run's commands: what a user has kept plays no part
 PARITY = 1e-4  # fp32 on both sides: what remains is the order of summation, measured at 1e-6 to 1e-5
 
 
@@ -24,8 +30,15 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.option.seed is None:
         config.option.seed = secrets.randbelow(2**31)
+    if not hasattr(config, "workerinput"):  # xdist's workers and all commands that tests start inherit it
+        config.stash[_CACHE] = os.environ["BDM_JAX_CACHE"] = tempfile.mkdtemp(prefix="bdm_jax-programs-")
     jax.config.update("jax_default_matmul_precision", "highest")
     torch.set_grad_enabled(False)
+
+
+def pytest_unconfigure(config):
+    if _CACHE in config.stash:
+        shutil.rmtree(config.stash[_CACHE], ignore_errors=True)
 
 
 def pytest_report_header(config):
@@ -35,9 +48,14 @@ def pytest_report_header(config):
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Compiled programs go with the module that made them: thousands of them use up the maps that the kernel grants a
-    process (65,530), and the compiler then dies of a segmentation fault.
+    process (65,530), and the compiler then dies of a segmentation fault. A command that was called as a function has
+    switched JAX's cache on; it is off again, as programs that come from there cannot be kept once more.
     """
     yield
+    programs.keep(None)
+    if jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
     jax.clear_caches()
     gc.collect()
 

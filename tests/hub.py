@@ -90,117 +90,125 @@ def digest(name: str, data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _handler(hub: Hub):
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
 
-        def log_message(self, *_):
-            pass
+    @property
+    def hub(self) -> Hub:
+        return self.server.hub
 
-        def do_HEAD(self):
-            self._answer()
+    def log_message(self, *_):
+        pass
 
-        def do_GET(self):
-            self._answer()
+    def do_HEAD(self):
+        self._answer()
 
-        def _answer(self):
-            url = urlsplit(self.path)
-            path = unquote(url.path)
-            token = self.headers.get("Authorization")
-            self.request_ = Request(self.command, path, self.headers.get("Range"), token)
-            hub.log.append(self.request_)
-            if hub.status is not None:
-                return self._send(hub.status, {}, b"")
-            if path in hub.plain:
-                return self._file(
-                    path.rpartition("/")[2], hub.plain[path], {"ETag": f'"{digest("x.bin", hub.plain[path])}"'}
-                )
-            if match := re.fullmatch(r"/cdn/[0-9a-f]+/(?P<name>[^/]+/[^/]+)/(?P<revision>[^/]+)/(?P<file>.+)", path):
-                return self._file(match["file"], hub.files(match["name"], match["revision"])[match["file"]], {})
-            if match := re.fullmatch(r"/api/models/(?P<name>[^/]+/[^/]+)(/revision/(?P<revision>.+))?", path):
-                if files := self._allowed(match["name"], match["revision"] or "main"):
-                    self._info(match["name"], match["revision"] or "main", files, "blobs" in parse_qs(url.query))
-                return None
-            if match := re.fullmatch(r"/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", path):
-                if files := self._allowed(match["name"], match["revision"], file=True):
-                    self._resolve(match["name"], match["revision"], match["file"], files)
-                return None
-            return self._send(404, {}, b"")
+    def do_GET(self):
+        self._answer()
 
-        def _allowed(self, name, revision, file=False):
-            known = hub.repositories.get(name)
-            signed = self.request_.token == f"Bearer {TOKEN}"
-            if name in hub.gated and file and not signed:
-                self._send(403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to it is restricted"}, b"")
-            elif known is None or (name in hub.private and not signed):
-                self._send(401, {"X-Error-Code": "RepoNotFound"}, b"")
-            elif (files := hub.files(name, revision)) is None:
-                self._send(404, {"X-Error-Code": "RevisionNotFound"}, b"")
-            else:
-                return files
+    def _answer(self):
+        url = urlsplit(self.path)
+        path = unquote(url.path)
+        token = self.headers.get("Authorization")
+        self.request_ = Request(self.command, path, self.headers.get("Range"), token)
+        self.hub.log.append(self.request_)
+        if self.hub.status is not None:
+            return self._send(self.hub.status, {}, b"")
+        if path in self.hub.plain:
+            return self._file(
+                path.rpartition("/")[2],
+                self.hub.plain[path],
+                {"ETag": f'"{digest("x.bin", self.hub.plain[path])}"'},
+            )
+        if match := re.fullmatch(r"/cdn/[0-9a-f]+/(?P<name>[^/]+/[^/]+)/(?P<revision>[^/]+)/(?P<file>.+)", path):
+            return self._file(match["file"], self.hub.files(match["name"], match["revision"])[match["file"]], {})
+        if match := re.fullmatch(r"/api/models/(?P<name>[^/]+/[^/]+)(/revision/(?P<revision>.+))?", path):
+            if files := self._allowed(match["name"], match["revision"] or "main"):
+                self._info(match["name"], match["revision"] or "main", files, "blobs" in parse_qs(url.query))
             return None
+        if match := re.fullmatch(r"/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", path):
+            if files := self._allowed(match["name"], match["revision"], file=True):
+                self._resolve(match["name"], match["revision"], match["file"], files)
+            return None
+        return self._send(404, {}, b"")
 
-        def _info(self, name, revision, files, blobs):
-            siblings = []
-            for key, data in files.items():
-                one = {"rfilename": key}
-                if blobs:
-                    one |= {"size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
-                    if key.endswith(LARGE):
-                        one["lfs"] = {"sha256": digest(key, data), "size": len(data), "pointerSize": 130}
-                    else:
-                        one["blobId"] = digest(key, data)
-                siblings.append(one)
-            commit = hub.commit(name, revision)
-            values = {"id": name, "modelId": name, "sha": commit, "private": False, "tags": [], "siblings": siblings}
-            self._send(200, {"Content-Type": "application/json"}, json.dumps(values).encode())
+    def _allowed(self, name, revision, file=False):
+        known = self.hub.repositories.get(name)
+        signed = self.request_.token == f"Bearer {TOKEN}"
+        if name in self.hub.gated and file and not signed:
+            self._send(403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to it is restricted"}, b"")
+        elif known is None or (name in self.hub.private and not signed):
+            self._send(401, {"X-Error-Code": "RepoNotFound"}, b"")
+        elif (files := self.hub.files(name, revision)) is None:
+            self._send(404, {"X-Error-Code": "RevisionNotFound"}, b"")
+        else:
+            return files
+        return None
 
-        def _resolve(self, name, revision, file, files):
-            if file not in files:
-                return self._send(404, {"X-Error-Code": "EntryNotFound"}, b"")
-            data = files[file]
-            commit = hub.commit(name, revision)
-            headers = {"X-Repo-Commit": commit}
-            if not file.endswith(LARGE):
-                return self._file(file, data, {**headers, "ETag": f'"{digest(file, data)}"'})
-            headers |= {"X-Linked-ETag": f'"{digest(file, data)}"', "X-Linked-Size": str(len(data))}
-            headers["Location"] = f"http://localhost:{hub.port}/cdn/{commit}/{name}/{commit}/{file}"
-            return self._send(302, headers, b"")
+    def _info(self, name, revision, files, blobs):
+        siblings = []
+        for key, data in files.items():
+            one = {"rfilename": key}
+            if blobs:
+                one |= {"size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
+                if key.endswith(LARGE):
+                    one["lfs"] = {"sha256": digest(key, data), "size": len(data), "pointerSize": 130}
+                else:
+                    one["blobId"] = digest(key, data)
+            siblings.append(one)
+        commit = self.hub.commit(name, revision)
+        values = {"id": name, "modelId": name, "sha": commit, "private": False, "tags": [], "siblings": siblings}
+        self._send(200, {"Content-Type": "application/json"}, json.dumps(values).encode())
 
-        def _file(self, name, data, headers):
-            if name in hub.wrong:
-                data = data[:-1] + bytes([data[-1] ^ 1])
-            status, begin, end = 200, 0, len(data)
-            if hub.ranges and (match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
-                begin, end = int(match[1]), min(int(match[2] or len(data) - 1) + 1, len(data))
-                status, headers = 206, {**headers, "Content-Range": f"bytes {begin}-{end - 1}/{len(data)}"}
-            self._send(status, {"Accept-Ranges": "bytes", **headers}, data[begin:end], name)
+    def _resolve(self, name, revision, file, files):
+        if file not in files:
+            return self._send(404, {"X-Error-Code": "EntryNotFound"}, b"")
+        data = files[file]
+        commit = self.hub.commit(name, revision)
+        headers = {"X-Repo-Commit": commit}
+        if not file.endswith(LARGE):
+            return self._file(file, data, {**headers, "ETag": f'"{digest(file, data)}"'})
+        headers |= {"X-Linked-ETag": f'"{digest(file, data)}"', "X-Linked-Size": str(len(data))}
+        headers["Location"] = f"http://localhost:{self.hub.port}/cdn/{commit}/{name}/{commit}/{file}"
+        return self._send(302, headers, b"")
 
-        def _send(self, status, headers, body, name=None):
-            self.send_response(status)
-            for key, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            self.request_.status = status
-            if self.command == "HEAD":
-                return
-            if hub.breaks.get(name) and len(body) > 1:
-                body = body[: hub.breaks[name].pop(0)]
-                self.wfile.write(body)
-                self.wfile.flush()
-                self.request_.sent = len(body)
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
-                self.connection.shutdown(socket.SHUT_RDWR)
-                self.close_connection = True
-                return
-            self.wfile.write(body)
+    def _file(self, name, data, headers):
+        if name in self.hub.wrong:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        status, begin, end = 200, 0, len(data)
+        if self.hub.ranges and (match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
+            begin, end = int(match[1]), min(int(match[2] or len(data) - 1) + 1, len(data))
+            status, headers = 206, {**headers, "Content-Range": f"bytes {begin}-{end - 1}/{len(data)}"}
+        self._send(status, {"Accept-Ranges": "bytes", **headers}, data[begin:end], name)
+
+    def _send(self, status, headers, body, name=None):
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.request_.status = status
+        if self.command == "HEAD":
+            return
+        if self.hub.breaks.get(name) and len(body) > 1:
+            body = body[: self.hub.breaks[name].pop(0)]
             self.request_.sent = len(body)
-
-    return Handler
+            self.wfile.write(body)
+            self.wfile.flush()
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
+        self.request_.sent = len(body)  # before it goes: who has it all may look at once
+        self.wfile.write(body)
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+
+    def __init__(self, hub: Hub):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.hub = hub
+        hub.port = self.server_address[1]
 
     def handle_error(self, *_):
         """A client that has gone is no fault."""
@@ -209,8 +217,7 @@ class _Server(ThreadingHTTPServer):
 @pytest.fixture(scope="session")
 def _served():
     hub = Hub()
-    server = _Server(("127.0.0.1", 0), _handler(hub))
-    hub.port = server.server_address[1]
+    server = _Server(hub)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield hub
     server.shutdown()

@@ -86,6 +86,7 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
     if not fs.isdir(root):
         if root == os.fspath(EMOJI):
             raise no_such(EMOJI, "data set")
+        _check_asked(fs, root, path)
         raise UserError(f"{path}: no such file or folder (for a prepared set, give the folder that contains {_TFDS})")
     if fs.isfile(posixpath.join(root, _TFDS)):
         return _open_prepared(os.fspath(path), split)
@@ -153,6 +154,17 @@ def _file_system(path: str) -> tuple[AbstractFileSystem, str]:
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     return fs, root.rstrip("/") or "/"
+
+
+def _check_asked(fs: AbstractFileSystem, root: str, path: str | Path) -> None:
+    """Raises UserError where a store could not be asked for what it seems not to have: fsspec says no to both."""
+    try:
+        fs.info(root)
+    except FileNotFoundError:
+        return
+    except Exception as error:  # what gcsfs, s3fs and others raise shares no class
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path}: cannot be asked for: {said}") from error
 
 
 def _expand(fs: AbstractFileSystem, pattern: str) -> list[str]:

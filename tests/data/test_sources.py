@@ -97,7 +97,24 @@ def test_patterns_and_what_cannot_be_opened(tmp_path, rows, write_tar):
         with pytest.raises(UserError, match=message) as error:
             records.open_source(tmp_path / name)
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="gcsfs"):
+
+
+def test_a_store_that_cannot_be_asked_is_not_one_that_has_nothing(monkeypatch):
+    with pytest.raises(UserError, match="^memory://none: no such file or folder"):
+        records.open_source("memory://none")
+
+    def refuses(*_, **__):
+        raise PermissionError("Anonymous caller\ndoes not have access")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "info", refuses)
+    with pytest.raises(UserError, match="^memory://none: cannot be asked for: Anonymous caller does not have access$"):
+        records.open_source("memory://none")
+
+    def needs(*_, **__):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", needs)
+    with pytest.raises(UserError, match=r"^gs://bucket/set: Please install gcsfs .* \(install it with pip\)$"):
         records.open_source("gs://bucket/set")
 
 

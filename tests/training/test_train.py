@@ -88,7 +88,7 @@ def test_ctrl_c_before_the_first_step_is_one_line_and_leaves_nothing(run, monkey
     """Hit while the session is made ready, where records are read and encoded."""
     from bdm_jax.training import loop
 
-    def hit(config, mesh):
+    def hit(*_):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(loop, "_Session", hit)

@@ -227,7 +227,9 @@ class Service:
                 self._finish(ticket, "stopped")
 
     def _finish(self, ticket: Ticket, state: str, error: str | None = None) -> None:
-        """Its place in the queue is free at once; the numbers of its images, when the drawing thread comes to it."""
+        """Its place in the queue is free at once; the numbers of an image that was stopped, when the drawing thread
+        comes to it (`_work`).
+        """
         with self._lock:
             if ticket.finished:
                 return
@@ -242,8 +244,8 @@ class Service:
         while True:
             with self._lock:
                 self._active = []
-                for ticket in [one for one in self._planned if one.finished]:
-                    runs.release(self._planned.pop(ticket).run)
+                for ticket in [one for one in self._planned if one.finished]:  # those that were stopped
+                    self._release(ticket)
                 while not self._queue and not self._closing:
                     self._wake.wait()
                 if self._closing:
@@ -398,6 +400,7 @@ class Service:
         for ticket in tickets:
             self._planned[ticket].skipping = False
             if not self._planned[ticket].left:
+                self._release(ticket)
                 self._finish(ticket, "done")
             elif not ticket.finished:
                 ticket._update(preview=None)
@@ -411,7 +414,15 @@ class Service:
             _log.error("a job failed", exc_info=error)
             said = f"the job failed: {type(error).__name__}"
         for ticket in tickets:
+            self._release(ticket)
             self._finish(ticket, "failed", " ".join(said.split()))
+
+    def _release(self, ticket: Ticket) -> None:
+        """The numbers of its images are free, before anybody hears that it is finished."""
+        with self._lock:
+            planned = self._planned.pop(ticket, None)
+        if planned is not None:
+            runs.release(planned.run)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
