@@ -318,7 +318,7 @@ def test_two_processes_share_a_run(tiny_folder, file_of_64, cache, whole_run, tm
 
 @pytest.mark.parametrize("devices", [2, 8])
 def test_devices_change_no_picture(tiny_folder, file_of_64, cache, whole_run, tmp_path, devices):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     finish(process(tiny_folder, tmp_path / "out", file_of_64, cache, XLA_FLAGS=flags))
     check_whole(tmp_path / "out", 64)
     assert_same_pictures(tmp_path / "out", whole_run)

@@ -328,7 +328,11 @@ memory = compiled.memory_analysis()
 print(json.dumps([[[one.kind, one.group, one.bytes] for one in collectives(compiled.as_text())],
     memory.argument_size_in_bytes, memory.temp_size_in_bytes]))
 """
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
     found = {}
     for kept in ("whole", frozen):
         mesh = replace(tiny.mesh, strategy=strategy, frozen=kept)

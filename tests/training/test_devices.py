@@ -1,6 +1,7 @@
 """One device, eight, or two processes: the same samples in the same order, the same losses, the same weights."""
 
 import json
+import os
 import socket
 
 import numpy as np
@@ -12,7 +13,7 @@ SAME = 1e-5  # fp32 sums over another number of devices: another order, measured
 
 
 def flags(devices: int) -> str:
-    return f"--xla_force_host_platform_device_count={devices}"
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
 
 
 def two(run, *arguments, **environment):

@@ -58,7 +58,7 @@ print(json.dumps({
 
 
 def run(devices, strategy="fsdp", frozen="auto", **axes):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", PROGRAM, json.dumps(axes), strategy, frozen]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -1,5 +1,6 @@
 """Sets on the device: the same samples in the same order, and a training that is the loader's, bit for bit."""
 
+import os
 import zlib
 from dataclasses import replace
 from functools import partial
@@ -200,7 +201,7 @@ def test_a_training_is_the_loader_s_bit_for_bit(session, tmp_path, capfd):
 def test_on_eight_devices_it_is_too(tmp_path):
     """The same with a mesh of 2 x 4, killed (SIGKILL) after 60 and ended (SIGTERM) after 111."""
     whole, mixed = tmp_path / "whole", tmp_path / "mixed"
-    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    eight = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
     beside = start(whole, str(STEPS), **eight, TOY_ON_DEVICE="False")
     told = finish(start(mixed, str(STEPS), "after 60: SIGKILL", **eight, TOY_ON_DEVICE="True"), -9)
     assert "the sets lie on the device: 50 records" in told
