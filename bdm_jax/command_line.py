@@ -10,11 +10,14 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import tyro
 
 from bdm_jax.errors import UserError, out_of_memory
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # its tokenizers do without PyTorch
 
@@ -45,6 +48,15 @@ def _of_models(optional: bool) -> tyro.constructors.PrimitiveConstructorSpec:
 # Of a flag that names a model or plug-in: a file or folder, a name on a hub, or a link (docs/using.md).
 ModelPath = Annotated[str | Path, _of_models(optional=False)]
 OptionalModelPath = Annotated[str | Path | None, _of_models(optional=True)]
+
+
+def progress_console() -> "Console":
+    """Where progress is told: stderr, as bars only where it is a terminal. FORCE_COLOR, which notebooks and CI set,
+    makes none of a pipe: each frame of a bar would be a line there.
+    """
+    from rich.console import Console  # not for --help
+
+    return Console(stderr=True, force_terminal=sys.stderr.isatty())
 
 
 def parse(kind: Any, args: Sequence[str] | None, **options: Any) -> Any:

@@ -267,3 +267,11 @@ def test_another_error_of_the_compiler_keeps_its_traceback():
 
     with pytest.raises(JaxRuntimeError):
         command_line.run(fails)
+
+
+def test_a_pipe_has_no_bars_whatever_asks_for_colours(monkeypatch):
+    """Notebooks and CI set FORCE_COLOR: every frame of a bar would be a line."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert not command_line.progress_console().is_terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert command_line.progress_console().is_terminal

@@ -16,7 +16,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from rich.console import Console
 from rich.progress import track
 
 from bdm_jax import command_line
@@ -112,7 +111,7 @@ def compare(asked: Comparison) -> None:
     ]
     pictures: dict[int, np.ndarray] = {}
     drawn = (pair for indices, drawing in drawings for pair in zip(indices, drawing, strict=True))
-    for index, picture in track(drawn, "drawing", total=len(flat), console=Console(stderr=True)):
+    for index, picture in track(drawn, "drawing", total=len(flat), console=command_line.progress_console()):
         pictures[index] = picture
     grid = [[pictures[row * len(cells[0]) + column] for column in range(len(cells[0]))] for row in range(len(cells))]
     axes = {"x": asked.x, "y": asked.y}

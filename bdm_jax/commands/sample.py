@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdm_jax.app.arguments import Arguments, parse
-from bdm_jax.command_line import run
+from bdm_jax.command_line import progress_console, run
 from bdm_jax.sampling.settings import Request
 
 if TYPE_CHECKING:
@@ -63,10 +63,9 @@ def draw(arguments: Arguments, requests: list[Request], rows: list[int] | None, 
 
 
 def _progress_bar() -> "Progress":
-    from rich.console import Console  # not for --help
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = progress_console()
     spinner = SpinnerColumn("line" if console.options.ascii_only else "dots")
     columns = spinner, TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     return Progress(*columns, console=console, disable=not console.is_terminal)

@@ -8,10 +8,9 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import tyro
-from rich.console import Console
 from rich.progress import track
 
-from bdm_jax.command_line import ModelPath
+from bdm_jax.command_line import ModelPath, progress_console
 from bdm_jax.data import captions
 from bdm_jax.errors import UserError
 from bdm_jax.evaluate.features import Features, efficientnet_lite0
@@ -185,7 +184,7 @@ class Studio:
 
 def bar(items: Iterable[T], doing: str, total: int) -> Iterable[T]:
     """The items with a progress bar on stderr: stdout is for the figures."""
-    return track(items, doing, total, console=Console(stderr=True))
+    return track(items, doing, total, console=progress_console())
 
 
 def line(name: str, means: str, right: Sequence[np.ndarray]) -> Line:

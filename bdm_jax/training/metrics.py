@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from bdm_jax.command_line import progress_console
 from bdm_jax.paths import atomic_file
 from bdm_jax.training.goodput import Goodput
 from bdm_jax.training.wandb import WandB
@@ -67,19 +67,19 @@ class Metrics:
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._batch_size, self._total = batch_size, total
         self._before, self._step_before, self._speed = time.monotonic(), start, 0.0
-        console = Console(stderr=True)
+        console = progress_console()
         self._lines = None if console.is_terminal else console
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]}"),
+            TextColumn("{task.fields[said]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self._bar = self._progress.add_task(folder.name, total=total, completed=start, loss=float("nan"), rate="")
+        self._bar = self._progress.add_task(folder.name, total=total, completed=start, said="")
         self._progress.start()
 
     def log(
@@ -105,11 +105,11 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.log(step, scalars)
         rate = _rate(speed, timing.get("mfu"), seconds, left_out)
-        self._progress.update(self._bar, completed=step, loss=values["loss"], rate=rate)
+        said = f"loss {values['loss']:.4f}  {rate}"
+        self._progress.update(self._bar, completed=step, said=said)
         if self._lines is not None:
             left = (self._total - step) * self._batch_size / max(speed, 1e-9)
-            line = f"step {step}/{self._total}  loss {values['loss']:.4f}  {rate}  {left / 60:.0f} min left"
-            self._lines.print(line, highlight=False)
+            self._lines.print(f"step {step}/{self._total}  {said}  {left / 60:.0f} min left", highlight=False)
 
     def image(self, name: str, step: int, image) -> None:
         """An image (H,W,3) uint8 for TensorBoard."""
