@@ -11,6 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from bdm_jax.web.errors import refusal
 from bdm_jax.web.limits import Limits
 
+_LAST_ANSWERS = 4  # seconds for what is being answered when the server ends
 _SLOWEST = 16 << 10  # bytes per second of a body, after the first seconds
 
 
@@ -74,7 +75,7 @@ async def _drained(receive: Receive, seconds: float) -> None:
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, with an end to clients that do not finish their headers."""
+    """uvicorn's HTTP/1.1, with an end to clients that do not finish their headers, and to all when the server ends."""
 
     patience = Limits.patience
     _timer: asyncio.TimerHandle | None = None
@@ -89,6 +90,12 @@ class TimedProtocol(H11Protocol):
             self._forget()
         elif self._timer is None and self.conn.trailing_data[0]:
             self._timer = self.loop.call_later(self.patience, self._too_slow)
+
+    def shutdown(self) -> None:
+        """The server ends: what is being answered has some seconds, a stream (kept open by a page) none."""
+        super().shutdown()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.loop.call_later(0 if self.cycle.response_started else _LAST_ANSWERS, self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()

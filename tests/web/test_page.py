@@ -1,5 +1,6 @@
 """The page in a headless Chromium, against the real service with the bundled demo at few steps."""
 
+import logging
 import shutil
 import threading
 import time
@@ -231,6 +232,18 @@ def test_a_narrow_dark_screen(browser, address):
         assert tops == sorted(tops)  # what matters every day comes first, the picture right below the button
         red, green, blue = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3)")
         assert max(map(int, (red, green, blue))) < 60
+
+
+def test_the_server_ends_while_a_page_is_open(browser, tmp_path, caplog):
+    log = logging.getLogger("uvicorn.error")
+    with served(tmp_path / "out") as address:
+        log.addHandler(caplog.handler)
+        page = browser.new_page()
+        page.goto(address)
+        page.wait_for_selector(".stage")
+    log.removeHandler(caplog.handler)
+    page.close()
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def pick(page, field, name):
