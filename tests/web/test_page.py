@@ -106,6 +106,7 @@ def test_a_chinese_prompt_becomes_a_picture(browser, address, out):
         unfold(page, "settings")
         draw(page, "红灯笼", steps=2, seed=5, count=2)
         page.wait_for_selector(f"{DONE} button.tile >> nth=1")
+        page.wait_for_function(f"[...document.querySelectorAll('{DONE} img')].every(one => one.complete)")
         sizes = page.eval_on_selector_all(f"{DONE} img", "all => all.map(one => [one.naturalWidth, one.naturalHeight])")
         assert sizes == [[128, 128]] * 2
         files = sorted(out.glob("*.png"))
