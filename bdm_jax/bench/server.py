@@ -28,6 +28,7 @@ from PIL import Image
 
 from bdm_jax import command_line
 from bdm_jax.app import runs
+from bdm_jax.app.arguments import check_folder
 from bdm_jax.app.parts import Parts
 from bdm_jax.errors import UserError
 from bdm_jax.formats.files import write_json
@@ -182,6 +183,7 @@ def _ask(server: _Server, args: LoadArgs, seed: int) -> np.ndarray:
 
 def _as_sample(args: LoadArgs, seeds: Sequence[int], out: Path) -> tuple[float, dict[int, Path]]:
     """As sample.py draws them: pictures per second without the first batch, which compiles; file by seed."""
+    check_folder(out)
     parts = Parts(model=args.model)
     pipeline, settings = parts.load(), Sampling(steps=args.steps, size=(args.size, args.size))
     first = [_request(args, 2**31 + number) for number in range(args.batch_size)]

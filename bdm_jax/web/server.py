@@ -122,6 +122,7 @@ class Server(uvicorn.Server):
             self._socket = socket.socket(family)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.bind(address)
+            self._socket.listen(_CONNECTIONS)  # who comes before it runs waits
         except OSError as error:
             raise UserError(f"{host} port {port}: cannot be served at ({error.strerror or error})") from error
         self.port = self._socket.getsockname()[1]
