@@ -99,6 +99,7 @@ def main(args: Sequence[str] | None = None) -> int:
             preview_every=asked.preview_every,
         )
         try:
+            service.load()
             app = create_app(service, keys, asked.limits, hosts=asked.host_name, page=not asked.no_page)
             server = Server(app, host, asked.port, asked.limits)
             name = _LOCAL if host == _EVERYWHERE else f"[{host}]" if ":" in host else host

@@ -36,11 +36,13 @@ class Desk:
 
     Attributes:
       chosen: the name of the model that an owner has chosen.
+      closing: the server ends: who waits for a picture is told so.
     """
 
     service: Service
     limits: Limits
     chosen: dict[str, str] = field(default_factory=dict)
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
     _decoding: CapacityLimiter | None = None
 
     @property
@@ -81,17 +83,21 @@ class Desk:
     async def drawn(self, http: HttpRequest, ticket: Ticket) -> Ticket:
         """Until it is finished; stopped where it takes too long or the client has gone.
 
-        Raises RefusedRequest: 422 for what the model cannot draw, 504 where it took too long.
+        Raises RefusedRequest: 422 for what the model cannot draw, 504 where it took too long, 503 at the server's end.
         """
-        gone = asyncio.ensure_future(_disconnected(http))
+        gone, closing = asyncio.ensure_future(_disconnected(http)), asyncio.ensure_future(self.closing.wait())
         finished = asyncio.wrap_future(ticket.future)
         try:
             limit = self.limits.max_seconds
-            done, _ = await asyncio.wait((gone, finished), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            ends = gone, closing, finished
+            done, _ = await asyncio.wait(ends, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         finally:
             gone.cancel()
+            closing.cancel()
             if not finished.done():
                 ticket.stop()
+        if finished not in done and closing in done:
+            raise RefusedRequest(503, "the server is being stopped")
         if finished not in done:
             raise RefusedRequest(504, f"not drawn within {self.limits.max_seconds:g} s: given up")
         if ticket.error is not None:
@@ -159,7 +165,7 @@ def _no_number(text: str) -> None:
 
 def _whole(text: str) -> int:
     if len(text) > _DIGITS:
-        raise ValueError(f"{text[:_DIGITS]}... has too many digits")
+        raise RefusedRequest(422, f"{text[:_DIGITS]}...: a whole number of more than {_DIGITS} digits")
     return int(text)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bdm_jax.errors import UserError
-from bdm_jax.sampling.settings import own_steps
+from bdm_jax.sampling.settings import check, own_steps
 
 if TYPE_CHECKING:
     from bdm_jax.app.service import Job
@@ -50,6 +50,7 @@ class Limits:
         """Raises UserError for a job that asks for more."""
         self.check_count(len(job.requests))
         settings = job.settings
+        check(settings)  # of what kind everything is, before it is compared
         steps = own_steps(settings) or settings.steps
         if steps > self.max_steps:
             raise UserError(f"steps {steps} are more than the {self.max_steps} that are allowed")

@@ -59,7 +59,7 @@ class BodyLimits:
             await self.app(scope, bounded, noted)
         except _Refused as error:
             if not started:
-                if not ended:  # a client that still sends would not see the answer
+                if not ended and error.args[0] == 413:  # a client that still sends would not see the answer
                     await _drained(receive, patience)
                 response: Response = refusal(scope["path"], *error.args)
                 response.headers["connection"] = "close"

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
@@ -24,7 +25,7 @@ from bdm_jax.web.limits import Limits
 from bdm_jax.web.metrics import Counted, registry
 from bdm_jax.web.patience import BodyLimits, TimedProtocol
 
-_APIS = ("/sdapi/", "/controlnet/", "/v1/", "/pictures/", "/metrics", "/docs", "/openapi.json")
+_APIS = ("/sdapi/", "/controlnet/", "/v1/", "/pictures/", "/metrics", "/openapi.json")
 _CONNECTIONS = 512
 _log = logging.getLogger(__name__)
 
@@ -48,7 +49,9 @@ def create_app(
     """
     keys, limits = keys or Keys(), limits or Limits()
     desk = Desk(service, limits)
-    app = FastAPI(title="bdm_jax", docs_url="/docs", redoc_url=None)
+    # No pages of its documentation: they would fetch scripts from another host. /openapi.json is there.
+    app = FastAPI(title="bdm_jax", docs_url=None, redoc_url=None)
+    app.state.desk = desk
     metrics, requests = registry(service)
     app.include_router(a1111.router(desk))
     app.include_router(openai.router(desk))
@@ -66,6 +69,10 @@ def create_app(
     async def refused(http: HttpRequest, error: RefusedRequest) -> JSONResponse:
         openai_status = 400 if error.status == 422 and http.url.path.startswith("/v1/") else error.status
         return refusal(http.url.path, openai_status, error.message, error.code)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(http: HttpRequest, error: ClientDisconnect) -> JSONResponse:
+        return refusal(http.url.path, 400, "the request broke off")  # nobody reads it; the log of requests counts it
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: HttpRequest, error: RequestValidationError) -> JSONResponse:
@@ -126,6 +133,11 @@ class Server(uvicorn.Server):
         except OSError as error:
             raise UserError(f"{host} port {port}: cannot be served at ({error.strerror or error})") from error
         self.port = self._socket.getsockname()[1]
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, but that those who wait for pictures are told first."""
+        self.config.app.state.desk.closing.set()
+        await super().shutdown(sockets)
 
     def run(self) -> None:
         """Serve until it is told to end."""

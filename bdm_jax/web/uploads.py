@@ -7,7 +7,7 @@ import threading
 import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from bdm_jax.errors import BadRecord, UserError
 from bdm_jax.images.decode import decode_image, decode_mask
@@ -50,6 +50,8 @@ def text_chunks(text: str, name: str = "image") -> dict[str, str]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as picture:
                 info = {**picture.info, **getattr(picture, "text", {})}
+    except UnidentifiedImageError as error:
+        raise BadRecord(name, "corrupt image", "not one of PNG, JPEG, WebP") from error
     except Exception as error:  # what a damaged file makes PIL raise is no fixed list
         raise BadRecord(name, "corrupt image", f"the picture cannot be read ({error})") from error
     return {key: value for key, value in info.items() if isinstance(key, str) and isinstance(value, str)}

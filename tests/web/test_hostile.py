@@ -6,8 +6,10 @@ import json
 import os
 import socket
 import struct
+import time
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -128,6 +130,17 @@ BAD = {
     "seed below": txt(seed=-5),
     "settings that are a list": txt(override_settings=[1]),
     "setting of a wrong type": setting(guidance_rescale="x"),
+    "steps as a text": setting(steps="x"),
+    "steps as a list": (OAI, {"prompt": "猫", "steps": ["a"]}),
+    "hires as an object": setting(hires={"a": 1}),
+    "hires as a text": (OAI, {"prompt": "猫", "hires": "nan"}),
+    "timesteps as a number": setting(timesteps=5),
+    "noise levels as a truth": (OAI, {"prompt": "猫", "sigmas": True}),
+    "size as a number": setting(size=-1),
+    "size of texts": setting(size=["a"]),
+    "size of nothing": setting(size=[None]),
+    "controls as a number": txt(alwayson_scripts={"controlnet": {"args": 5}}),
+    "controls as a truth": txt(alwayson_scripts={"controlnet": True}),
     "setting out of range": setting(branch_end=7),
     "strength out of range": img(denoising_strength=1.5),
     "unknown sampler": txt(sampler_name="DPM9"),
@@ -273,6 +286,50 @@ def test_slow_and_broken_clients(server, data):
     assert 400 <= status < 500 and "\n" not in text.strip()
     for other in others:
         other.close()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"POST /sdapi/v1/txt2img HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n{",
+        b"POST /sdapi/v1/txt2img HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+    ids=["half a body", "no chunk"],
+)
+def test_who_breaks_off_is_no_fault(server, data, caplog):
+    with socket.create_connection(("127.0.0.1", server.port), WAIT) as client:
+        client.sendall(data)
+    assert requests.get(f"{server.url}/health", timeout=WAIT).status_code == 200
+    time.sleep(0.2)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+NO_EFFECT = [
+    ({"scheduler": "karras"}, "scheduler 'karras' is ignored: it goes with a sampler_name"),
+    (
+        {"alwayson_scripts": {"controlnet": {"args": [{"image": "x", "module": "canny"}]}}},
+        "a unit of the ControlNet extension is ignored: it names no model",
+    ),
+    ({"alwayson_scripts": {"other": {"args": 5}}}, "alwayson_scripts: 'other' is unknown and ignored"),
+]
+
+
+def test_what_has_no_effect_is_named(serve):
+    with serve() as server:
+        for asked, note in NO_EFFECT:
+            answer = requests.post(f"{server.url}{T2I}", json={**GOOD, **asked}, timeout=WAIT)
+            assert answer.status_code == 200 and note in json.loads(answer.json()["info"])["warnings"]
+
+
+def test_who_waits_when_the_server_ends_is_told(serve):
+    with serve() as server, ThreadPoolExecutor(1) as pool:
+        asked = {**GOOD, "steps": 150, "n_iter": 16}
+        waiting = pool.submit(requests.post, f"{server.url}{T2I}", json=asked, timeout=WAIT)
+        while server.service.current() is None:
+            time.sleep(0.01)
+        server.should_exit = True
+        answer = waiting.result()
+    assert answer.status_code == 503 and answer.json()["detail"] == "the server is being stopped"
 
 
 def test_a_body_that_drips_is_cut_off(server):

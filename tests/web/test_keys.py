@@ -25,7 +25,7 @@ def bearer(key):
     return {"Authorization": f"Bearer {key}"}
 
 
-@pytest.mark.parametrize("path", ["/sdapi/v1/options", "/v1/models", "/metrics", "/docs", "/openapi.json", "/none"])
+@pytest.mark.parametrize("path", ["/sdapi/v1/options", "/v1/models", "/metrics", "/openapi.json", "/none"])
 @pytest.mark.parametrize(
     "headers",
     [{}, bearer("wrong"), bearer(ANN + "x"), bearer(""), {"Authorization": "Basic !!"}, {"X-API-Key": BOB[:-1]}],

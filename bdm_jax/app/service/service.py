@@ -37,7 +37,7 @@ from bdm_jax.plugins.controls import Control
 from bdm_jax.plugins.spec import Spec
 from bdm_jax.sampling.batching import as_english, name_unused, read_jobs
 from bdm_jax.sampling.generate import generate, resolve
-from bdm_jax.sampling.settings import ANY_SEED, check, with_seeds
+from bdm_jax.sampling.settings import ANY_SEED, Sampling, check, with_seeds
 
 _log = logging.getLogger(__name__)
 _OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -112,6 +112,10 @@ class Service:
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="drawing", daemon=True)
         self._thread.start()
+
+    def load(self) -> None:
+        """Read what draws jobs that name no parts, before the first of them comes. Raises UserError as `Parts.load`."""
+        self._systems.get(self.parts, Sampling.dtype)
 
     def submit(self, job: Job) -> Ticket:
         """Queue a job. Raises UserError at once for all that can be checked without a model, and QueueFull."""

@@ -90,6 +90,7 @@ class ControlUnit(Fields):
 
     enabled: bool = True
     image: str | dict[str, str] = ""
+    input_image: str = ""  # its earlier name
     model: str = "None"
     module: str = "none"
     weight: float = 1.0

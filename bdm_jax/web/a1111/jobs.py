@@ -71,6 +71,8 @@ def _sampling(asked: Txt2Img, overrides: dict[str, Any], notes: list[str]) -> Sa
         given["size"] = (asked.height, asked.width)
     if (name := asked.sampler_name or asked.sampler_index) is not None:
         given["sampler"] = _sampler(name, asked.scheduler, notes)
+    elif asked.scheduler.strip().lower() not in _PLAIN:
+        notes.append(f"scheduler {short(asked.scheduler)!r} is ignored: it goes with a sampler_name")
     if asked.eta is not None and given.get("sampler") == "ddim":
         given["eta"] = asked.eta
     if asked.enable_hr:
@@ -123,20 +125,27 @@ def _with_controls(
     """With the ControlNets of the extension's units, their pictures in files that go when the request does."""
     found = []
     for name, script in scripts.items():
-        units = script.get("args") if isinstance(script, dict) else None
+        units = script.get("args") if isinstance(script, dict) else script
         if name.lower() != "controlnet":
-            if units and units[0] not in (False, None):
+            asks = units[0] not in (False, None) if isinstance(units, list) and units else units
+            if asks:
                 notes.append(f"alwayson_scripts: {short(name)!r} is unknown and ignored")
             continue
-        for values in units or []:
-            if not isinstance(values, dict):
-                raise UserError("alwayson_scripts: ControlNet: args: expected a list of objects")
+        units = [] if units is None else units
+        if not isinstance(units, list) or not all(isinstance(values, dict) for values in units):
+            raise UserError("alwayson_scripts: ControlNet: args: expected a list of objects")
+        for values in units:
             unit = ControlUnit.model_validate({key: value for key, value in values.items() if value is not None})
-            if not unit.enabled or unit.model in ("None", ""):
+            if not unit.enabled:
+                continue
+            if unit.model in ("None", ""):
+                if unit.image or unit.input_image or unit.module != "none":
+                    notes.append("a unit of the ControlNet extension is ignored: it names no model")
                 continue
             if unit.module not in MAPS:
                 raise unknown("module of a ControlNet", short(unit.module), MAPS)
-            text = unit.image if isinstance(unit.image, str) else unit.image.get("image", "")
+            given = unit.image or unit.input_image
+            text = given if isinstance(given, str) else given.get("image", "")
             pixels = uploads.image(text, desk.limits.max_upload * 10**6, "ControlNet image")
             network = desk.service.models.path("controls", plain_name(unit.model))
             folder = Path(leave.enter_context(tempfile.TemporaryDirectory(prefix="bdm-control-")))
