@@ -182,24 +182,22 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, {"Accept-Ranges": "bytes", **headers}, data[begin:end], name)
 
     def _send(self, status, headers, body, name=None):
+        headers = {**headers, "Content-Length": str(len(body))}
+        sent = b"" if self.command == "HEAD" else body
+        breaks = len(sent) > 1 and bool(self.hub.breaks.get(name))
+        if breaks:
+            sent = sent[: self.hub.breaks[name].pop(0)]
+        self.request_.status, self.request_.sent = status, len(sent)  # before it goes: who has it may look at once
         self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+        for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
-        self.request_.status = status
-        if self.command == "HEAD":
-            return
-        if self.hub.breaks.get(name) and len(body) > 1:
-            body = body[: self.hub.breaks[name].pop(0)]
-            self.request_.sent = len(body)
-            self.wfile.write(body)
+        self.wfile.write(sent)
+        if breaks:
             self.wfile.flush()
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
-            return
-        self.request_.sent = len(body)  # before it goes: who has it all may look at once
-        self.wfile.write(body)
 
 
 class _Server(ThreadingHTTPServer):

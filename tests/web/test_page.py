@@ -131,11 +131,12 @@ def test_stop_in_the_middle(browser, address, out):
     before = set(out.glob("*.png"))
     with opened(browser, address) as page:
         unfold(page, "settings")
-        draw(page, "熊猫", steps=100, count=2)
-        page.click("#draw")  # one more job, which waits
+        draw(page, "熊猫", steps=100, count=16)
         page.wait_for_selector(".tile.preview img")
+        page.click("#draw")  # one more job, which waits
         page.wait_for_selector("#clear:visible")
         page.click("#clear")
+        page.wait_for_selector("#clear", state="hidden")
         page.click("#stop")
         page.wait_for_selector("[data-state=stopped]")
         page.wait_for_selector("#stop", state="hidden")

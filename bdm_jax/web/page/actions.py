@@ -82,7 +82,8 @@ class Actions:
         if self.check is not None:
             self.check(job)
         ticket = self.service.submit(job)
-        session.tickets = [one for one in session.tickets if not one.finished] + [ticket]
+        with self._lock:  # the button and the enter key, at once
+            session.tickets = [one for one in session.tickets if not one.finished] + [ticket]
 
     async def watch(self, visitor: Visitor) -> AsyncIterator[View]:
         """The view, now and whenever it has changed, until nothing is left to draw. Holds no thread."""
