@@ -96,9 +96,9 @@ class Desk:
             closing.cancel()
             if not finished.done():
                 ticket.stop()
-        if finished not in done and closing in done:
-            raise RefusedRequest(503, "the server is being stopped")
         if finished not in done:
+            if closing in done:
+                raise RefusedRequest(503, "the server is being stopped")
             raise RefusedRequest(504, f"not drawn within {self.limits.max_seconds:g} s: given up")
         if ticket.error is not None:
             finished.exception()

@@ -7,7 +7,7 @@ for ticket in ticket.changes():
 """
 
 from bdm_jax.app.service.jobs import Job, QueueFull, Ticket
-from bdm_jax.app.service.models import ModelsFolder
+from bdm_jax.app.service.models import ModelsFolder, stem
 from bdm_jax.app.service.service import Service
 
-__all__ = ["Job", "ModelsFolder", "QueueFull", "Service", "Ticket"]
+__all__ = ["Job", "ModelsFolder", "QueueFull", "Service", "Ticket", "stem"]

@@ -51,7 +51,7 @@ class ModelsFolder:
         wanted = unicodedata.normalize("NFC", name) if isinstance(name, str) else ""
         if wanted in found:
             return found[wanted]
-        stems = [own for own in found if _stem(own) == wanted]
+        stems = [own for own in found if stem(own) == wanted]
         if len(stems) == 1:
             return found[stems[0]]
         what = {"branches": "branch"}.get(kind, kind.removesuffix("s"))
@@ -105,5 +105,6 @@ def _is_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _SYSTEM)
 
 
-def _stem(name: str) -> str:
+def stem(name: str) -> str:
+    """A name of `ModelsFolder` without its file's ending: `style/ink.pt` -> `style/ink`; a folder's has none."""
     return next((name[: -len(end)] for end in _SUFFIXES if name.lower().endswith(end)), name)

@@ -335,7 +335,7 @@ class Service:
             with self._lock:
                 self._planned[ticket] = _Planned(run, [one.kind for one in prepared], [*range(len(requests))])
             ticket._note(notes)
-        except Exception as error:
+        except Exception as error:  # whatever it is, of this job alone: see `_fail`
             self._fail([ticket], error)
             return False
         return True

@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from bdm_jax.app.metadata import WEB_UI_SAMPLERS
 from bdm_jax.app.parts import Parts
-from bdm_jax.app.service import Job, Ticket
+from bdm_jax.app.service import Job, Ticket, stem
 from bdm_jax.diffusion.samplers import SAMPLERS, canonical
 from bdm_jax.errors import UserError, short, unknown
 from bdm_jax.images.pictures import write_png
@@ -172,6 +172,7 @@ def _mask(desk: Desk, asked: Img2Img, image: np.ndarray) -> np.ndarray | None:
 
 
 def _text(value: Any, name: str) -> str:
+    """Raises UserError for what is no text, naming the field."""
     if not isinstance(value, str):
         raise UserError(f"{name} {short(repr(value))}: expected a text")
     return value
@@ -181,7 +182,3 @@ def plain_name(title: str) -> str:
     """`model.safetensors [6ce0161689]` -> model.safetensors"""
     head, bracket, rest = title.rpartition(" [")
     return head if bracket and rest.endswith("]") else title
-
-
-def stem(name: str) -> str:
-    return name.rsplit(".", 1)[0] if "." in name.rpartition("/")[2] else name

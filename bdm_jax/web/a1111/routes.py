@@ -7,11 +7,12 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 
 from bdm_jax.app.metadata import WEB_UI_SAMPLERS
+from bdm_jax.app.service import stem
 from bdm_jax.errors import short
 from bdm_jax.web import uploads
 from bdm_jax.web.a1111 import answers, jobs
 from bdm_jax.web.a1111.fields import Img2Img, Options, PngInfo, Txt2Img
-from bdm_jax.web.a1111.jobs import LAYOUTS, MAPS, plain_name, stem
+from bdm_jax.web.a1111.jobs import LAYOUTS, MAPS, plain_name
 from bdm_jax.web.asking import Desk, owner_of, read_fields
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from bdm_jax.app import runs
 from bdm_jax.app.metadata import read_settings
 from bdm_jax.app.parts import Parts
-from bdm_jax.app.service import Job, ModelsFolder, QueueFull, Service
+from bdm_jax.app.service import Job, ModelsFolder, QueueFull, Service, stem
 from bdm_jax.app.service.kept import KeptSystems
 from bdm_jax.app.service.notes import collected
 from bdm_jax.errors import UserError
@@ -322,6 +322,11 @@ def test_names_are_those_of_the_folder(models):
     assert found.names("loras") == ["ink.pt", "画风/ink.safetensors"] and found.names("controls") == []
     assert found.path("loras", "画风/ink") == models.resolve() / "Lora/画风/ink.safetensors"
     assert ModelsFolder().names("models") == ["demo"]
+
+
+def test_a_folder_s_name_has_no_ending():
+    names = {"style/ink.v2.safetensors": "style/ink.v2", "ink.PT": "ink", "anything-v4.5": "anything-v4.5"}
+    assert {name: stem(name) for name in names} == names
 
 
 @pytest.mark.parametrize(
