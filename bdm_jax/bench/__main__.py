@@ -1,10 +1,10 @@
-"""How fast is it, and how fast is PyTorch on the same machine? `python -m bdm_jax.bench --against diffusers`.
+"""How fast is it, and how fast are others on the same machine? `python -m bdm_jax.bench --against diffusers openvino`.
 
-Random weights of SD1.5's and BDM's sizes, in fp32 on a CPU and bf16 elsewhere. Both sides run in turn within one
-process and `ratio` is that of the medians, ours / theirs; PyTorch runs in its faster memory format, with as many
-threads as there are cores; on a GPU compiled with max-autotune. What is counted as work (TFLOP/s, share of the peak) is
-the plain form's, whatever is saved. Memory is what our compiled program asks for: weights, inputs, outputs and
-everything in between.
+Random weights of SD1.5's and BDM's sizes, of one type on all sides. They run in turn within one process and `ratio` is
+that of the medians, ours / theirs; PyTorch runs in its faster memory format, with as many threads as there are cores;
+on a GPU compiled with max-autotune. What is counted as work (TFLOP/s, share of the peak) is the plain form's, whatever
+is saved. Memory is what our compiled program asks for: weights, inputs, outputs and everything in between; of others,
+what the process has grown by after their first call.
 """
 
 import os
@@ -20,7 +20,7 @@ import jax
 from PIL import Image
 
 from bdm_jax import command_line
-from bdm_jax.bench.cases import CASES, SD15, TEXT_CASES, Case, Sizes, make
+from bdm_jax.bench.cases import CASES, SD15, TEXT_CASES, Case, Other, Sizes, make
 from bdm_jax.bench.timing import matmul_peak, processor, timed
 from bdm_jax.errors import UserError
 from bdm_jax.formats.files import write_json
@@ -39,9 +39,10 @@ class BenchArgs:
     """pixels a side"""
     batch: tuple[int, ...] = (1,)
     """images at a time; a guided step computes two predictions of each"""
-    against: Literal["diffusers"] | None = None
+    against: tuple[Other, ...] = ()
+    """diffusers (PyTorch) and OpenVINO (`pip install -e ".[bench]"`), which is for CPUs"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """of weights and computation on both sides; float32 on a CPU and bfloat16 elsewhere where None"""
+    """of weights and computation on all sides; what `sample.py` takes on this machine where None"""
     repeats: int = 5
     json: Path | None = None
     """write all figures here"""
@@ -58,20 +59,21 @@ def bench(settings: BenchArgs, sizes: Sizes = SD15) -> dict[str, Any]:
     if min(settings.repeats, *settings.batch) < 1 or any(size < factor or size % factor for size in settings.size):
         raise UserError(f"repeats and batch must be positive, sizes multiples of {factor}")
     sizes = replace(sizes, dtype=settings.dtype or default_dtype())
-    peak = matmul_peak()
+    peak = matmul_peak(sizes.dtype)
     rows = []
     for case in settings.cases:
         for size in settings.size[:1] if case in TEXT_CASES else settings.size:
             for batch in settings.batch:
                 # Held by no name here: one problem's weights are gone before the next one's are made.
-                build = partial(make, case, sizes, size // factor, batch, bool(settings.against))
+                build = partial(make, case, sizes, size // factor, batch, settings.against)
                 row = {"case": case, "size": size, "batch": batch}
                 rows.append(row | timed(build, batch, settings.repeats, peak))
                 print(_line(rows[-1]), flush=True)
     settings = replace(settings, dtype=sizes.dtype)
     values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
     machine = {"device": jax.devices()[0].device_kind, "processor": processor(), "cores": os.cpu_count()}
-    machine |= {name: version(name) for name in ("jax", *(("torch", "diffusers") if settings.against else ()))}
+    packages = {"diffusers": ("torch", "diffusers"), "openvino": ("openvino",)}
+    machine |= {name: version(name) for name in ("jax", *(p for other in settings.against for p in packages[other]))}
     return {"settings": values, "machine": machine, "peak_tflops": peak / 1e12, "rows": rows}
 
 
@@ -95,19 +97,22 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _bars(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """What is measured -> side -> seconds."""
-    sides, found = {"bdm_jax": "seconds", "diffusers": "diffusers"}, {}
+    found = {}
     for row in rows:
         name = f"{row['case']}, {row['size']} px x {row['batch']}"
-        found[name] = {side: row[key] for side, key in sides.items() if key in row}
+        others = {other: figures["seconds"] for other, figures in row["others"].items()}
+        found[name] = {"bdm_jax": row["seconds"]} | others
     return found
 
 
 def _line(row: dict[str, Any]) -> str:
-    against = f"  diffusers {row['diffusers']:8.3f} s  ratio {row['ratio']:.2f}" if "ratio" in row else ""
+    others = (
+        f"  {name} {figures['seconds']:8.3f} s  ratio {figures['ratio']:.2f}" for name, figures in row["others"].items()
+    )
     return (
         f"{row['case']:14} {row['size']:4} px x {row['batch']}  {row['seconds']:8.3f} s  {row['per_second']:7.2f}/s  "
         f"{row['tflops']:6.2f} TFLOP/s ({row['share_of_peak']:.0%} of the peak)  "
-        f"{row['memory'] / 1e9:.2f} GB{against}"
+        f"{row['memory'] / 1e9:.2f} GB{''.join(others)}"
     )
 
 

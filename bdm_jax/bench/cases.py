@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdm_jax.bench import pytorch
+from bdm_jax.bench import openvino, pytorch
 from bdm_jax.bench.timing import Problem
 from bdm_jax.models.config import (
     BDM_BRANCH,
@@ -32,6 +32,8 @@ from bdm_jax.runtime import costs
 Case = Literal["empty-english", "two-prompts", "clip", "chinese-clip", "vae-decode", "train"]
 CASES: tuple[Case, ...] = ("empty-english", "two-prompts", "clip", "chinese-clip", "vae-decode", "train")
 TEXT_CASES: tuple[Case, ...] = ("clip", "chinese-clip")  # of one size, whatever the image's
+Other = Literal["diffusers", "openvino"]
+_OTHERS = {"diffusers": pytorch, "openvino": openvino}
 _ENGLISH, _CHINESE = 77, 52  # tokens
 
 
@@ -86,12 +88,12 @@ class Sizes:
 SD15 = Sizes()
 
 
-def make(case: Case, sizes: Sizes, side: int, batch: int, against: bool) -> Problem:
-    """Compile a case for `batch` images of `side` latents; `against`: with PyTorch's function."""
+def make(case: Case, sizes: Sizes, side: int, batch: int, against: tuple[Other, ...] = ()) -> Problem:
+    """Compile a case for `batch` images of `side` latents; `against`: with these functions of others."""
     return _CASES[case](sizes, side, batch, against)
 
 
-def _step(sizes: Sizes, side: int, batch: int, against: bool, one_english: bool) -> Problem:
+def _step(sizes: Sizes, side: int, batch: int, against: tuple[Other, ...], one_english: bool) -> Problem:
     networks, shape = sizes.networks, (side, side)
     configs = networks.unet, networks.branch
     x = sizes.normal(batch, side, side, 4)
@@ -105,11 +107,11 @@ def _step(sizes: Sizes, side: int, batch: int, against: bool, one_english: bool)
     times = (np.full(2 * batch, 500.0, np.float32),) * 2
     arguments = *_spec(both), times, full, Conditioning(chinese)
     flops = costs.flops(networks.step, tuple(map(sizes.shapes, configs)), *arguments)
-    theirs = pytorch.step(configs, both, full.tokens, chinese) if against else None
-    return _problem(networks.step, (params, x, *beforehand), theirs, flops)
+    others = _others(against, "step", configs, both, full.tokens, chinese)
+    return _problem(networks.step, (params, x, *beforehand), others, flops)
 
 
-def _text(sizes: Sizes, side: int, batch: int, against: bool, part: str) -> Problem:
+def _text(sizes: Sizes, side: int, batch: int, against: tuple[Other, ...], part: str) -> Problem:
     config, length = getattr(sizes, part), {"clip": _ENGLISH, "chinese_clip": _CHINESE}[part]
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2 * batch, length), np.int32)
     params = sizes.params(config)
@@ -118,10 +120,10 @@ def _text(sizes: Sizes, side: int, batch: int, against: bool, part: str) -> Prob
         return bind(config, params)(ids)
 
     flops = costs.flops(run, sizes.shapes(config), *_spec(ids))
-    return _problem(run, (params, ids), pytorch.text(config, ids, sizes.dtype) if against else None, flops)
+    return _problem(run, (params, ids), _others(against, "text", config, ids, sizes.dtype), flops)
 
 
-def _vae(sizes: Sizes, side: int, batch: int, against: bool) -> Problem:
+def _vae(sizes: Sizes, side: int, batch: int, against: tuple[Other, ...]) -> Problem:
     config = sizes.vae
     x = sizes.normal(batch, side, side, config.latent_channels)
     params = prepare(config, sizes.params(config), (side, side))
@@ -130,10 +132,10 @@ def _vae(sizes: Sizes, side: int, batch: int, against: bool) -> Problem:
         return bind(config, params).decode(x)
 
     flops = costs.flops(run, sizes.shapes(config), *_spec(x))
-    return _problem(run, (params, x), pytorch.vae(config, x) if against else None, flops)
+    return _problem(run, (params, x), _others(against, "vae", config, x), flops)
 
 
-def _train(sizes: Sizes, side: int, batch: int, against: bool) -> Problem:
+def _train(sizes: Sizes, side: int, batch: int, against: tuple[Other, ...]) -> Problem:
     """Loss and gradients of the branch; the optimizer's share is left out on both sides."""
     networks = sizes.networks
     configs = networks.unet, networks.branch
@@ -149,19 +151,23 @@ def _train(sizes: Sizes, side: int, batch: int, against: bool) -> Problem:
     unet, branch = sizes.params(configs[0]), init(configs[1], 0)
     step = jax.value_and_grad(loss)
     flops = costs.flops(step, abstract(configs[1]), sizes.shapes(configs[0]))
-    theirs = pytorch.step(configs, x, english, chinese, train=True) if against else None
-    return _problem(step, (branch, unet), theirs, flops)
+    against = tuple(other for other in against if other == "diffusers")  # OpenVINO does not train
+    return _problem(step, (branch, unet), _others(against, "step", configs, x, english, chinese, train=True), flops)
 
 
-def _problem(function: Callable, arguments: tuple, theirs: Callable[[], Any] | None, flops: float) -> Problem:
-    return Problem(jax.jit(function).lower(*arguments).compile(), arguments, theirs, flops)
+def _problem(function: Callable, arguments: tuple, others: dict[str, Callable], flops: float) -> Problem:
+    return Problem(jax.jit(function).lower(*arguments).compile(), arguments, others, flops)
+
+
+def _others(against: tuple[Other, ...], name: str, *arguments: Any, **options: Any) -> dict[str, Callable]:
+    return {other: partial(getattr(_OTHERS[other], name), *arguments, **options) for other in against}
 
 
 def _spec(*arrays: np.ndarray) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
 
 
-_CASES: dict[Case, Callable[[Sizes, int, int, bool], Problem]] = {
+_CASES: dict[Case, Callable[[Sizes, int, int, tuple[Other, ...]], Problem]] = {
     "empty-english": partial(_step, one_english=True),
     "two-prompts": partial(_step, one_english=False),
     "clip": partial(_text, part="clip"),

@@ -1,7 +1,7 @@
-"""The other side of the comparison: the same networks by diffusers and transformers in PyTorch.
+"""PyTorch's side of the comparison: the same networks by diffusers and transformers.
 
-Each function returns one without arguments that runs once and brings its result to the host. Raises UserError where
-PyTorch is missing or cannot use the accelerator that JAX uses.
+`modules` makes them, and `step`, `vae` and `text` what runs them, each a function without arguments that runs once and
+brings its result to the host. Raises UserError where PyTorch is missing or cannot use the accelerator that JAX uses.
 """
 
 import os
@@ -26,41 +26,53 @@ def step(
 ) -> Callable[[], Any]:
     """A step of backbone and branch on latents (B,h,w,C) and texts (B,T,D); with `train`, its gradients too."""
     torch, dtype = _torch(), x.dtype.name
-    from diffusers import ControlNetModel, UNet2DConditionModel
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()  # it warns of any change of type
-    values = {key: value for key, value in to_json(configs[1]).items() if key != "bdm_branch"}
-    branch = ControlNetModel.from_config(values).requires_grad_(train)
+    unet, branch = step_modules(configs, x.shape)
+    branch.requires_grad_(train)
     t, english, chinese = torch.full((len(x),), 500).to(_device()), _tensor(english), _tensor(chinese)
-    image = _tensor(np.zeros((len(x), 3, 8 * x.shape[1], 8 * x.shape[2]), x.dtype))
-    # BDM's branch has no image: the embedding of its place must not count.
-    hint = _tensor(np.zeros((len(x), configs[1].block_out_channels[0], *x.shape[1:3]), x.dtype))
-    branch.controlnet_cond_embedding = _constant(hint)
-    unet = _placed(UNet2DConditionModel.from_config(to_json(configs[0])).requires_grad_(False), dtype)
+    unet = _placed(unet, dtype)
     # Masters of a trained branch are fp32 here too.
     branch = _placed(branch, "float32" if train else dtype)
+    branch.controlnet_cond_embedding.to(getattr(torch, dtype))
 
     def run(layout):
         latents = _nchw(x, layout)
         mixed = torch.autocast(_device(), getattr(torch, dtype), enabled=train and dtype != "float32")
         with torch.set_grad_enabled(train), mixed:
-            skips, mid = branch(latents, t, chinese, image, return_dict=False)
-            out = unet(latents, t, english, down_block_additional_residuals=skips, mid_block_additional_residual=mid)
+            out = predict(unet, branch, latents, t, english, chinese)
             if train:
                 branch.zero_grad()
-                out.sample.square().mean().backward()
-            return out.sample.detach().float().cpu().numpy()
+                out.square().mean().backward()
+            return out.detach().float().cpu().numpy()
 
     return _formats((unet, branch), run)
+
+
+def step_modules(configs: tuple[UNetConfig, BranchConfig], shape: tuple[int, ...]):
+    """(backbone, branch) for latents of `shape` (B,h,w,C), in fp32, without gradients."""
+    torch = _torch()
+    from diffusers import ControlNetModel, UNet2DConditionModel
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()  # it warns of any change of type
+    values = {key: value for key, value in to_json(configs[1]).items() if key != "bdm_branch"}
+    branch = ControlNetModel.from_config(values).requires_grad_(False)
+    # BDM's branch has no image: the embedding of its place must not count.
+    branch.controlnet_cond_embedding = _constant(torch.zeros(shape[0], configs[1].block_out_channels[0], *shape[1:3]))
+    return UNet2DConditionModel.from_config(to_json(configs[0])).requires_grad_(False), branch
+
+
+def predict(unet, branch, latents, t, english, chinese):
+    """The prediction (B,C,h,w)."""
+    image = latents.new_zeros(len(latents), 3, 8 * latents.shape[2], 8 * latents.shape[3])
+    skips, mid = branch(latents, t, chinese, image, return_dict=False)
+    residuals = {"down_block_additional_residuals": skips, "mid_block_additional_residual": mid}
+    return unet(latents, t, english, **residuals, return_dict=False)[0]
 
 
 def vae(config: VAEConfig, x: np.ndarray) -> Callable[[], Any]:
     """The decoder on latents (B,h,w,C)."""
     torch = _torch()
-    from diffusers import AutoencoderKL
-
-    module = AutoencoderKL.from_config(to_json(config)).eval().to(_device(), getattr(torch, x.dtype.name))
+    module = vae_module(config).to(_device(), getattr(torch, x.dtype.name))
     decode = torch.compile(module.decode, mode="max-autotune") if _device() == "cuda" else module.decode
 
     def run(layout):
@@ -70,15 +82,18 @@ def vae(config: VAEConfig, x: np.ndarray) -> Callable[[], Any]:
     return _formats((module,), run)
 
 
+def vae_module(config: VAEConfig):
+    """The autoencoder in fp32."""
+    _torch()
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_config(to_json(config)).eval()
+
+
 def text(config: CLIPTextConfig | RobertaConfig, ids: np.ndarray, dtype: str) -> Callable[[], Any]:
     """A text encoder on ids (B,T)."""
     torch = _torch()
-    import transformers
-
-    kind = "ChineseCLIPText" if isinstance(config, RobertaConfig) else "CLIPText"
-    values = {k: v for k, v in to_json(config).items() if k not in ("architectures", "model_type")}
-    module = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**values)).eval()
-    module = _placed(module, dtype)
+    module = _placed(text_module(config), dtype)
     tokens = torch.from_numpy(ids).long().to(_device())
 
     def run():
@@ -86,6 +101,16 @@ def text(config: CLIPTextConfig | RobertaConfig, ids: np.ndarray, dtype: str) ->
             return module(tokens)[0].float().cpu().numpy()
 
     return run
+
+
+def text_module(config: CLIPTextConfig | RobertaConfig):
+    """The text encoder in fp32."""
+    _torch()
+    import transformers
+
+    kind = "ChineseCLIPText" if isinstance(config, RobertaConfig) else "CLIPText"
+    values = {k: v for k, v in to_json(config).items() if k not in ("architectures", "model_type")}
+    return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**values)).eval()
 
 
 def _torch():
@@ -141,7 +166,11 @@ def _constant(value):
     """A module that gives `value`, whatever it is called with."""
 
     class Constant(_torch().nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("value", value)
+
         def forward(self, _):
-            return value
+            return self.value
 
     return Constant()

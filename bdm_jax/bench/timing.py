@@ -1,10 +1,12 @@
-"""What is measured: a compiled program beside PyTorch's function, in turn, and the machine's own peak."""
+"""What is measured: a compiled program beside others' functions, in turn, and the machine's own peak."""
 
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,13 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Problem:
-    """One measurement: our compiled program and its arguments, PyTorch's function (where there is a comparison), the
-    FLOPs of one call.
+    """One measurement: our compiled program and its arguments, what makes the others' functions (by name), the FLOPs of
+    one call.
     """
 
     program: jax.stages.Compiled
     arguments: tuple
-    theirs: Callable[[], Any] | None
+    others: dict[str, Callable[[], Callable[[], Any]]]
     flops: float
 
     def ours(self) -> Any:
@@ -36,26 +38,41 @@ class Problem:
 
 
 def timed(make: Callable[[], Problem], batch: int, repeats: int, peak: float) -> dict[str, Any]:
-    """Make a problem, which compiles it, and time both sides in turn; their first calls do not count."""
+    """Make a problem, which compiles it, and time all sides in turn; their first calls do not count."""
     started = time.perf_counter()
     problem = make()
     made = time.perf_counter() - started
-    sides = [side for side in (problem.ours, problem.theirs) if side]
-    for side in sides:
-        seconds(side)
+    seconds(problem.ours)
+    sides, others = [problem.ours], {}
+    for name, make_other in problem.others.items():
+        before, started = resident(), time.perf_counter()
+        sides.append(make_other())
+        others[name] = {"made_in": time.perf_counter() - started}
+        seconds(sides[-1])
+        if before:
+            others[name]["memory"] = resident() - before
     times = [[seconds(side) for side in sides] for _ in range(repeats)]
     ours, *theirs = (statistics.median(column) for column in zip(*times, strict=True))
+    for other, median in zip(others.values(), theirs, strict=True):
+        other |= {"seconds": median, "ratio": ours / median}
     rate = problem.flops / ours
     row = {"made_in": made, "seconds": ours, "per_second": batch / ours, "tflop": problem.flops / 1e12}
     row |= {"tflops": rate / 1e12, "share_of_peak": rate / peak, "memory": problem.memory, "times": times}
-    return row | ({"diffusers": theirs[0], "ratio": ours / theirs[0]} if theirs else {})
+    return row | {"others": others}
 
 
-def matmul_peak(side: int = 2048) -> float:
-    """FLOP/s of a square matrix product, the best of ten: in bf16, in fp32 on a CPU."""
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+def resident() -> int:
+    """Bytes of this process in the machine's memory; 0 where this system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text("utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
+
+
+def matmul_peak(dtype: str, side: int = 2048) -> float:
+    """FLOP/s of a square matrix product in a type, summed in fp32: the best of ten."""
     x = jnp.ones((side, side), dtype)
-    product = jax.jit(jnp.matmul)
+    product = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32))
     return 2 * side**3 / min(seconds(lambda: product(x, x)) for _ in range(11))
 
 

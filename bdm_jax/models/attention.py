@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 Form = Literal["plain", "chunked", "cudnn", "flash"]
 
-# Scores held at once on a CPU: 4 MB, which a core's caches hold. A problem with fewer is computed in one piece.
-CPU_SCORES = 2**20
+# Scores of one piece on a CPU. XLA computes softmax between both products, in blocks that stay in a core's caches.
+CPU_SCORES = 2**22
 _FEWEST_QUERIES = 128
 
 _FLASH_TOKENS = 4096
@@ -70,7 +70,7 @@ def choose(
     """
     batch, queries, heads, width = query_shape
     if platform == "cpu":
-        return "chunked" if batch * heads * queries * keys > CPU_SCORES else "plain"
+        return "chunked"
     if platform in ("gpu", "cuda"):
         legal = dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= (256 if capability >= 9 else 128)
         return "cudnn" if legal and capability >= 8 else "plain"
@@ -91,7 +91,7 @@ def plain_attention(
     if causal:
         scores = jnp.where(jnp.tri(*scores.shape[2:], dtype=bool), scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bnts,bsnk->btnk", weights, value)
+    return jnp.einsum("bnts,bsnk->btnk", weights, value, preferred_element_type=jnp.float32).astype(value.dtype)
 
 
 def biased_attention(
@@ -109,39 +109,57 @@ def biased_attention(
     largest = jax.lax.stop_gradient(jnp.max(scores, axis=(1, 2, 3), keepdims=True))
     scores = (scores + bias.astype(jnp.float32)[:, None] * largest) / math.sqrt(query.shape[-1])
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bnts,bsnk->btnk", weights, value)
+    return jnp.einsum("bnts,bsnk->btnk", weights, value, preferred_element_type=jnp.float32).astype(value.dtype)
 
 
 def _chunked(query, key, value, mask):
-    """Loops over heads and over chunks of queries. The batch stays whole, so that it may be sharded.
-
-    Scores stand with one column for each query: so written, both products are the fastest that XLA has on a CPU, and
-    the softmax runs down contiguous rows. A row of ones below the values makes their sums in the same product.
+    """Loops over groups of heads or, where one head is too large, over chunks of its queries. The batch stays whole, so
+    that it may be sharded. A column of ones beside the values makes their sums in the same product.
     """
-    batch, queries, _, width = query.shape
-    most = max(_FEWEST_QUERIES, CPU_SCORES // (batch * key.shape[1]))
-    chunks = -(-queries // most)
+    batch, queries, heads, width = query.shape
+    most = max(1, CPU_SCORES // (batch * key.shape[1]))  # queries, of all heads of a group together
+    group = max(size for size in range(1, heads + 1) if heads % size == 0 and (size == 1 or size * queries <= most))
+    chunks = -(-queries // max(_FEWEST_QUERIES, most)) if group == 1 else 1
     size = -(-queries // chunks)
-    query = jnp.pad(query / math.sqrt(width), ((0, 0), (0, chunks * size - queries), (0, 0), (0, 0)))
-    query_ncbkt = query.reshape(batch, chunks, size, -1, width).transpose(3, 1, 0, 4, 2)
-    key_nbsk, value_nbks = key.transpose(2, 0, 1, 3), value.transpose(2, 0, 3, 1)
-    value_nbks = jnp.concatenate([value_nbks, jnp.ones_like(value_nbks[:, :, :1])], axis=2)
+    query = (query.astype(jnp.float32) / math.sqrt(width)).astype(query.dtype)
+    query = jnp.pad(query, ((0, 0), (0, chunks * size - queries), (0, 0), (0, 0)))
+    value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+    # Held as they are read: else XLA reads heads out of (B,T,N,K) in every product.
+    parts = _pieces(query, group, chunks), _pieces(key, group)[:, 0], _pieces(value, group)[:, 0]
+    parts = jax.lax.optimization_barrier(parts)
 
-    def head(parts):
-        query_cbkt, key_bsk, value_bks = parts
-        return jax.lax.map(lambda chunk: _one_head(chunk, key_bsk, value_bks, mask), query_cbkt)
+    def one_group(parts):
+        query_cbgtk, key, value = parts
+        return _map(lambda chunk: _mix(chunk, key, value, mask), query_cbgtk)
 
-    out_ncbkt = jax.lax.map(head, (query_ncbkt, key_nbsk, value_nbks))
-    return out_ncbkt.transpose(2, 1, 4, 0, 3).reshape(batch, chunks * size, -1, width)[:, :queries]
+    out = _map(one_group, parts)  # (N/G,C,B,G,T,K)
+    return out.transpose(2, 1, 4, 0, 3, 5).reshape(batch, chunks * size, heads, -1)[:, :queries]
 
 
-def _one_head(query_bkt, key_bsk, value_bks, mask):
-    scores = jnp.einsum("bsk,bkt->bst", key_bsk, query_bkt, preferred_element_type=jnp.float32)
+def _pieces(x, group, chunks=1):
+    """(B,T,N,K) -> (N/G,C,B,G,T/C,K)."""
+    batch, tokens, heads, width = x.shape
+    x = x.reshape(batch, chunks, tokens // chunks, heads // group, group, width)
+    return x.transpose(3, 1, 0, 4, 2, 5)
+
+
+def _map(function, parts):
+    """jax.lax.map, without a loop where there is one part only."""
+    if len(jax.tree.leaves(parts)[0]) == 1:
+        return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], parts)))
+    return jax.lax.map(function, parts)
+
+
+def _mix(query, key, value, mask):
+    """Scaled queries (B,G,T,K), keys (B,G,S,K), values with their ones (B,G,S,K+1) -> (B,G,T,K)."""
+    shape = query.shape
+    query, key, value = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value))
+    scores = jnp.einsum("btk,bsk->bts", query, key, preferred_element_type=jnp.float32)
     if mask is not None:
-        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=1, keepdims=True)))
-    mixed = jnp.einsum("bks,bst->bkt", value_bks, weights.astype(value_bks.dtype), preferred_element_type=jnp.float32)
-    return (mixed[:, :-1] / mixed[:, -1:]).astype(value_bks.dtype)
+        scores = jnp.where(jnp.repeat(mask, shape[1], axis=0)[:, None, :], scores, jnp.finfo(scores.dtype).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))).astype(value.dtype)
+    mixed = jnp.einsum("bts,bsk->btk", weights, value, preferred_element_type=jnp.float32)
+    return (mixed[..., :-1] / mixed[..., -1:]).astype(value.dtype).reshape(shape)
 
 
 def _flash(query, key, value):

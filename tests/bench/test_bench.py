@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bdm_jax.bench import __main__ as bench
+from bdm_jax.bench import openvino, pytorch
 from bdm_jax.bench.cases import CASES, GuidedStep, Sizes
 from bdm_jax.models.config import BranchConfig, CLIPTextConfig, RobertaConfig, UNetConfig, VAEConfig
 from bdm_jax.runtime import costs
@@ -26,17 +28,33 @@ TOY = Sizes(
 )
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_cases_are_timed_against_diffusers(capsys, dtype):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cases_are_timed_against_others(capsys, dtype):
     cases = tuple(case for case in CASES if case != "two-prompts")  # the same but for one row of text
-    report = bench.bench(bench.BenchArgs(cases, (64,), against="diffusers", repeats=1, dtype=dtype), TOY)
-    assert report["settings"]["dtype"] == (dtype or "float32")
+    settings = bench.BenchArgs(cases, (64,), against=("diffusers", "openvino"), repeats=1, dtype=dtype)
+    report = bench.bench(settings, TOY)
+    assert report["settings"]["dtype"] == dtype
     assert [row["case"] for row in report["rows"]] == list(cases)
     for row in report["rows"]:
         assert row["tflop"] > 0 and row["seconds"] > 0 and row["memory"] > 0
-        assert row["ratio"] == pytest.approx(row["seconds"] / row["diffusers"])
+        assert list(row["others"]) == ["diffusers", "openvino"][: 1 if row["case"] == "train" else 2]
+        for other in row["others"].values():
+            assert other["ratio"] == pytest.approx(row["seconds"] / other["seconds"])
     json.dumps(report)
-    assert capsys.readouterr().out.count("ratio") == len(cases)
+    assert capsys.readouterr().out.count("ratio") == 2 * len(cases) - 1
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 3e-2)])
+def test_the_others_compute_the_same(dtype, tolerance):
+    """Relative to the largest value. Random weights differ from ours, so the two others are held against each other."""
+    x = TOY.normal(2, 8, 8, 4)
+    english, chinese = TOY.normal(2, 7, 32), TOY.normal(2, 5, 32)
+    torch.manual_seed(0)
+    unet, branch = pytorch.step_modules((TOY.networks.unet, TOY.networks.branch), x.shape)
+    inputs = openvino._nchw(x), np.int64(500), english, chinese
+    run = openvino._compiled(lambda *given: pytorch.predict(unet, branch, *given), (unet, branch), inputs, dtype)
+    expected = pytorch.predict(unet, branch, *map(torch.as_tensor, inputs)).numpy()
+    np.testing.assert_allclose(run(), expected, atol=tolerance * np.abs(expected).max(), rtol=0)
 
 
 def test_flops_of_products_convolutions_and_loops():

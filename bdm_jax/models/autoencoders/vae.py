@@ -6,6 +6,7 @@ from flax import nnx
 
 from bdm_jax.models.attention import attention
 from bdm_jax.models.autoencoders.config import VAEConfig
+from bdm_jax.models.linear import Linear
 from bdm_jax.models.unet.layers import Downsample, GroupNorm, ResnetBlock, Upsample, conv
 
 _EPS = 1e-6
@@ -16,10 +17,10 @@ class VAEAttention(nnx.Module):
 
     def __init__(self, channels: int, groups: int, rngs: nnx.Rngs):
         self.group_norm = GroupNorm(channels, groups, epsilon=_EPS)
-        self.to_q = nnx.Linear(channels, channels, rngs=rngs)
-        self.to_k = nnx.Linear(channels, channels, rngs=rngs)
-        self.to_v = nnx.Linear(channels, channels, rngs=rngs)
-        self.to_out = nnx.List([nnx.Linear(channels, channels, rngs=rngs)])
+        self.to_q = Linear(channels, channels, rngs=rngs)
+        self.to_k = Linear(channels, channels, rngs=rngs)
+        self.to_v = Linear(channels, channels, rngs=rngs)
+        self.to_out = nnx.List([Linear(channels, channels, rngs=rngs)])
 
     def __call__(self, x):
         b, h, w, c = x.shape

@@ -12,6 +12,7 @@ from flax import nnx
 from PIL import Image
 
 from bdm_jax.models.attention import attention, plain_attention
+from bdm_jax.models.linear import Linear
 from bdm_jax.models.towers.config import CLIPTextConfig, CLIPVisionConfig
 
 _MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -42,10 +43,10 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, rngs: nnx.Rngs):
         width = config.hidden_size
         self.heads, self.causal = config.num_attention_heads, isinstance(config, CLIPTextConfig)
-        self.q_proj = nnx.Linear(width, width, rngs=rngs)
-        self.k_proj = nnx.Linear(width, width, rngs=rngs)
-        self.v_proj = nnx.Linear(width, width, rngs=rngs)
-        self.out_proj = nnx.Linear(width, width, rngs=rngs)
+        self.q_proj = Linear(width, width, rngs=rngs)
+        self.k_proj = Linear(width, width, rngs=rngs)
+        self.v_proj = Linear(width, width, rngs=rngs)
+        self.out_proj = Linear(width, width, rngs=rngs)
 
     def __call__(self, x):
         query, key, value = (
@@ -60,8 +61,8 @@ class MLP(nnx.Module):
 
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, rngs: nnx.Rngs):
         self.activation = config.hidden_act
-        self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
-        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
 
     def __call__(self, x):
         return self.fc2(_ACTIVATIONS[self.activation](self.fc1(x)))
@@ -115,7 +116,7 @@ class CLIPText(nnx.Module):
         self.config = config
         self.text_model = CLIPTextTransformer(config, rngs)
         if config.projection_dim is not None:
-            self.text_projection = nnx.Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
+            self.text_projection = Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
 
     def __call__(self, ids: jax.Array, layer: int = 1, final_norm: bool = True) -> jax.Array:
         """States of a layer counted from the last, 1 (`config.num_hidden_layers` + 1 is the embeddings), after the
@@ -192,7 +193,7 @@ class CLIPVision(nnx.Module):
     def __init__(self, config: CLIPVisionConfig, rngs: nnx.Rngs):
         self.config = config
         self.vision_model = CLIPVisionTransformer(config, rngs)
-        self.visual_projection = nnx.Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
+        self.visual_projection = Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = self.vision_model

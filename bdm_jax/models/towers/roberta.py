@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bdm_jax.models.attention import attention
+from bdm_jax.models.linear import Linear
 from bdm_jax.models.towers.config import RobertaConfig
 
 
@@ -35,16 +36,16 @@ class Projections(nnx.Module):
 
     def __init__(self, config: RobertaConfig, rngs: nnx.Rngs):
         width = config.hidden_size
-        self.query = nnx.Linear(width, width, rngs=rngs)
-        self.key = nnx.Linear(width, width, rngs=rngs)
-        self.value = nnx.Linear(width, width, rngs=rngs)
+        self.query = Linear(width, width, rngs=rngs)
+        self.key = Linear(width, width, rngs=rngs)
+        self.value = Linear(width, width, rngs=rngs)
 
 
 class Output(nnx.Module):
     """BERT's `output`: a layer, added to the input, normalised after (post-norm)."""
 
     def __init__(self, width: int, config: RobertaConfig, rngs: nnx.Rngs):
-        self.dense = nnx.Linear(width, config.hidden_size, rngs=rngs)
+        self.dense = Linear(width, config.hidden_size, rngs=rngs)
         self.LayerNorm = _norm(config, rngs)
 
     def __call__(self, x, residual):
@@ -69,7 +70,7 @@ class Intermediate(nnx.Module):
     """BERT's `intermediate`: the wide layer with an exact GELU."""
 
     def __init__(self, config: RobertaConfig, rngs: nnx.Rngs):
-        self.dense = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.dense = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
 
     def __call__(self, x):
         return jax.nn.gelu(self.dense(x), approximate=False)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
+from bdm_jax.models.linear import Linear
 from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.models.unet.config import BranchConfig, ControlNetConfig, EncoderConfig
 from bdm_jax.models.unet.layers import conv, repeat
@@ -64,10 +65,10 @@ class Branch(ResidualEncoder):
     def __init__(self, config: BranchConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
         if (states := config.prompt_embeds_dim) is not None:
-            self.prompt_embeds_projection = nnx.Linear(states, config.cross_attention_dim, use_bias=False, rngs=rngs)
+            self.prompt_embeds_projection = Linear(states, config.cross_attention_dim, use_bias=False, rngs=rngs)
         if (pooled := config.pooled_prompt_embeds_dim) is not None:
             width = EncoderConfig.pooled_dim.fget(config)
-            self.pooled_prompt_embeds_projection = nnx.Linear(pooled, width, use_bias=False, rngs=rngs)
+            self.pooled_prompt_embeds_projection = Linear(pooled, width, use_bias=False, rngs=rngs)
 
     def __call__(
         self, latents: jax.Array, t: jax.Array | TimeShifts, cond: Conditioning, merge: float = 0.0

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bdm_jax.models.attention import attention
+from bdm_jax.models.linear import Linear
 from bdm_jax.models.unet.config import EncoderConfig, ImageProjectionConfig, ResamplerConfig
 
 _LAYER = ".attn2"  # a cross-attention, in the block whose path `Conditioning.keys` has
@@ -24,7 +25,7 @@ class ImageProjection(nnx.Module):
     def __init__(self, config: ImageProjectionConfig, rngs: nnx.Rngs):
         self.config = config
         width, tokens = config.cross_attention_dim, config.num_image_text_embeds
-        self.image_embeds = nnx.Linear(config.image_embed_dim, tokens * width, rngs=rngs)
+        self.image_embeds = Linear(config.image_embed_dim, tokens * width, rngs=rngs)
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
 
     def __call__(self, vectors: jax.Array) -> jax.Array:
@@ -37,7 +38,7 @@ class ResamplerAttention(nnx.Module):
 
     def __init__(self, config: ResamplerConfig, rngs: nnx.Rngs):
         width, inner = config.hidden_dims, config.heads * config.dim_head
-        linear = partial(nnx.Linear, use_bias=False, rngs=rngs)
+        linear = partial(Linear, use_bias=False, rngs=rngs)
         self.heads = config.heads
         self.to_q, self.to_k, self.to_v = linear(width, inner), linear(width, inner), linear(width, inner)
         self.to_out = nnx.List([linear(inner, width)])
@@ -52,7 +53,7 @@ class GELU(nnx.Module):
     """A projection without bias, then the exact GELU."""
 
     def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(inputs, outputs, use_bias=False, rngs=rngs)
+        self.proj = Linear(inputs, outputs, use_bias=False, rngs=rngs)
 
     def __call__(self, x):
         return jax.nn.gelu(self.proj(x), approximate=False)
@@ -63,7 +64,7 @@ class ResamplerFeedForward(nnx.Module):
 
     def __init__(self, config: ResamplerConfig, rngs: nnx.Rngs):
         width, inner = config.hidden_dims, config.hidden_dims * config.ffn_ratio
-        back = nnx.Linear(inner, width, use_bias=False, rngs=rngs)
+        back = Linear(inner, width, use_bias=False, rngs=rngs)
         self.net = nnx.List([GELU(width, inner, rngs), None, back])
 
     def __call__(self, x):
@@ -90,9 +91,9 @@ class Resampler(nnx.Module):
 
     def __init__(self, config: ResamplerConfig, rngs: nnx.Rngs):
         self.latents = nnx.Param(jnp.zeros((1, config.num_queries, config.hidden_dims)))
-        self.proj_in = nnx.Linear(config.embed_dims, config.hidden_dims, rngs=rngs)
+        self.proj_in = Linear(config.embed_dims, config.hidden_dims, rngs=rngs)
         self.layers = nnx.List([ResamplerBlock(config, rngs) for _ in range(config.depth)])
-        self.proj_out = nnx.Linear(config.hidden_dims, config.output_dims, rngs=rngs)
+        self.proj_out = Linear(config.hidden_dims, config.output_dims, rngs=rngs)
         self.norm_out = nnx.LayerNorm(config.output_dims, epsilon=1e-5, rngs=rngs)
 
     def __call__(self, states: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from bdm_jax.models.attention import decoupled_attention
 from bdm_jax.models.convolution import Conv
+from bdm_jax.models.linear import Linear
 from bdm_jax.models.unet.merging import Merging, match
 
 # Tokens that a feed-forward takes at once on a CPU.
@@ -71,8 +72,8 @@ class TimeEmbedding(nnx.Module):
     """Two layers after the sinusoids: (B, width) -> (B, out)."""
 
     def __init__(self, width: int, out: int, rngs: nnx.Rngs):
-        self.linear_1 = nnx.Linear(width, out, rngs=rngs)
-        self.linear_2 = nnx.Linear(out, out, rngs=rngs)
+        self.linear_1 = Linear(width, out, rngs=rngs)
+        self.linear_2 = Linear(out, out, rngs=rngs)
 
     def __call__(self, x):
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
@@ -87,7 +88,7 @@ class ResnetBlock(nnx.Module):
         self.norm1 = GroupNorm(inputs, groups, epsilon=eps)
         self.conv1 = conv(inputs, outputs, rngs)
         if time_dim is not None:
-            self.time_emb_proj = nnx.Linear(time_dim, outputs, rngs=rngs)
+            self.time_emb_proj = Linear(time_dim, outputs, rngs=rngs)
         self.norm2 = GroupNorm(outputs, groups, epsilon=eps)
         self.conv2 = conv(outputs, outputs, rngs)
         if inputs != outputs:
@@ -133,10 +134,10 @@ class Attention(nnx.Module):
     def __init__(self, channels: int, heads: int, rngs: nnx.Rngs, context_dim: int | None = None):
         context_dim = context_dim or channels
         self.heads = heads
-        self.to_q = nnx.Linear(channels, channels, use_bias=False, rngs=rngs)
-        self.to_k = nnx.Linear(context_dim, channels, use_bias=False, rngs=rngs)
-        self.to_v = nnx.Linear(context_dim, channels, use_bias=False, rngs=rngs)
-        self.to_out = nnx.List([nnx.Linear(channels, channels, rngs=rngs)])
+        self.to_q = Linear(channels, channels, use_bias=False, rngs=rngs)
+        self.to_k = Linear(context_dim, channels, use_bias=False, rngs=rngs)
+        self.to_v = Linear(context_dim, channels, use_bias=False, rngs=rngs)
+        self.to_out = nnx.List([Linear(channels, channels, rngs=rngs)])
 
     def keys(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Context (B,S,D) -> keys and values, each (B,S,N,K)."""
@@ -158,11 +159,11 @@ class GEGLU(nnx.Module):
     """One projection to value and gate: value * gelu(gate), gelu exact (erf)."""
 
     def __init__(self, channels: int, hidden: int, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(channels, 2 * hidden, rngs=rngs)
+        self.proj = Linear(channels, 2 * hidden, rngs=rngs)
 
     def __call__(self, x):
-        value, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return value * jax.nn.gelu(gate, approximate=False)
+        value, gate = jnp.split(self.proj.sums(x), 2, axis=-1)
+        return (value * jax.nn.gelu(gate, approximate=False)).astype(x.dtype)
 
 
 class FeedForward(nnx.Module):
@@ -171,7 +172,7 @@ class FeedForward(nnx.Module):
     """
 
     def __init__(self, channels: int, rngs: nnx.Rngs):
-        self.net = nnx.List([GEGLU(channels, 4 * channels, rngs), None, nnx.Linear(4 * channels, channels, rngs=rngs)])
+        self.net = nnx.List([GEGLU(channels, 4 * channels, rngs), None, Linear(4 * channels, channels, rngs=rngs)])
 
     def __call__(self, x):
         batch, tokens, channels = x.shape
@@ -243,7 +244,7 @@ class Transformer2D(nnx.Module):
 
 
 def _projection(channels: int, linear: bool, rngs: nnx.Rngs) -> nnx.Module:
-    return nnx.Linear(channels, channels, rngs=rngs) if linear else conv(channels, channels, rngs, kernel=1)
+    return Linear(channels, channels, rngs=rngs) if linear else conv(channels, channels, rngs, kernel=1)
 
 
 def _shrunk(maps: jax.Array, size: tuple[int, int]) -> jax.Array:

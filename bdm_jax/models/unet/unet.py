@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bdm_jax.models.linear import Linear
 from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.models.unet.config import EncoderConfig, UNetConfig
 from bdm_jax.models.unet.layers import (
@@ -100,7 +101,7 @@ class UNetEncoder(nnx.Module):
             inputs = config.projection_class_embeddings_input_dim
             self.add_embedding = TimeEmbedding(inputs, config.time_embed_dim, rngs)
         if config.encoder_hid_dim is not None:
-            self.encoder_hid_proj = nnx.Linear(config.encoder_hid_dim, config.cross_attention_dim, rngs=rngs)
+            self.encoder_hid_proj = Linear(config.encoder_hid_dim, config.cross_attention_dim, rngs=rngs)
         self.down_blocks = nnx.List([])
         previous = widths[0]
         for level, width in enumerate(widths):
