@@ -10,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported: the tol
 # The networks are tiny and their programs many: half the time in the compiler, the same arithmetic. What users compile
 # is run by tests/test_unchanged.py, tests/test_newest.py and the first picture of .ci/run.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("BDM_JAX_DTYPE", "float32")  # also in the commands that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a hub but its own
 
 import jax  # noqa: E402

@@ -169,13 +169,14 @@ def _surroundings() -> str:
     sources = sorted(_LIBRARY.rglob("*.py"))
     code = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
     device = jax.devices()[0]
-    machine = device.platform, device.device_kind, jax.device_count(), device.client.platform_version, _instructions()
+    machine = device.platform, device.device_kind, jax.device_count(), device.client.platform_version, instructions()
     versions = [f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax", "numpy")]
     settings = [getattr(jax.config, name) for name in _SETTINGS]
     return repr((code, machine, versions, settings, [os.environ.get(name) for name in _VARIABLES]))
 
 
-def _instructions() -> str:
+@functools.cache
+def instructions() -> str:
     """The processor's instruction sets, as far as this system lists them."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()

@@ -134,7 +134,8 @@ class Sampling:
     hires_strength: float = 0.5
     """Denoising strength over the enlarged image."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of weights and computation, by default float32 on a CPU, elsewhere bfloat16 or, without that, float16."""
+    """Type of weights and computation, by default bfloat16 where the hardware multiplies it (also CPUs with AVX512_BF16
+    or AMX), else float32 on a CPU and float16 on a GPU."""
     masked: bool | None = None
     """Hide padding from the branch, for branches trained so; by default the model's own."""
     reference: bool = False

@@ -1,6 +1,7 @@
 """One network in memory: loaded from what `formats.open` found, saved as diffusers or transformers reads it."""
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -17,10 +18,12 @@ from bdm_jax.formats.layouts import tree_from_torch, tree_to_torch
 from bdm_jax.formats.open import Found, find, pick_network
 from bdm_jax.models.config import BranchConfig, Config, from_json, to_json
 from bdm_jax.models.functional import Params, abstract, is_int8
+from bdm_jax.runtime.programs import instructions
 from bdm_jax.systems import families
 from bdm_jax.systems.fetch import local
 
 DTYPES = ("float32", "bfloat16", "float16")
+_BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}
 
 
 class Component(NamedTuple):
@@ -55,7 +58,7 @@ def load_found(found: Found, dtype: str | None = None) -> Component:
 def load_component(path: str | Path, dtype: str | None = None, kind: str | None = None) -> Component:
     """Read one network from a component folder or a file, which may also be named on a hub (see `systems.fetch`).
 
-    Weights come as `dtype`, by default float32 on a CPU and bfloat16 on an accelerator, on JAX's default device.
+    Weights come as `dtype`, by default `default_dtype`'s, on JAX's default device.
     `kind` is needed where a file holds several networks. Raises UserError or FileError that names what is missing,
     unknown or misshaped.
     """
@@ -88,11 +91,18 @@ def save_component(
 
 
 def default_dtype() -> str:
-    """The type of weights and computation unless asked: float32 on a CPU, bfloat16 on an accelerator that has it, else
-    float16 (NVIDIA's before compute capability 8, as T4 and V100).
+    """The type of weights and computation unless asked: bfloat16 on an accelerator or a CPU that multiplies it in
+    hardware (AVX512_BF16, AMX), else float32 on a CPU and float16 on a GPU (NVIDIA's before compute capability 8, as
+    T4 and V100). BDM_JAX_DTYPE names another.
+
+    Raises UserError when that is not a type.
     """
+    if asked := os.environ.get("BDM_JAX_DTYPE"):
+        if asked not in DTYPES:
+            raise unknown("BDM_JAX_DTYPE", asked, DTYPES)
+        return asked
     if jax.default_backend() == "cpu":
-        return "float32"
+        return "float32" if _BF16_INSTRUCTIONS.isdisjoint(instructions().split()) else "bfloat16"
     capability = getattr(jax.local_devices()[0], "compute_capability", None)  # of NVIDIA's: "7.5"
     old = re.fullmatch(r"(\d+)\.\d+", str(capability))
     return "float16" if old and int(old[1]) < 8 else "bfloat16"

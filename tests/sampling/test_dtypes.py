@@ -84,7 +84,6 @@ def test_int8_text_encoders_stay(tiny):
 @pytest.mark.parametrize(
     ("backend", "capability", "dtype"),
     [
-        ("cpu", None, "float32"),
         ("gpu", "7.5", "float16"),  # T4
         ("gpu", "7.0", "float16"),  # V100
         ("gpu", "8.0", "bfloat16"),
@@ -95,6 +94,31 @@ def test_int8_text_encoders_stay(tiny):
 )
 def test_what_a_device_can(backend, capability, dtype, monkeypatch):
     device = SimpleNamespace(**({"compute_capability": capability} if capability else {}))
+    monkeypatch.delenv("BDM_JAX_DTYPE")
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert components.default_dtype() == dtype
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ("flags : fpu avx512f avx512_bf16 avx512_vnni", "bfloat16"),
+        ("flags : fpu amx_tile amx_bf16", "bfloat16"),
+        ("flags : fpu avx2 avx512f avx512_vnni", "float32"),
+        ("Features : fp asimd bf16", "float32"),  # ARM's were never measured
+        ("", "float32"),
+    ],
+)
+def test_what_a_processor_can(flags, dtype, monkeypatch):
+    monkeypatch.delenv("BDM_JAX_DTYPE")
+    monkeypatch.setattr(components, "instructions", lambda: flags)
+    assert components.default_dtype() == dtype
+
+
+def test_the_environment_names_another(monkeypatch):
+    monkeypatch.setenv("BDM_JAX_DTYPE", "float16")
+    assert components.default_dtype() == "float16"
+    monkeypatch.setenv("BDM_JAX_DTYPE", "fp32")
+    with pytest.raises(UserError, match="unknown BDM_JAX_DTYPE 'fp32': did you mean 'float32'"):
+        components.default_dtype()
