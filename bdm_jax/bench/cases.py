@@ -25,6 +25,7 @@ from bdm_jax.models.config import (
 )
 from bdm_jax.models.convolution import prepare
 from bdm_jax.models.functional import Params, abstract, bind, cast, init
+from bdm_jax.models.linear import activation_dtype
 from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.models.unet.unet import TimeShifts
 from bdm_jax.runtime import costs
@@ -84,6 +85,10 @@ class Sizes:
         """Inputs in the same type."""
         return np.random.default_rng(0).standard_normal(shape, np.float32).astype(jnp.dtype(self.dtype))
 
+    def given(self, x: np.ndarray) -> np.ndarray:
+        """Inputs as our networks take them."""
+        return x.astype(activation_dtype(x.dtype))
+
 
 SD15 = Sizes()
 
@@ -102,13 +107,14 @@ def _step(sizes: Sizes, side: int, batch: int, against: tuple[Other, ...], one_e
     english = sizes.normal(batch if one_english else 2 * batch, _ENGLISH, networks.unet.cross_attention_dim)
     # One after the other: the plain filters of the first are gone before the second is made.
     params = tuple(prepare(config, sizes.params(config), shape) for config in configs)
-    beforehand = jax.jit(networks.beforehand)(params, jnp.full(1, 500.0), Conditioning(english), Conditioning(chinese))
+    texts = Conditioning(sizes.given(english)), Conditioning(sizes.given(chinese))
+    beforehand = jax.jit(networks.beforehand)(params, jnp.full(1, 500.0), *texts)
     full = Conditioning(np.repeat(english, 2, axis=0) if one_english else english)
     times = (np.full(2 * batch, 500.0, np.float32),) * 2
     arguments = *_spec(both), times, full, Conditioning(chinese)
     flops = costs.flops(networks.step, tuple(map(sizes.shapes, configs)), *arguments)
     others = _others(against, "step", configs, both, full.tokens, chinese)
-    return _problem(networks.step, (params, x, *beforehand), others, flops)
+    return _problem(networks.step, (params, sizes.given(x), *beforehand), others, flops)
 
 
 def _text(sizes: Sizes, side: int, batch: int, against: tuple[Other, ...], part: str) -> Problem:
@@ -132,7 +138,7 @@ def _vae(sizes: Sizes, side: int, batch: int, against: tuple[Other, ...]) -> Pro
         return bind(config, params).decode(x)
 
     flops = costs.flops(run, sizes.shapes(config), *_spec(x))
-    return _problem(run, (params, x), _others(against, "vae", config, x), flops)
+    return _problem(run, (params, sizes.given(x)), _others(against, "vae", config, x), flops)
 
 
 def _train(sizes: Sizes, side: int, batch: int, against: tuple[Other, ...]) -> Problem:
@@ -146,7 +152,8 @@ def _train(sizes: Sizes, side: int, batch: int, against: tuple[Other, ...]) -> P
     def loss(branch, unet):
         # Masters of the branch are fp32, as in a run; the backbone lies in the type of the computation.
         params = unet, cast(branch, jnp.dtype(sizes.dtype))
-        return jnp.mean(networks.step(params, x, times, Conditioning(english), Conditioning(chinese)) ** 2)
+        texts = Conditioning(sizes.given(english)), Conditioning(sizes.given(chinese))
+        return jnp.mean(networks.step(params, sizes.given(x), times, *texts) ** 2)
 
     unet, branch = sizes.params(configs[0]), init(configs[1], 0)
     step = jax.value_and_grad(loss)

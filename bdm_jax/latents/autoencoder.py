@@ -10,7 +10,7 @@ import numpy as np
 
 from bdm_jax.latents.tiles import slices, tiled
 from bdm_jax.models.config import TinyVAEConfig, VAEConfig
-from bdm_jax.models.functional import Params, bind, param_dtype
+from bdm_jax.models.functional import Params, bind, input_dtype
 from bdm_jax.runtime.programs import program
 from bdm_jax.systems.components import Component
 
@@ -82,7 +82,7 @@ def _cut(x: jax.Array, size: tuple[int, int], top: int, left: int) -> jax.Array:
 
 @program
 def _encode(config: VAEConfig | TinyVAEConfig, params: Params, images: jax.Array) -> jax.Array:
-    images = (images.astype(jnp.float32) / 127.5 - 1.0).astype(param_dtype(params))
+    images = (images.astype(jnp.float32) / 127.5 - 1.0).astype(input_dtype(params))
     mean, _ = bind(config, params).encode(images)
     return mean.astype(jnp.float32) * config.scaling_factor
 
@@ -95,7 +95,7 @@ def _decode(config: VAEConfig | TinyVAEConfig, params: Params, latents: jax.Arra
 @program
 def _images(config: VAEConfig | TinyVAEConfig, params: Params, latents: jax.Array) -> jax.Array:
     """Latents (B,h,w,C) -> images (B,H,W,3) fp32 in about [-1,1]."""
-    latents = (latents / config.scaling_factor).astype(param_dtype(params))
+    latents = (latents / config.scaling_factor).astype(input_dtype(params))
     return bind(config, params).decode(latents).astype(jnp.float32)
 
 

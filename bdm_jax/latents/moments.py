@@ -19,7 +19,7 @@ from bdm_jax.errors import BadRecord, UserError
 from bdm_jax.images.decode import decode_image, resize_to_cover
 from bdm_jax.latents import autoencoder
 from bdm_jax.models.config import TinyVAEConfig, VAEConfig, to_json
-from bdm_jax.models.functional import Params, bind, param_dtype
+from bdm_jax.models.functional import Params, bind, input_dtype
 from bdm_jax.paths import atomic_file
 from bdm_jax.runtime.processes import is_first
 from bdm_jax.systems.components import Component
@@ -112,7 +112,7 @@ def round_trip(vae: Component, images: Sequence[np.ndarray]) -> list[np.ndarray]
 @partial(jax.jit, static_argnums=0)
 def encode(config: VAEConfig | TinyVAEConfig, params: Params, images: jax.Array) -> jax.Array:
     """(B,H,W,3) uint8 -> mean and log-variance (B,h,w,2C) fp32, computed in the type of the parameters."""
-    dtype = param_dtype(params)
+    dtype = input_dtype(params)
     mean, logvar = bind(config, params).encode((images.astype(jnp.float32) / 127.5 - 1.0).astype(dtype))
     return jnp.concatenate([mean, logvar], axis=-1).astype(jnp.float32)
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from bdm_jax.models.config import EncoderConfig, VAEConfig
-from bdm_jax.models.linear import product
+from bdm_jax.models.linear import activation_dtype, product
 
 # Points at which the polynomials of Winograd's algorithm are evaluated, besides infinity. For m = 4 those with square
 # roots of two lose four times less precision than 0, 1, -1, 2, -2.
@@ -55,6 +55,7 @@ class Conv(nnx.Module):
         elif jax.default_backend() == "cpu" and math.prod(x.shape[:-1]) <= self.stride**2 * kernel.shape[-1]:
             out = product(patches(x, kernel, self.stride, self.padding), kernel.reshape(-1, kernel.shape[-1]))
         else:
+            x, kernel = (part.astype(activation_dtype(kernel.dtype)) for part in (x, kernel))
             out = jax.lax.conv_general_dilated(
                 x, kernel, (self.stride,) * 2, (self.padding,) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
@@ -114,7 +115,7 @@ def patches(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, in
 
 
 def winograd(x: jax.Array, filters: jax.Array) -> jax.Array:
-    """3x3 convolution of x (B,H,W,I), stride 1, zero padding 1, with transformed filters (n^2,O,I): (B,H,W,O)."""
+    """3x3 convolution of x (B,H,W,I), stride 1, zero padding 1, with transformed filters (n^2,O,I): (B,H,W,O), fp32."""
     n = round(len(filters) ** 0.5)
     m = n - 2
     batch, height, width, channels = x.shape
@@ -138,7 +139,7 @@ def winograd(x: jax.Array, filters: jax.Array) -> jax.Array:
 
 
 def _tiles(x, filters, rows, columns, m):
-    """Padded x (B, rows m + 2, columns m + 2, I) -> (B, rows m, columns m, O)."""
+    """Padded x (B, rows m + 2, columns m + 2, I) -> (B, rows m, columns m, O) in fp32."""
     n, batch, channels = m + 2, x.shape[0], x.shape[-1]
     outputs, _, inputs = _matrices(m)
     # Written as sums of strided slices, along one axis after the other: XLA turns each into one pass over contiguous
@@ -157,7 +158,7 @@ def _tiles(x, filters, rows, columns, m):
     y = y.reshape(n, n, batch, rows, columns, -1)
     lines = [_sum(row, [y[:, a] for a in range(n)]) for row in outputs]
     lines = [jnp.stack([_sum(row, list(line)) for row in outputs], axis=3) for line in lines]
-    return jnp.stack(lines, axis=2).reshape(batch, rows * m, columns * m, -1).astype(x.dtype)
+    return jnp.stack(lines, axis=2).reshape(batch, rows * m, columns * m, -1)
 
 
 def _every(x, axis, start, count, step):

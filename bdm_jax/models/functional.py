@@ -31,6 +31,7 @@ from bdm_jax.models.config import (
     UNetConfig,
     VAEConfig,
 )
+from bdm_jax.models.linear import activation_dtype
 from bdm_jax.models.towers.clip import CLIPText, CLIPVision
 from bdm_jax.models.towers.roberta import Roberta
 from bdm_jax.models.unet.branch import Branch, ControlNet
@@ -97,8 +98,13 @@ def cast(params: Params, dtype: jnp.dtype) -> Params:
 
 
 def param_dtype(params: Params) -> jnp.dtype:
-    """The type of a network's parameters, which is what its inputs must have."""
+    """The type of a network's parameters."""
     return next(iter(params.values())).dtype
+
+
+def input_dtype(params: Params) -> jnp.dtype:
+    """The type that a network's inputs must have, and its outputs have."""
+    return activation_dtype(param_dtype(params))
 
 
 def count(params: Params) -> int:

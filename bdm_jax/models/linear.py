@@ -6,20 +6,30 @@ from flax import nnx
 
 
 def product(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """x (...,I), kernel (I,O) or, prepared, (1,O,I), bias (O,) -> (...,O) in the type of x."""
-    return sums(x, kernel, bias).astype(x.dtype)
-
-
-def sums(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """The same before it is rounded: in fp32 on a CPU, where XLA's products of bf16 with a bf16 result are slower than
-    those in fp32, and with an fp32 result two to four times as fast (processors with AVX512_BF16 or AMX). Elsewhere in
-    the type of x, as the hardware sums in fp32 anyway.
+    """x (...,I), kernel (I,O) or, prepared, (1,O,I), bias (O,) -> (...,O) in the type of both or, where `is_mixed`, in
+    fp32.
     """
-    result = jnp.float32 if jax.default_backend() == "cpu" else x.dtype
+    mixed = is_mixed(kernel.dtype)
+    dtype = kernel.dtype if mixed else jnp.promote_types(x.dtype, kernel.dtype)
     kernel, inputs = (kernel, 0) if kernel.ndim == 2 else (kernel[0], 1)
     contract = ((x.ndim - 1,), (inputs,)), ((), ())
-    out = jax.lax.dot_general(x, kernel, contract, preferred_element_type=jnp.promote_types(result, x.dtype))
+    result = jnp.float32 if mixed else dtype
+    out = jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), contract, preferred_element_type=result)
     return out if bias is None else out + bias
+
+
+def is_mixed(dtype: jnp.dtype) -> bool:
+    """Whether weights of this type stand for a computation in fp32 but for the operands of products: bf16 on a CPU.
+
+    XLA's products of bf16 are two to four times as fast there as in fp32 (processors with AVX512_BF16 or AMX), but only
+    with a result in fp32; in everything else bf16 gains nothing.
+    """
+    return dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+
+
+def activation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The type of what networks with weights of a type compute."""
+    return jnp.dtype(jnp.float32 if is_mixed(dtype) else dtype)
 
 
 class Linear(nnx.Module):
@@ -31,8 +41,4 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs)) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.sums(x).astype(x.dtype)
-
-    def sums(self, x: jax.Array) -> jax.Array:
-        """The same before it is rounded (`sums`)."""
-        return sums(x, self.kernel[...], None if self.bias is None else self.bias[...])
+        return product(x, self.kernel[...], None if self.bias is None else self.bias[...])

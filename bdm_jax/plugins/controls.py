@@ -15,7 +15,7 @@ from PIL import Image
 
 from bdm_jax.errors import UserError
 from bdm_jax.models.config import ControlNetConfig, T2IAdapterConfig, UNetConfig
-from bdm_jax.models.functional import Params, bind, param_dtype
+from bdm_jax.models.functional import Params, bind, input_dtype
 from bdm_jax.runtime.programs import program
 from bdm_jax.systems.components import Component
 
@@ -83,4 +83,4 @@ def embed(control: Control, hint: np.ndarray) -> jax.Array | tuple[jax.Array, ..
 def _embed(config: ControlNetConfig | T2IAdapterConfig, params: Params, hints: jax.Array):
     network = bind(config, params)
     read = network if isinstance(config, T2IAdapterConfig) else network.controlnet_cond_embedding
-    return read((hints.astype(jnp.float32) / 255).astype(param_dtype(params)))
+    return read((hints.astype(jnp.float32) / 255).astype(input_dtype(params)))

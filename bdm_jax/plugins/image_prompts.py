@@ -27,7 +27,7 @@ from bdm_jax.models.config import (
     ResamplerConfig,
     UNetConfig,
 )
-from bdm_jax.models.functional import Params, abstract, bind, param_dtype
+from bdm_jax.models.functional import Params, abstract, bind, input_dtype
 from bdm_jax.models.towers.clip import normalised
 from bdm_jax.models.unet.ip_adapter import cross_attentions, image_keys
 from bdm_jax.runtime.programs import program
@@ -79,7 +79,7 @@ def read(prompt: ImagePrompt, unet: UNetConfig) -> tuple[Component, Params]:
 def keys(prompt: ImagePrompt, unet: Component) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Keys and values (2,T,N,K) by transformer, for the negative and the positive half, the strength in the values."""
     (config, projection), layers = read(prompt, unet.config)
-    dtype = unet.params["conv_in.bias"].dtype
+    dtype = input_dtype(unet.params)
     projection, layers = ({key: np.asarray(a, dtype) for key, a in tree.items()} for tree in (projection, layers))
     image = normalised(prompt.image, prompt.vision.config.image_size)
     configs = unet.config, prompt.vision.config, config
@@ -96,10 +96,10 @@ def _keys(
     strength: jax.Array,
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     unet, tower, config = configs
-    both = jnp.stack([jnp.zeros_like(image), image]).astype(param_dtype(vision))
+    both = jnp.stack([jnp.zeros_like(image), image]).astype(input_dtype(vision))
     vectors, states = bind(tower, vision)(both)
     seen = states if isinstance(config, ResamplerConfig) else vectors.at[0].set(0)
-    dtype = param_dtype(projection)
+    dtype = input_dtype(projection)
     tokens = bind(config, projection)(seen.astype(dtype))
     made = image_keys(unet, layers, tokens.astype(dtype))  # norms give fp32, which would spread to the backbone
     return {path: (key, strength.astype(value.dtype) * value) for path, (key, value) in made.items()}

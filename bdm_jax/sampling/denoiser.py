@@ -21,7 +21,7 @@ from bdm_jax.diffusion.guidance import guide, rescale
 from bdm_jax.diffusion.samplers import SamplerState, Steps
 from bdm_jax.diffusion.schedule import Schedule
 from bdm_jax.models.config import EncoderConfig, UNetConfig
-from bdm_jax.models.functional import Params, bind
+from bdm_jax.models.functional import Params, bind, input_dtype
 from bdm_jax.models.unet.branch import Residuals, add_repeating
 from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.models.unet.layers import repeat
@@ -159,7 +159,7 @@ def denoise(
     rows = jax.tree.map(jnp.asarray, rows)
     configs = {"unet": networks.unet, **{net.name: net.config for net in networks.residuals}}
     nets = {name: bind(config, params[name]) for name, config in configs.items()}
-    dtype = params["unet"]["conv_in.bias"].dtype
+    dtype = input_dtype(params["unet"])
     shifts = {name: net.time_shift_rows(rows.steps.t, texts[name], dtype) for name, net in nets.items()}
 
     def step(index: int | jax.Array, before: SamplerState) -> tuple[SamplerState, jax.Array, StepCache | None]:

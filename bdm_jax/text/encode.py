@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdm_jax.models.functional import Params, bind, param_dtype
+from bdm_jax.models.functional import Params, bind, input_dtype
 from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.runtime.programs import program
 from bdm_jax.text.grammar import parse
@@ -122,7 +122,7 @@ def encode_windows(
         places = positions.reshape(rows.shape)
         more = places >= 0, jnp.maximum(places, 0)
     how = {} if call.final_norm else {"final_norm": False}
-    dtype = param_dtype(params)
+    dtype = input_dtype(params)
     network, pooled = bind(call.config, params), None
     if call.pooled:
         states, pooled = network.outputs(rows, *more, layer=call.layer, **how)

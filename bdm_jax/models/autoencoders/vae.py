@@ -25,7 +25,8 @@ class VAEAttention(nnx.Module):
     def __call__(self, x):
         b, h, w, c = x.shape
         tokens = self.group_norm(x).reshape(b, h * w, 1, c)
-        out = attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        query, key, value = (part(tokens).astype(part.kernel.dtype) for part in (self.to_q, self.to_k, self.to_v))
+        out = attention(query, key, value)
         return x + self.to_out[0](out).reshape(x.shape)
 
 

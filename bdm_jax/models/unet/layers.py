@@ -152,7 +152,7 @@ class Attention(nnx.Module):
         return self.to_out[0](out.reshape(x.shape))
 
     def _split(self, x):
-        return x.reshape(*x.shape[:2], self.heads, -1)
+        return x.reshape(*x.shape[:2], self.heads, -1).astype(self.to_q.kernel.dtype)
 
 
 class GEGLU(nnx.Module):
@@ -162,8 +162,8 @@ class GEGLU(nnx.Module):
         self.proj = Linear(channels, 2 * hidden, rngs=rngs)
 
     def __call__(self, x):
-        value, gate = jnp.split(self.proj.sums(x), 2, axis=-1)
-        return (value * jax.nn.gelu(gate, approximate=False)).astype(x.dtype)
+        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return value * jax.nn.gelu(gate, approximate=False)
 
 
 class FeedForward(nnx.Module):

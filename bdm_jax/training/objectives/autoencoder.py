@@ -20,7 +20,7 @@ from bdm_jax.errors import BadRecord, UserError
 from bdm_jax.images.decode import decode_image, image_size, resize_to_cover
 from bdm_jax.latents.moments import record_key, record_moments, round_trip
 from bdm_jax.models.config import VAEConfig
-from bdm_jax.models.functional import abstract, init, param_dtype
+from bdm_jax.models.functional import abstract, init, input_dtype
 from bdm_jax.systems.components import Component, save_component
 from bdm_jax.training.objectives.objective import (
     Batch,
@@ -100,10 +100,10 @@ class AutoencoderObjective:
         """See `Objective`; batch: `image` (B,H,W,3) uint8."""
         images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
         vae = network(self.vae, params["vae"], self.remat)
-        mean, logvar = (x.astype(jnp.float32) for x in vae.encode(images.astype(param_dtype(params["vae"]))))
+        mean, logvar = (x.astype(jnp.float32) for x in vae.encode(images.astype(input_dtype(params["vae"]))))
         noise = draw(key, batch["place"], lambda k: jax.random.normal(k, mean.shape[1:]))
         latents = mean + jnp.exp(0.5 * logvar) * noise
-        decoded = vae.decode(latents.astype(param_dtype(params["vae"]))).astype(jnp.float32)
+        decoded = vae.decode(latents.astype(input_dtype(params["vae"]))).astype(jnp.float32)
         reconstruction = jnp.mean(losses.reconstruction(images, decoded))
         kl = jnp.mean(losses.kl_to_unit_normal(mean, logvar))
         error = jnp.mean(jnp.square((decoded - images) / 2))

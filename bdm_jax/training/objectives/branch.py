@@ -13,7 +13,7 @@ from bdm_jax.command_line import ModelPath, OptionalModelPath
 from bdm_jax.diffusion.schedule import DiscreteSchedule, Schedule, TimestepBias
 from bdm_jax.errors import UserError
 from bdm_jax.models.config import BranchConfig, Config, UNetConfig, branch_config
-from bdm_jax.models.functional import abstract, init, param_dtype
+from bdm_jax.models.functional import abstract, init, input_dtype
 from bdm_jax.models.unet.branch import init_branch_from_unet
 from bdm_jax.paths import no_such
 from bdm_jax.sampling.batching import default_size
@@ -121,7 +121,7 @@ class BranchTask:
             parts,
             Sample(read_moments, texts, BRANCH),
             partial(_export, self, pipeline),
-            partial(_preview, pipeline, texts, param_dtype(backbone.unet.params)),
+            partial(_preview, pipeline, texts, input_dtype(backbone.unet.params)),
             {**inputs, "branch_tokenizer": of_part(texts.tokenizer, self.tokenizer), **begun.inputs},
         )
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bdm_jax.models.config import CLIPTextConfig, Config, UNetConfig
-from bdm_jax.models.functional import abstract, bind, param_dtype
+from bdm_jax.models.functional import abstract, bind, input_dtype
 from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.systems.families import SD15
 from bdm_jax.training.objectives.denoising import Denoising
@@ -91,7 +91,7 @@ class SystemObjective:
 
         residuals: what is added to the bare backbone's skips and middle.
         """
-        x = x.astype(param_dtype(params["unet"] if "unet" in params else frozen["unet"]))
+        x = x.astype(input_dtype(params["unet"] if "unet" in params else frozen["unet"]))
         text = self._read(params, frozen, ids, x)
         if self.source == BACKBONE:
             unet = self.bound("unet", params, frozen)

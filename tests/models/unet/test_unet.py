@@ -56,15 +56,31 @@ def test_masked_tokens_are_not_seen(small_case, inputs, apply):
     assert np.abs(np.asarray(everything) - np.asarray(masked)).max() > 1e-3
 
 
-def test_bf16_stays_bf16_and_near_fp32(small_case, inputs, apply):
-    """Tensors keep their dtype; norms and softmax in fp32 keep the result within bf16's own error (2^-8 a step)."""
+@pytest.fixture
+def traced_for(monkeypatch):
+    """A function that has everything traced as for that backend, until the test ends."""
+
+    def trace_for(backend):
+        jax.clear_caches()
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+
+    yield trace_for
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("cpu", jnp.float32), ("gpu", jnp.bfloat16)])
+def test_bf16_weights_are_near_fp32(small_case, inputs, apply, traced_for, backend, dtype):
+    """Tensors keep their dtype, but on a CPU, where only operands of products are in bf16; norms and softmax in fp32
+    keep the result within bf16's own error (2^-8 a step).
+    """
+    traced_for(backend)
     config, size = small_case
     params = functional.init(config, 0)
     x = inputs(config, size)
     exact = np.asarray(apply(config, params, x.latents, x.t, x.cond))
     latents, tokens = jnp.asarray(x.latents, jnp.bfloat16), jnp.asarray(x.tokens, jnp.bfloat16)
     rough = apply(config, functional.cast(params, jnp.bfloat16), latents, x.t, Conditioning(tokens))
-    assert rough.dtype == jnp.bfloat16
+    assert rough.dtype == dtype
     assert np.abs(np.asarray(rough, np.float32) - exact).max() < 0.05 * np.abs(exact).max()
 
 
