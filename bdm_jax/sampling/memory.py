@@ -5,7 +5,7 @@ import os
 import jax
 
 from bdm_jax.errors import UserError
-from bdm_jax.models.functional import param_dtype
+from bdm_jax.models.functional import input_dtype
 from bdm_jax.sampling.settings import Sampling
 from bdm_jax.systems.pipeline import BridgePipeline
 
@@ -49,12 +49,12 @@ def _needs(
 ) -> list[tuple[int, str, str]]:
     """(bytes, of what, what to change) at the widest place of each network."""
     pixels, unet = size[0] * size[1], pipeline.unet
-    width = unet.config.block_out_channels[0] * param_dtype(unet.params).itemsize
+    width = unet.config.block_out_channels[0] * input_dtype(unet.params).itemsize
     smaller = "take a smaller --size" + (" or --batch-size" if batch > 1 else "")
     found = [(_HELD * batch * pixels // pipeline.factor**2 * width, "the UNet", smaller)]
     if pipeline.vae is not None:
         # one picture at a time, where it is large; in tiles, what they are put together in (fp32)
-        width = getattr(pipeline.vae.config, "block_out_channels", (3,))[0] * param_dtype(pipeline.vae.params).itemsize
+        width = getattr(pipeline.vae.config, "block_out_channels", (3,))[0] * input_dtype(pipeline.vae.params).itemsize
         tiled = 0 < settings.vae_tile < max(size)
         together = 3 * 4 * pixels
         tiles_fit = not tiled and together <= available and found[0][0] <= available

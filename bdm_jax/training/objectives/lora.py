@@ -172,8 +172,13 @@ class _Beside(nnx.Module):
         self.layer, self.scale = layer, scale
         self.down, self.up = nnx.Param(down), nnx.Param(up)
 
+    @property
+    def kernel(self):
+        """The layer's own, whose type its readers ask for."""
+        return self.layer.kernel
+
     def __call__(self, x):
-        down, up = self.down[...], self.up[...]
+        down, up = (half[...].astype(x.dtype) for half in (self.down, self.up))
         if isinstance(self.layer, Conv):
             stride, padding = (self.layer.stride,) * 2, (self.layer.padding,) * 2
             numbers = ("NHWC", "HWIO", "NHWC")
