@@ -1,9 +1,9 @@
 """What the code gave before it was moved into its present layout (issue 20), it gives still: pictures, training, files.
 
-tests/unchanged/record.py recorded it from the commit that recorded.json names. On a processor of the same kind with the
-same versions every bit must be the same. Elsewhere the compiler rounds in other places, and the tolerances below hold:
-fifty times and more what the oldest instruction set changes on the recording's processor (--xla_cpu_max_isa=SSE4_2, no
-fused multiply-add: 0.0002 levels, 2e-7 of a loss), a fifth of what the mildest approximation of docs/sampling.md does.
+tests/unchanged/record.py recorded it from the commit that recorded.json names. Compilers and processors round in other
+places, and attention on a CPU sums in another order since then. The tolerances are fifty times and more what the oldest
+instruction set changes on the recording's processor (--xla_cpu_max_isa=SSE4_2, no fused multiply-add: 0.0002 levels,
+2e-7 of a loss), a fifth of what the mildest approximation of docs/sampling.md does.
 """
 
 import importlib.util
@@ -33,14 +33,6 @@ def _load(path):
 
 runs = _load(Path(__file__).parent / "unchanged" / "runs.py")
 RECORDED = json.loads(runs.RECORDED.read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def exact():
-    """Whether every bit must be the same here."""
-    others = runs.same_bits(RECORDED["machine"])
-    print("compared bit for bit" if not others else f"compared within tolerances: other {', '.join(others)}")
-    return not others
 
 
 @pytest.fixture(scope="module")
@@ -77,33 +69,29 @@ def finished(done, status=0):
     return done
 
 
-def assert_same_pixels(found, recorded, exact, what):
+def assert_same_pixels(found, recorded, what):
     assert found.shape == recorded.shape, what
     away = np.abs(found.astype(int) - recorded)
     far = np.mean(away > FAR_LEVELS)
     told = f"{what}: {np.sum(away > 0)} of {away.size} values differ, the mean by {away.mean():.2g}, most {away.max()}"
     print(told)
-    if exact:
-        assert not away.any(), told
     assert away.mean() < MEAN_LEVELS and far < FAR_SHARE, told
 
 
-def assert_near(found, recorded, exact, tolerance, what):
+def assert_near(found, recorded, tolerance, what):
     """Floats as hexadecimal strings, by name; the tolerance is relative."""
     assert list(found) == list(recorded), what
-    for name, value in found.items():
-        assert not exact or value == recorded[name], (what, name)
     ours, theirs = (np.array([float.fromhex(value) for value in each.values()]) for each in (found, recorded))
     away = np.abs(ours - theirs) / np.abs(theirs)
     print(f"{what}: {np.sum(away > 0)} of {away.size} values differ, most by {away.max():.2g} of it")
     assert away.max() <= tolerance, (what, list(found)[away.argmax()])
 
 
-def assert_same_metrics(found, recorded, exact):
+def assert_same_metrics(found, recorded):
     assert [list(row) for row in found] == [list(row) for row in recorded]
     for name, tolerance in (("loss", LOSS), ("gradient_norm", GRADIENT)):
         ours, theirs = ({row["step"]: row[name] for row in rows} for rows in (found, recorded))
-        assert_near(ours, theirs, exact, tolerance, name)
+        assert_near(ours, theirs, tolerance, name)
 
 
 def test_the_inputs_are_those_of_the_recording(tmp_path):
@@ -112,7 +100,7 @@ def test_the_inputs_are_those_of_the_recording(tmp_path):
 
 
 @pytest.mark.parametrize("name", runs.DRAWINGS)
-def test_pictures(work, exact, name):
+def test_pictures(work, name):
     """Files' names, settings inside, pixels."""
     finished(work.of[name]())
     found, recorded = runs.read_pictures(work.folder / name), RECORDED["drawings"][name]
@@ -122,34 +110,32 @@ def test_pictures(work, exact, name):
         pixels, settings = found[file]
         expected = {**recorded["settings"], **own}
         assert {key: settings.get(key) for key in expected} == expected
-        assert_same_pixels(pixels, before, exact, file)
+        assert_same_pixels(pixels, before, file)
 
 
-def test_training(work, exact):
+def test_training(work):
     """Loss and gradient norm of every step, the exported weights, the samples."""
     finished(work.of["training"]())
     found, recorded = runs.read_training(work.folder / "training"), RECORDED["training"]
-    assert_same_metrics(found["metrics"], recorded["metrics"], exact)
+    assert_same_metrics(found["metrics"], recorded["metrics"])
     assert found["files"] == recorded["files"]
     norms = [{name: tensor["norm"] for name, tensor in each["branch"].items()} for each in (found, recorded)]
-    assert_near(*norms, exact, NORM, "norms of the exported tensors")
+    assert_near(*norms, NORM, "norms of the exported tensors")
     for name, tensor in found["branch"].items():
         before = recorded["branch"][name]
         assert (tensor["dtype"], tensor["shape"]) == (before["dtype"], before["shape"]), name
-        assert not exact or tensor["sha256"] == before["sha256"], name
     samples, before = found["samples"], recorded["samples"]
     assert samples["name"] == before["name"]
-    assert not exact or samples["sha256"] == before["sha256"]
     np.testing.assert_allclose(samples["means"], before["means"], atol=MEAN_LEVELS)
 
 
-def test_an_old_picture_is_drawn_again(work, exact):
+def test_an_old_picture_is_drawn_again(work):
     """A PNG of the old version gives its settings to --from."""
     finished(work.of["again"]())
     again, old = runs.read_pictures(work.folder / "again"), runs.read_pictures(runs.OLD_PICTURES)
     (pixels, settings), (before, told) = again[work.first.name], old[work.first.name]
     assert {key: settings.get(key) for key in told} == told
-    assert_same_pixels(pixels, before, exact, work.first.name)
+    assert_same_pixels(pixels, before, work.first.name)
 
 
 def test_an_old_folder_of_pictures_is_complete(work):
@@ -160,7 +146,7 @@ def test_an_old_folder_of_pictures_is_complete(work):
         assert copy.read_bytes() == path.read_bytes() and copy.stat().st_mtime_ns == work.copied[path.name], path.name
 
 
-def test_an_old_run_is_exported_and_goes_on(work, exact):
+def test_an_old_run_is_exported_and_goes_on(work):
     """The folder of a run: its config is accepted, its checkpoint restored. No sum is in an export: bits everywhere."""
     exported, trained = work.of["old run"]()
     run = work.folder / runs.OLD_RUN.name
@@ -170,4 +156,4 @@ def test_an_old_run_is_exported_and_goes_on(work, exact):
     assert "compiling the step" in trained.stderr
     metrics = runs.read_metrics(run)
     assert metrics[0] == RECORDED["old_run"]["metrics"][0]
-    assert_same_metrics(metrics, RECORDED["old_run"]["metrics"], exact)
+    assert_same_metrics(metrics, RECORDED["old_run"]["metrics"])

@@ -143,6 +143,7 @@ class Workplace:
             make_inputs(folder)
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "BDM_JAX_", "LIBTPU_"))}
         own = {"BDM_JAX_CACHE": str(folder / cache), "XDG_CACHE_HOME": str(folder / "home"), "JAX_PLATFORMS": "cpu"}
+        own["BDM_JAX_DTYPE"] = "float32"  # as it was recorded
         self.environment = {**kept, **own, "PYTHONUTF8": "1"}
 
     def run(self, script: str, *flags: str) -> subprocess.CompletedProcess:
@@ -190,12 +191,6 @@ def here() -> dict[str, Any]:
     processor = _processor()
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"versions": {name: version(name) for name in PACKAGES}, **processor, "cpus": min(cpus, CPUS)}
-
-
-def same_bits(machine: dict[str, Any]) -> list[str]:
-    """What keeps this machine from the recording's bits: an empty list where they must be the same."""
-    own = here()
-    return [name for name in ("versions", "vendor", "family", "flags", "cpus") if own[name] != machine[name]]
 
 
 _FLAGS = re.compile(r"(sse|ssse|avx|fma|f16c|bmi|amx|popcnt|movbe|adx|abm|xop|gfni|vaes|vpclmul)")
