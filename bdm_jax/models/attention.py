@@ -1,7 +1,7 @@
 """Softmax attention, in the form that fits the machine it is compiled for.
 
-CPU: one head at a time, in chunks of queries whose scores stay in the cache, divided by their sum after the values
-are mixed (performance.md, 7.1). CUDA: cuDNN's fused attention where it is legal (performance.md, 4.2). TPU: the flash
+CPU: groups of heads, and chunks of queries where one head is large, divided by their sum after the values are mixed
+(performance.md, 7.1). CUDA: cuDNN's fused attention where it is legal (performance.md, 4.2). TPU: the flash
 kernel where the sequence is long enough to pay for padding its heads to 128 (performance.md, 4.3). The plain form, with
 its whole matrix of scores, everywhere else.
 """
