@@ -1,7 +1,8 @@
 """PyTorch's side of the comparison: the same networks by diffusers and transformers.
 
-`modules` makes them, and `step`, `vae` and `text` what runs them, each a function without arguments that runs once and
-brings its result to the host. Raises UserError where PyTorch is missing or cannot use the accelerator that JAX uses.
+`step_modules`, `vae_module` and `text_module` make them; `step`, `vae` and `text` give what runs them, a function
+without arguments that runs once and brings its result to the host. Raises UserError where PyTorch is missing or cannot
+use the accelerator that JAX uses.
 """
 
 import os
