@@ -10,9 +10,11 @@ from bdm_jax.models.autoencoders import config as autoencoders
 from bdm_jax.models.autoencoders.config import SD15_VAE, SDXL_VAE, TAESD, TinyVAEConfig, VAEConfig
 from bdm_jax.models.towers import config as towers
 from bdm_jax.models.towers.config import (
+    CHATGLM3_TEXT,
     CHINESE_CLIP_H_TEXT,
     CLIP_L_TEXT,
     OPENCLIP_BIGG_TEXT,
+    ChatGLMConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
     RobertaConfig,
@@ -38,6 +40,7 @@ from bdm_jax.models.unet.config import (
 __all__ = [
     "BDM_BRANCH",
     "BDM_SDXL_BRANCH",
+    "CHATGLM3_TEXT",
     "CHINESE_CLIP_H_TEXT",
     "CLIP_L_TEXT",
     "KOLORS_UNET",
@@ -51,6 +54,7 @@ __all__ = [
     "BranchConfig",
     "CLIPTextConfig",
     "CLIPVisionConfig",
+    "ChatGLMConfig",
     "Config",
     "ControlNetConfig",
     "EncoderConfig",
@@ -67,7 +71,7 @@ __all__ = [
 ]
 
 _System = UNetConfig | BranchConfig | ControlNetConfig | VAEConfig | TinyVAEConfig | CLIPTextConfig | RobertaConfig
-Config = _System | T2IAdapterConfig | CLIPVisionConfig
+Config = _System | ChatGLMConfig | T2IAdapterConfig | CLIPVisionConfig
 
 _READERS = {**unet.READERS, **towers.READERS, **autoencoders.READERS}
 _WRITERS = {**unet.WRITERS, **towers.WRITERS, **autoencoders.WRITERS}

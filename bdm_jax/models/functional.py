@@ -19,6 +19,7 @@ from bdm_jax.models.autoencoders.taesd import TinyVAE
 from bdm_jax.models.autoencoders.vae import VAE
 from bdm_jax.models.config import (
     BranchConfig,
+    ChatGLMConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
     Config,
@@ -32,6 +33,7 @@ from bdm_jax.models.config import (
     VAEConfig,
 )
 from bdm_jax.models.linear import activation_dtype
+from bdm_jax.models.towers.chatglm import ChatGLM
 from bdm_jax.models.towers.clip import CLIPText, CLIPVision
 from bdm_jax.models.towers.roberta import Roberta
 from bdm_jax.models.unet.branch import Branch, ControlNet
@@ -50,6 +52,7 @@ _NETWORKS = {
     CLIPTextConfig: CLIPText,
     CLIPVisionConfig: CLIPVision,
     RobertaConfig: Roberta,
+    ChatGLMConfig: ChatGLM,
     T2IAdapterConfig: T2IAdapter,
     ImageProjectionConfig: ImageProjection,
     ResamplerConfig: Resampler,

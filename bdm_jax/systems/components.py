@@ -148,7 +148,7 @@ def size_metadata(config: Config, kind: str | None = None) -> dict[str, str]:
     values = to_json(config)
     names = ("attention_head_dim", "norm_num_groups", "sample_size", "scaling_factor", "num_attention_heads")
     names += ("hidden_act", "bos_token_id", "eos_token_id", "pad_token_id", "norm_eps", "layer_norm_eps")
-    names += ("addition_time_embed_dim",)
+    names += ("addition_time_embed_dim", "kv_channels")
     return {
         f"bdm_jax.{kind or families.kind_of(config)}": json.dumps({key: values[key] for key in names if key in values})
     }

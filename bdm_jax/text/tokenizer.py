@@ -1,4 +1,4 @@
-"""Prompts to token ids: CLIP's byte-pair, BERT's Chinese and T5's tokenizers behind one small class."""
+"""Prompts to token ids: CLIP's byte-pair, BERT's Chinese, T5's and ChatGLM's tokenizers behind one small class."""
 
 import copy
 import hashlib
@@ -16,6 +16,7 @@ from transformers import BertTokenizer, CLIPTokenizer, T5TokenizerFast
 
 from bdm_jax.errors import UserError, short
 from bdm_jax.formats.files import read_json
+from bdm_jax.text.chatglm import MODEL, ChatGLMTokenizer
 from bdm_jax.text.windows import WindowFormat
 
 
@@ -28,7 +29,9 @@ _KINDS = {
     "CLIPTokenizer": (CLIPTokenizer, (("tokenizer.json",), ("vocab.json", "merges.txt")), 77),
     "BertTokenizer": (BertTokenizer, (("tokenizer.json",), ("vocab.txt",)), 52),
     "T5Tokenizer": (T5TokenizerFast, (("tokenizer.json",), ("spiece.model",)), 256),
+    "ChatGLMTokenizer": (ChatGLMTokenizer, ((MODEL,),), 256),
 }
+_BY_FILE = {"vocab.txt": "BertTokenizer", MODEL: "ChatGLMTokenizer"}  # where tokenizer_config.json does not say it
 # Letters and digits of scripts that set blanks between words; Chinese, Japanese and Korean do not, or glue parts on.
 _LETTER = r"[^\W\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]"
 _NO_WINDOW = 512  # a model_max_length from here on is BERT's number of positions, or "no limit"; not a window
@@ -46,7 +49,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        tokenizer: CLIPTokenizer | BertTokenizer | T5TokenizerFast,
+        tokenizer: CLIPTokenizer | BertTokenizer | T5TokenizerFast | ChatGLMTokenizer,
         length: int,
         prefix: Sequence[int] | None = None,
     ):
@@ -78,7 +81,7 @@ class Tokenizer:
             raise UserError(f"{folder}: no such tokenizer folder")
         path = folder / "tokenizer_config.json"
         values = read_json(path) if path.is_file() else {}
-        likely = "BertTokenizer" if (folder / "vocab.txt").is_file() else "CLIPTokenizer"
+        likely = next((kind for file, kind in _BY_FILE.items() if (folder / file).is_file()), "CLIPTokenizer")
         kind = str(values.get("tokenizer_class") or likely)
         if kind.removesuffix("Fast") not in _KINDS:
             raise UserError(f"{path}: tokenizer_class {kind!r} is not one of {', '.join(_KINDS)}")
@@ -88,7 +91,7 @@ class Tokenizer:
         tokenizer = make.from_pretrained(folder, local_files_only=True, **({} if pad is None else {"pad_token": pad}))
         if length is None:
             length = int(tokenizer.model_max_length) if tokenizer.model_max_length < _NO_WINDOW else usual
-        found = cls(tokenizer, length)
+        found = cls(tokenizer, length, getattr(tokenizer, "prefix", None))
         if found.format.room < 1:
             raise UserError(f"{path}: model_max_length {length} leaves no room for a prompt")
         return found

@@ -57,6 +57,33 @@ class RobertaConfig:
     pad_token_id: int = 0
 
 
+@dataclass(frozen=True)
+class ChatGLMConfig:
+    """ChatGLM3 as a text encoder (Kolors'); the sizes are those of ChatGLM3-6B.
+
+    Attributes:
+      kv_channels: of a head. multi_query_group_num: heads of the keys and values. layernorm_epsilon: of the RMS norms.
+    """
+
+    vocab_size: int = 65024
+    hidden_size: int = 4096
+    intermediate_size: int = 13696
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 32
+    kv_channels: int = 128
+    multi_query_group_num: int = 2
+    layernorm_epsilon: float = 1e-5
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.multi_query_group_num:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of multi_query_group_num "
+                f"({self.multi_query_group_num})"
+            )
+        if self.kv_channels % 4:
+            raise ValueError(f"kv_channels {self.kv_channels} must be a multiple of 4: half of them turn in pairs")
+
+
 CLIP_L_TEXT = CLIPTextConfig()
 OPENCLIP_BIGG_TEXT = CLIPTextConfig(
     hidden_size=1280,
@@ -68,9 +95,27 @@ OPENCLIP_BIGG_TEXT = CLIPTextConfig(
     projection_dim=1280,
 )
 CHINESE_CLIP_H_TEXT = RobertaConfig()
+CHATGLM3_TEXT = ChatGLMConfig()
 
 CLIP_FIXED = {"hidden_act": ("quick_gelu", "gelu"), "num_channels": (3,)}
 ROBERTA_FIXED = {"position_embedding_type": ("absolute",), "hidden_act": ("gelu",)}
+
+# The names that ChatGLM's config.json has for what other towers' call otherwise.
+_CHATGLM_NAMES = {
+    "padded_vocab_size": "vocab_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+}
+CHATGLM_FIXED = {
+    "multi_query_attention": (True,),
+    "add_qkv_bias": (True,),
+    "add_bias_linear": (False,),
+    "rmsnorm": (True,),
+    "original_rope": (True,),
+    "post_layer_norm": (True,),
+    "apply_residual_connection_post_layernorm": (False,),
+    "pre_seq_len": (None,),
+}
 
 _PROJECTED = "CLIPTextModelWithProjection"
 
@@ -116,6 +161,18 @@ def _roberta_to_json(config: RobertaConfig) -> dict[str, Any]:
     }
 
 
+def _chatglm_from_json(values: Mapping[str, Any]) -> ChatGLMConfig:
+    check(values, CHATGLM_FIXED)
+    return pick(ChatGLMConfig, {**values, **{ours: values.get(name) for name, ours in _CHATGLM_NAMES.items()}})
+
+
+def _chatglm_to_json(config: ChatGLMConfig) -> dict[str, Any]:
+    theirs = {ours: name for name, ours in _CHATGLM_NAMES.items()}
+    values = {theirs.get(key, key): value for key, value in plain(config).items()}
+    fixed = {key: accepted[0] for key, accepted in CHATGLM_FIXED.items()}
+    return {"architectures": ["ChatGLMModel"], "model_type": "chatglm", **values, **fixed}
+
+
 def _text_config(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """The text tower's part of the config of a whole CLIP."""
     if not isinstance(values.get("text_config"), dict):
@@ -131,9 +188,11 @@ READERS = {
     "bert": _roberta_from_json,
     "chinese_clip": _roberta_from_json,
     "chinese_clip_text_model": _roberta_from_json,
+    "chatglm": _chatglm_from_json,
 }
 WRITERS = {
     CLIPTextConfig: _clip_text_to_json,
     CLIPVisionConfig: _clip_vision_to_json,
     RobertaConfig: _roberta_to_json,
+    ChatGLMConfig: _chatglm_to_json,
 }
