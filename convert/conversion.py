@@ -248,16 +248,16 @@ def _pipeline_folder(folder: Path, src: Path, networks: dict[str, tuple[Found, C
         if (src / INDEX).is_file():
             shutil.copy(src / INDEX, folder)
         return
-    family = families.family_of(networks)
+    configs = {name: config for name, (_, config, _) in networks.items()}
+    family = families.family_of(networks, configs=configs)
     for tower in family.towers:
         if tower.encoder in networks:
             words, pad = networks[tower.encoder][1].vocab_size, family.parts[tower.tokenizer].pad
             if tokenizer := bundled_tokenizer(words, pad):
                 tokenizer.save_pretrained(folder / tower.tokenizer)
-    schedule = family.schedule_class(prediction_type=_prediction(src, networks))
+    schedule = family.default_schedule(prediction_type=_prediction(src, networks))
     write_json(folder / "scheduler" / SCHEDULE, scheduler_values(family, schedule))
     if "vae" in networks:
-        configs = {name: config for name, (_, config, _) in networks.items()}
         write_json(folder / INDEX, model_index(family, configs))
 
 

@@ -12,14 +12,17 @@ from typing import Any
 
 from bdm_jax.models.config import (
     BDM_BRANCH,
+    CHATGLM3_TEXT,
     CHINESE_CLIP_H_TEXT,
     CLIP_L_TEXT,
+    KOLORS_UNET,
     OPENCLIP_BIGG_TEXT,
     SD15_UNET,
     SD15_VAE,
     SDXL_UNET,
     SDXL_VAE,
     BranchConfig,
+    ChatGLMConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
     ControlNetConfig,
@@ -70,8 +73,8 @@ class Family:
       backbone: the parts that there must be, in the order in which they are listed and loaded; the denoiser first.
       bridge: the parts that a branch adds, all of them or none; the branch first.
       readers: who reads which text; one whose parts are not there reads nothing.
-      schedule: class of the noise schedule, or "module:class" where importing it would load JAX; its defaults are the
-        system's.
+      schedule: class of the noise schedule, or "module:class" where importing it would load JAX.
+      schedule_values: where the system's schedule differs from the class's defaults.
       sampler, guidance: the defaults.
       pipeline_class, scheduler_class: diffusers' names of the system and of its usual scheduler.
       index: what else model_index.json holds.
@@ -86,6 +89,7 @@ class Family:
     scheduler_class: str = "DDIMScheduler"
     bridge: tuple[Part, ...] = ()
     schedule: str | type = "bdm_jax.diffusion.schedule:DiscreteSchedule"
+    schedule_values: Mapping[str, Any] = field(default_factory=dict)
     sampler: str = "dpmpp-2m"
     guidance: float = 7.5
     index: Mapping[str, Any] = field(default_factory=dict)
@@ -165,6 +169,21 @@ class Family:
     def schedule_class(self) -> type:
         """The class of its noise schedule; imports it."""
         return resolve_name(self.schedule) if isinstance(self.schedule, str) else self.schedule
+
+    def default_schedule(self, **values: Any) -> Any:
+        """The system's noise schedule, with other values of some fields; imports its class."""
+        return self.schedule_class(**{**self.schedule_values, **values})
+
+    def holds(self, name: str, config: Any) -> bool:
+        """Whether a network of these sizes may be the part of that name. A denoiser may if it reads pooled texts, and
+        projects the text's states, where the published one does.
+        """
+        if (part := self.parts.get(name)) is None or not isinstance(config, part.configs):
+            return False
+        published = self.sizes.get(name)
+        if not isinstance(config, UNetConfig) or published is None:
+            return True
+        return _form(config) == _form(published)
 
 
 _DIFFUSERS, _TRANSFORMERS = "diffusers", "transformers"
@@ -268,6 +287,29 @@ SDXL = Family(
         "text_encoder_2": OPENCLIP_BIGG_TEXT,
     },
 )
+KOLORS = Family(
+    "kolors",
+    "Kolors",
+    backbone=(
+        *(_UNET, _VAE),
+        Part(
+            "text_encoder",
+            (ChatGLMConfig,),
+            entry=("kolors", "ChatGLMModel"),
+            lora=("lora_te_", "lora_te1_"),
+            flag=_CLIP.flag,
+        ),
+        Part("tokenizer", entry=("kolors", "ChatGLMTokenizer")),
+    ),
+    readers=(Reader("backbone", (Tower("text_encoder", "tokenizer", layer=2, pooled=True),)),),
+    pipeline_class="KolorsPipeline",
+    scheduler_class="EulerDiscreteScheduler",
+    schedule_values={"num_train_timesteps": 1100, "beta_end": 0.014},
+    sampler="euler-leading",
+    guidance=5.0,
+    index={"feature_extractor": [None, None], "image_encoder": [None, None]},
+    sizes={"unet": KOLORS_UNET, "vae": SDXL_VAE, "text_encoder": CHATGLM3_TEXT},
+)
 PIXELS = Family(
     "pixels",
     "a pixel-space system",
@@ -275,7 +317,7 @@ PIXELS = Family(
     readers=(Reader("backbone", (Tower("text_encoder", "tokenizer"),)),),
     pipeline_class="BDMPixelPipeline",  # diffusers has none
 )
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD15, SDXL, PIXELS)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (SD15, SDXL, KOLORS, PIXELS)}
 
 # Networks that are no part of a system and are used beside one.
 BESIDE = (
@@ -322,26 +364,33 @@ def tokenizer_of(encoder: str) -> str | None:
 
 def kind_of(config: Any) -> str:
     """The first part in whose place a network of these sizes may stand. Raises KeyError where there is none."""
-    for part in parts():
+    every = (part for family in FAMILIES.values() for part in family.parts.values())
+    for part in (*every, *BESIDE):
         if isinstance(config, part.configs):
             return part.name
     raise KeyError(type(config).__name__)
 
 
-def family_of(names: Iterable[str], pipeline_class: str | None = None) -> Family:
+def family_of(
+    names: Iterable[str], pipeline_class: str | None = None, configs: Mapping[str, Any] | None = None
+) -> Family:
     """The family of a set of parts: the one that diffusers calls so, or else the one that they are most of.
 
     Parts that no family has count for none. A system without an autoencoder is known by its class alone: one that lacks
-    its autoencoder must not be taken for it.
+    its autoencoder must not be taken for it. `configs`: sizes of the networks among them; a family that cannot hold
+    these is not it if another can.
     """
-    names = set(names)
-    for family in FAMILIES.values():
+    names, configs = set(names), configs or {}
+    known = {name: config for name, config in configs.items() if name in names}
+    able = [family for family in FAMILIES.values() if all(family.holds(*network) for network in known.items())]
+    able = able or [*FAMILIES.values()]
+    for family in able:
         if family.pipeline_class == pipeline_class:
             return family
-    latent = [family for family in FAMILIES.values() if "vae" in family.parts]
-    known = {family.name: names & family.parts.keys() for family in latent}
+    latent = [family for family in able if "vae" in family.parts] or [SD15]
+    found = {family.name: names & family.parts.keys() for family in latent}
     missing = {family.name: sum(part.name not in names for part in family.backbone) for family in latent}
-    return max(latent, key=lambda family: (len(known[family.name]), -missing[family.name]))
+    return max(latent, key=lambda family: (len(found[family.name]), -missing[family.name]))
 
 
 def flags() -> dict[str, str]:
@@ -369,3 +418,7 @@ def lora_prefixes() -> dict[str, str]:
     changed = [part for part in parts() if part.lora]
     named = {prefix: part.name for part in changed for prefix in part.lora}
     return named | {f"{part.name}.": part.name for part in changed}
+
+
+def _form(unet: UNetConfig) -> tuple[bool, bool]:
+    return unet.has_addition, unet.encoder_hid_dim is not None

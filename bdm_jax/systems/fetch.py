@@ -26,7 +26,7 @@ from bdm_jax.systems.index import CHECKERS, INDEX, SCHEDULE, read_index
 _CONFIG = "config.json"
 # What of a tokenizer's folder is read.
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_TOKENIZER += ("vocab.json", "merges.txt", "vocab.txt", "spiece.model")
+_TOKENIZER += ("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model")
 _TRAINING = "training.json"  # what a pipeline was trained on
 # A single weight file, the safe format first; of several at one place these are the usual names.
 _SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,11 @@ class FoundSystem:
     @property
     def family(self) -> Family:
         """The row that it is of."""
-        return families.family_of([*self.networks, *self.tokenizers], self.pipeline_class)
+        configs = {}
+        for name, network in self.networks.items():
+            with suppress(UserError):  # which is raised where it is loaded
+                configs[name] = config_of(network)
+        return families.family_of([*self.networks, *self.tokenizers], self.pipeline_class, configs)
 
 
 def find_system(model: Path, variant: str | None = None) -> FoundSystem:
@@ -64,6 +69,9 @@ def find_system(model: Path, variant: str | None = None) -> FoundSystem:
                 networks[part.name] = pick_network(find(folder, variant), folder, part.name, part.kinds)
             else:
                 tokenizers[part.name] = folder
+    for name in networks:  # Kolors' own folders have their tokenizer in its text encoder's
+        inside = {key: path for key, path in tokenizer_beside(name, model / name).items() if path is not None}
+        tokenizers = {**inside, **tokenizers}
     schedule = load_schedule(model / "scheduler") if (model / "scheduler").is_dir() else None
     if not networks and not tokenizers and schedule is None:
         raise _not_whole(model, families.SD15.backbone_names)
@@ -122,7 +130,7 @@ def load_parts(
             tokenizers[tower.tokenizer] = bundled_tokenizer(words, family.parts[tower.tokenizer].pad)
     schedule = found.schedule
     if schedule is None and found.prediction is not None:
-        schedule = family.schedule_class(prediction_type=found.prediction)
+        schedule = family.default_schedule(prediction_type=found.prediction)
     there = {**found.networks, **tokenizers, "scheduler": schedule}
     names = (*family.backbone_names, "scheduler")
     names += family.bridge_names if any(name in there for name in family.bridge_names) else ()
@@ -177,7 +185,7 @@ def tokenizer_beside(encoder: str, path: Path) -> dict[str, Path | None]:
     name = families.tokenizer_of(encoder)
     if name is None:
         return {}
-    files = ("tokenizer.json", "vocab.txt", "vocab.json")
+    files = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
     inside = path.is_dir() and any((path / file).is_file() for file in files)
     beside = path.parent / name if path.name == encoder else path / name
     return {name: path if inside else beside if beside.is_dir() else None}

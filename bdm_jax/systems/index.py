@@ -68,7 +68,8 @@ def _class_in(path: Path, name: Any) -> str | None:
     known = {family.pipeline_class for family in families.FAMILIES.values()}
     if name is None or (isinstance(name, str) and (name in known or _LIKE_SD.fullmatch(name))):
         return name
-    if isinstance(name, str) and name.startswith("StableDiffusionXL"):
-        return families.SDXL.pipeline_class
+    for family in (families.SDXL, families.KOLORS):
+        if isinstance(name, str) and name.startswith(family.pipeline_class.removesuffix("Pipeline")):
+            return family.pipeline_class
     which = name if isinstance(name, str) else json.dumps(name)
     raise UserError(f"{path}: {shown(which)}, which this library does not have; it has {', '.join(sorted(known))}")

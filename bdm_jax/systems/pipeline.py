@@ -52,7 +52,7 @@ class BridgePipeline:
     def __post_init__(self):
         family = self.family
         usual = {"guidance": family.guidance, "zero_empty": family.zero_empty}
-        usual |= {"schedule": family.schedule_class()} if self.schedule is None else {}
+        usual |= {"schedule": family.default_schedule()} if self.schedule is None else {}
         for name, value in usual.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
