@@ -101,3 +101,10 @@ def fill(network: torch.nn.Module, generator: torch.Generator) -> None:
             scale = 1 / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 0.2
             parameter.copy_(scale * noise + float(parameter.ndim == 1 and name.endswith("weight")))
     network.eval()
+
+
+def controlnet(unet: diffusers.UNet2DConditionModel, seed: int) -> diffusers.ControlNetModel:
+    """A ControlNet with a text projection of its own, as Kolors' are, random also where it starts at zero."""
+    network = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8, 8, 16))
+    fill(network, torch.Generator().manual_seed(seed))
+    return network

@@ -1,4 +1,4 @@
-"""ChatGLM's tokenizer: the SentencePiece model of its `tokenizer.model`, and nine tokens of its own behind its pieces."""
+"""ChatGLM's tokenizer: the SentencePiece model of `tokenizer.model`, and nine tokens of its own behind its pieces."""
 
 from collections.abc import Sequence
 from pathlib import Path

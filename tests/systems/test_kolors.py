@@ -1,5 +1,6 @@
 """Kolors end to end against diffusers: its folder opens, reads prompts alike, draws alike, and is read back."""
 
+import copy
 import shutil
 
 import diffusers
@@ -8,11 +9,16 @@ import kolors
 import numpy as np
 import pytest
 import torch
+import transformers
+from ip_adapters import published
 
 from bdm_jax.errors import UserError
+from bdm_jax.plugins.controls import Control
+from bdm_jax.plugins.image_prompts import ImagePrompt
 from bdm_jax.sampling import passes as module
 from bdm_jax.sampling.generate import generate
 from bdm_jax.sampling.settings import Request, Sampling
+from bdm_jax.systems.components import load_component
 from bdm_jax.systems.pipeline import BridgePipeline
 from bdm_jax.text import readers
 
@@ -62,12 +68,12 @@ def test_prompts_are_read_as_diffusers_does(negative, ours, theirs, assert_parit
 def latents(ours, monkeypatch):
     """A function from a request to the latents that its picture is decoded from, (C,h,w)."""
 
-    def draw(request, pipeline=ours, **settings):
+    def draw(request, pipeline=ours, controls=(), **settings):
         seen = []
         with monkeypatch.context() as patch:
             decode = module.decode
             patch.setattr(module, "decode", lambda vae, x, tile: seen.append(np.asarray(x)) or decode(vae, x, tile))
-            list(generate(pipeline, [request], Sampling(steps=3, size=SIZE, **settings)))
+            list(generate(pipeline, [request], Sampling(steps=3, size=SIZE, **settings), controls=controls))
         return np.moveaxis(seen[0][0], -1, 0)
 
     return draw
@@ -91,6 +97,58 @@ def test_draws_as_diffusers_does(latents, theirs):
     difference = np.abs(found - reference).max() / np.abs(reference).max()
     print(f"relative difference {difference:.2e}")
     assert difference <= 1e-3
+
+
+def test_controlnet_and_ip_adapter_plus(theirs, latents, tmp_path, request, rng):
+    """Both at once, against diffusers' networks in a loop written out; the ControlNet has its own text projection."""
+    seed = request.config.option.seed
+    network, unet = kolors.controlnet(theirs.unet, seed), copy.deepcopy(theirs.unet)
+    network.save_pretrained(tmp_path / "controlnet")
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    config = transformers.CLIPVisionConfig(**sizes, image_size=28, patch_size=7, projection_dim=12)
+    tower = transformers.CLIPVisionModelWithProjection(config)
+    kolors.fill(tower, torch.Generator().manual_seed(seed))
+    tower.save_pretrained(tmp_path / "vision")
+    parts = published("plus", unet, seed)
+    adapter = {part: {key: value.numpy() for key, value in own.items()} for part, own in parts.items()}
+    unet._load_ip_adapter_weights([parts], low_cpu_mem_usage=False)
+    for processor in unet.attn_processors.values():
+        if hasattr(processor, "scale"):
+            processor.scale = [0.5]
+    hint, image = (rng.integers(0, 256, (*size, 3), np.uint8) for size in (SIZE, (28, 28)))
+    controls = [
+        Control(load_component(tmp_path / "controlnet"), hint, 0.7),
+        ImagePrompt(adapter, load_component(tmp_path / "vision"), image, 0.5),
+    ]
+    found = latents(Request(PROMPT, NEGATIVE, seed=7), controls=controls)
+
+    embeds, negative_embeds, pooled, negative_pooled = theirs.encode_prompt(PROMPT, "cpu", negative_prompt=NEGATIVE)
+    states, pooled = torch.cat([negative_embeds, embeds]), torch.cat([negative_pooled, pooled])
+    added = {"text_embeds": pooled, "time_ids": torch.tensor([[*SIZE, 0, 0, *SIZE]] * 2)}
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    pixels = processor(image, return_tensors="pt").pixel_values
+    seen = [tower(x, output_hidden_states=True).hidden_states[-2] for x in (torch.zeros_like(pixels), pixels)]
+    with_image = {**added, "image_embeds": [torch.cat(seen)[:, None]]}
+    map_ = torch.from_numpy(np.moveaxis(hint, -1, 0).astype(np.float32) / 255)[None]
+    scheduler = copy.deepcopy(theirs.scheduler)
+    scheduler.set_timesteps(3)
+    noise = np.asarray(jax.random.normal(jax.random.key(7), (SIZE[0] // 8, SIZE[1] // 8, 4)))
+    x = torch.from_numpy(np.moveaxis(noise, -1, 0).copy())[None] * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        both = scheduler.scale_model_input(torch.cat([x, x]), t)
+        how = dict(conditioning_scale=0.7, added_cond_kwargs=added, return_dict=False)
+        own = network.encoder_hid_proj(states)  # which Kolors' ControlNet does itself, and diffusers' leaves undone
+        down, mid = network(both, t, own, torch.cat([map_, map_]), **how)
+        residuals = dict(down_block_additional_residuals=down, mid_block_additional_residual=mid)
+        away, towards = unet(both, t, states, added_cond_kwargs=with_image, **residuals).sample.chunk(2)
+        x = scheduler.step(away + 5.0 * (towards - away), t, x).prev_sample
+    difference = np.abs(found - x[0].numpy()).max() / x.abs().max()
+    print(f"relative difference {difference:.2e}")
+    assert difference <= 1e-3
+    plain = latents(Request(PROMPT, NEGATIVE, seed=7))
+    for number in range(2):  # each of them changes the picture
+        other = latents(Request(PROMPT, NEGATIVE, seed=7), controls=controls[number : number + 1])
+        assert min(np.abs(other - one).max() for one in (plain, found)) > 1e-2 * np.abs(plain).max()
 
 
 def test_saved_by_us_opens_in_diffusers(ours, folder, tmp_path):
