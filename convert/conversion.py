@@ -57,7 +57,7 @@ def to_jax(src: str | Path, dst: str | Path) -> list[Path]:
     Raises UserError or FileError; then nothing is there under `dst`.
     """
     src = local(src)
-    src, dst = _checked(src, dst, file=src.is_file())
+    src, dst = checked(src, dst, file=src.is_file())
     if src.is_file():
         return _jax_file(read_weights(src), dst)
     with new_folder(dst) as folder:
@@ -83,7 +83,7 @@ def to_torch(src: str | Path, dst: str | Path, layout: str = "same", dtype: str 
     if dtype not in ("same", *DTYPES):
         raise unknown("dtype", dtype, ("same", *DTYPES))
     src = local(src)
-    src, dst = _checked(src, dst, file=layout == "ldm" or (layout == "same" and src.is_file()))
+    src, dst = checked(src, dst, file=layout == "ldm" or (layout == "same" and src.is_file()))
     if layout == "same" and src.is_file():
         return _same_file(read_weights(src), dst, dtype)
     if layout == "same":
@@ -105,8 +105,11 @@ def to_torch(src: str | Path, dst: str | Path, layout: str = "same", dtype: str 
     return [dst]
 
 
-def _checked(src: Path, dst: str | Path, file: bool) -> tuple[Path, Path]:
-    """file: whether one is written, in safetensors, and not a folder: the name must not say something else."""
+def checked(src: Path, dst: str | Path, file: bool) -> tuple[Path, Path]:
+    """Both paths. file: whether one is written, in safetensors, and not a folder: the name must not say something else.
+
+    Raises UserError where there is nothing to read, or something in the place of what is to be written.
+    """
     dst = Path(dst)
     if not src.exists():
         raise UserError(f"{src}: no such file or folder")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from bdm_jax.formats.networks import autoencoders, bert, chatglm, clip, clip_vision, openclip, t2i_adapter, unet
+from bdm_jax.formats.networks import autoencoders, bert, chatglm, clip, clip_vision, openclip, states, t2i_adapter, unet
 from bdm_jax.formats.networks.network import NetworkInFile, Shapes
 from bdm_jax.formats.tables import PLAIN, KeyTable, ignorable
 
@@ -30,7 +30,7 @@ _FINDERS = (
     clip_vision.find_vision,
     t2i_adapter.find_adapter,
 )
-_NAMED = (unet, autoencoders, clip, bert, chatglm, clip_vision, t2i_adapter)
+_NAMED = (unet, autoencoders, clip, bert, chatglm, states, clip_vision, t2i_adapter)
 _KINDS: dict[str, str] = {name: kind for network in _NAMED for name, kind in network.KINDS.items()}
 _TABLES: dict[str, KeyTable] = {name: table for network in _NAMED for name, table in network.TABLES.items()}
 

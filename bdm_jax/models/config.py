@@ -18,6 +18,7 @@ from bdm_jax.models.towers.config import (
     CLIPTextConfig,
     CLIPVisionConfig,
     RobertaConfig,
+    TextStatesConfig,
 )
 from bdm_jax.models.unet import config as unet
 from bdm_jax.models.unet.config import (
@@ -62,6 +63,7 @@ __all__ = [
     "ResamplerConfig",
     "RobertaConfig",
     "T2IAdapterConfig",
+    "TextStatesConfig",
     "TinyVAEConfig",
     "UNetConfig",
     "VAEConfig",
@@ -71,7 +73,7 @@ __all__ = [
 ]
 
 _System = UNetConfig | BranchConfig | ControlNetConfig | VAEConfig | TinyVAEConfig | CLIPTextConfig | RobertaConfig
-Config = _System | ChatGLMConfig | T2IAdapterConfig | CLIPVisionConfig
+Config = _System | ChatGLMConfig | TextStatesConfig | T2IAdapterConfig | CLIPVisionConfig
 
 _READERS = {**unet.READERS, **towers.READERS, **autoencoders.READERS}
 _WRITERS = {**unet.WRITERS, **towers.WRITERS, **autoencoders.WRITERS}

@@ -28,6 +28,7 @@ from bdm_jax.models.config import (
     ResamplerConfig,
     RobertaConfig,
     T2IAdapterConfig,
+    TextStatesConfig,
     TinyVAEConfig,
     UNetConfig,
     VAEConfig,
@@ -36,6 +37,7 @@ from bdm_jax.models.linear import activation_dtype
 from bdm_jax.models.towers.chatglm import ChatGLM
 from bdm_jax.models.towers.clip import CLIPText, CLIPVision
 from bdm_jax.models.towers.roberta import Roberta
+from bdm_jax.models.towers.states import TextStates
 from bdm_jax.models.unet.branch import Branch, ControlNet
 from bdm_jax.models.unet.ip_adapter import ImageProjection, Resampler
 from bdm_jax.models.unet.t2i_adapter import T2IAdapter
@@ -53,6 +55,7 @@ _NETWORKS = {
     CLIPVisionConfig: CLIPVision,
     RobertaConfig: Roberta,
     ChatGLMConfig: ChatGLM,
+    TextStatesConfig: TextStates,
     T2IAdapterConfig: T2IAdapter,
     ImageProjectionConfig: ImageProjection,
     ResamplerConfig: Resampler,
@@ -96,13 +99,18 @@ def is_int8(value: Any) -> bool:
 
 
 def cast(params: Params, dtype: jnp.dtype) -> Params:
-    """The parameters in another floating-point type."""
-    return {path: value.astype(dtype) for path, value in params.items()}
+    """The parameters in another floating-point type, but for whole numbers."""
+    return {path: value.astype(dtype) if is_float(value) else value for path, value in params.items()}
+
+
+def is_float(value: Any) -> bool:
+    """Whether an array, or its shape and type, is of floating-point numbers."""
+    return jnp.issubdtype(value.dtype, jnp.floating)
 
 
 def param_dtype(params: Params) -> jnp.dtype:
-    """The type of a network's parameters."""
-    return next(iter(params.values())).dtype
+    """The type of a network's floating-point parameters."""
+    return next(value.dtype for value in params.values() if is_int8(value) or is_float(value))
 
 
 def input_dtype(params: Params) -> jnp.dtype:

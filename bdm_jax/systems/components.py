@@ -17,7 +17,7 @@ from bdm_jax.formats.files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, Tenso
 from bdm_jax.formats.layouts import tree_from_torch, tree_to_torch
 from bdm_jax.formats.open import Found, find, pick_network
 from bdm_jax.models.config import BranchConfig, Config, from_json, to_json
-from bdm_jax.models.functional import Params, abstract, is_int8
+from bdm_jax.models.functional import Params, abstract, is_float, is_int8
 from bdm_jax.runtime.programs import instructions
 from bdm_jax.systems import families
 from bdm_jax.systems.fetch import local
@@ -51,7 +51,8 @@ def load_found(found: Found, dtype: str | None = None) -> Component:
     if isinstance(config, BranchConfig) and any("cond_embedding" in key for key in found.tensors):
         warnings.warn(f"{found.path}: a branch has no hint image: the hint network in it is left out", stacklevel=2)
     tree = tree_from_torch(found.tensors, abstract(config), str(found.path), found.table, found.names, found.prefix)
-    params = {key: jax.device_put(np.array(value, target, order="C")) for key, value in tree.items()}
+    types = {key: target if is_float(value) else value.dtype for key, value in tree.items()}
+    params = {key: jax.device_put(np.array(value, types[key], order="C")) for key, value in tree.items()}
     return Component(config, params)
 
 
@@ -112,9 +113,10 @@ def in_dtype(component: Component, dtype: str) -> Component:
     """The network with its weights in another type, but for those in int8; itself where they are of it."""
     config, params = component
     target = _dtype(dtype)
-    if all(is_int8(value) or value.dtype == target for value in params.values()):
+    other = {key for key, x in params.items() if not is_int8(x) and is_float(x) and x.dtype != target}
+    if not other:
         return component
-    return Component(config, {key: x if is_int8(x) else x.astype(target) for key, x in params.items()})
+    return Component(config, {key: x.astype(target) if key in other else x for key, x in params.items()})
 
 
 def as_dtype(tensors: Tensors, dtype: str, name: str) -> Tensors:
@@ -125,7 +127,7 @@ def as_dtype(tensors: Tensors, dtype: str, name: str) -> Tensors:
     if dtype == "same":
         return tensors
     target = _dtype(dtype)
-    floats = {key for key, array in tensors.items() if jnp.issubdtype(array.dtype, jnp.floating)}
+    floats = {key for key, array in tensors.items() if is_float(array)}
     return {key: _narrow(f"{name}: {key}", a, target) if key in floats else a for key, a in tensors.items()}
 
 

@@ -28,6 +28,7 @@ from bdm_jax.models.config import (
     ControlNetConfig,
     RobertaConfig,
     T2IAdapterConfig,
+    TextStatesConfig,
     TinyVAEConfig,
     UNetConfig,
     VAEConfig,
@@ -187,6 +188,7 @@ class Family:
 
 
 _DIFFUSERS, _TRANSFORMERS = "diffusers", "transformers"
+_STATES = ("text_states",)  # texts that were read before may stand in any text encoder's place
 _UNET = Part(
     "unet",
     (UNetConfig,),
@@ -201,7 +203,8 @@ _VAE = Part(
 )
 _CLIP = Part(
     "text_encoder",
-    (CLIPTextConfig,),
+    (CLIPTextConfig, TextStatesConfig),
+    kinds=_STATES,
     entry=(_TRANSFORMERS, "CLIPTextModel"),
     lora=("lora_te_", "lora_te1_", "text_encoders.clip_l.transformer."),
     embedding="clip_l",
@@ -218,7 +221,8 @@ _BRANCH = Part(
 )
 _CHINESE = Part(
     "branch_text_encoder",
-    (RobertaConfig,),
+    (RobertaConfig, TextStatesConfig),
+    kinds=_STATES,
     lora=("lora_branch_te_",),
     mirrors="text_encoder",
     flag="Another text encoder for the branch: a component folder or a file.",
@@ -226,8 +230,8 @@ _CHINESE = Part(
 _CHINESE_TOKENIZER = Part("branch_tokenizer")
 _BIGG = Part(
     "text_encoder_2",
-    (CLIPTextConfig,),
-    kinds=("text_encoder",),
+    (CLIPTextConfig, TextStatesConfig),
+    kinds=("text_encoder", *_STATES),
     entry=(_TRANSFORMERS, "CLIPTextModelWithProjection"),
     lora=("lora_te2_", "text_encoders.clip_g.transformer."),
     embedding="clip_g",
@@ -294,7 +298,8 @@ KOLORS = Family(
         *(_UNET, _VAE),
         Part(
             "text_encoder",
-            (ChatGLMConfig,),
+            (ChatGLMConfig, TextStatesConfig),
+            kinds=_STATES,
             entry=("kolors", "ChatGLMModel"),
             lora=("lora_te_", "lora_te1_"),
             flag=_CLIP.flag,

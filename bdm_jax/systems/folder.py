@@ -19,6 +19,7 @@ from bdm_jax.systems.components import Component, config_of, load_found
 from bdm_jax.systems.families import Family
 from bdm_jax.systems.index import CHECKERS, INDEX, SCHEDULE, read_index
 from bdm_jax.text.tokenizer import Tokenizer
+from bdm_jax.text.towers import Tower
 
 # For text encoders that come without their tokenizer: vocabulary -> (bundled folder, tokens in a window).
 _BUNDLED = {49408: (TOKENIZERS / "clip", 77), 21128: (TOKENIZERS / "chinese", 52)}
@@ -126,8 +127,7 @@ def load_parts(
     family, tokenizers = found.family, dict(found.tokenizers)
     for tower in family.towers:
         if tower.encoder in found.networks and tokenizers.get(tower.tokenizer, "") is None:
-            words = config_of(found.networks[tower.encoder]).vocab_size
-            tokenizers[tower.tokenizer] = bundled_tokenizer(words, family.parts[tower.tokenizer].pad)
+            tokenizers[tower.tokenizer] = _usual_tokenizer(found, tower)
     schedule = found.schedule
     if schedule is None and found.prediction is not None:
         schedule = family.default_schedule(prediction_type=found.prediction)
@@ -144,6 +144,15 @@ def load_parts(
         elif name != "scheduler":
             parts[name] = part if isinstance(part, Tokenizer) else Tokenizer.from_pretrained(part)
     return family, parts, schedule
+
+
+def load_tokenizer(model: Path, found: FoundSystem, tower: Tower) -> Tokenizer:
+    """The tokenizer of a text encoder that was found. Raises UserError, naming `model`, where there is none."""
+    if (path := found.tokenizers.get(tower.tokenizer)) is not None:
+        return Tokenizer.from_pretrained(path)
+    if (tokenizer := _usual_tokenizer(found, tower)) is None:
+        raise _not_whole(model, [tower.tokenizer])
+    return tokenizer
 
 
 def scheduler_values(family: Family, schedule: Schedule) -> dict[str, Any]:
@@ -189,6 +198,11 @@ def tokenizer_beside(encoder: str, path: Path) -> dict[str, Path | None]:
     inside = path.is_dir() and any((path / file).is_file() for file in files)
     beside = path.parent / name if path.name == encoder else path / name
     return {name: path if inside else beside if beside.is_dir() else None}
+
+
+def _usual_tokenizer(found: FoundSystem, tower: Tower) -> Tokenizer | None:
+    words = config_of(found.networks[tower.encoder]).vocab_size
+    return bundled_tokenizer(words, found.family.parts[tower.tokenizer].pad)
 
 
 def _in_file(model: Path, variant: str | None) -> FoundSystem:

@@ -7,7 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bdm_jax.errors import UserError
+from bdm_jax.errors import UserError, short
+from bdm_jax.models.config import TextStatesConfig
 from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.text import encode as one
 from bdm_jax.text.encode import Tokens
@@ -37,6 +38,8 @@ def read(
     most = max(own.ids.shape[1] for own in tokens)
     if reader.join == "width" and len({own.ids.shape[1] for own in tokens}) > 1:
         tokens = [tokens_of(tokenizer, most) for tokenizer in tokenizers]
+    for tower, own in zip(reader.towers, tokens, strict=True):
+        _check_kept(tower, parts, prompts, own)
     return tuple(tokens)
 
 
@@ -93,6 +96,20 @@ def pooled_width(reader: Reader, parts: Parts) -> int:
 def layers(reader: Reader, parts: Parts) -> int:
     """How many layers the states may be taken from: the most that `clip_skip` may be."""
     return min(parts[tower.encoder].config.num_hidden_layers + 1 - tower.layer for tower in reader.towers)
+
+
+def _check_kept(tower: Tower, parts: Parts, prompts: Sequence[str], tokens: Tokens) -> None:
+    """Raises UserError for a prompt that is not among the texts that were read before, where these are all there is."""
+    component = parts.get(tower.encoder)
+    if component is None or not isinstance(component.config, TextStatesConfig):
+        return
+    kept = {row.tobytes() for row in np.asarray(component.params["texts"])}
+    for prompt, windows in zip(prompts, tokens.ids, strict=True):
+        if any(window.tobytes() not in kept for window in windows):
+            raise UserError(
+                f"{tower.encoder}: {short(prompt)!r} is not among its {component.config.texts} texts; add it with "
+                "python -m convert text-states"
+            )
 
 
 def _without_empty(cond: Conditioning, tokens: Tokens, tokenizer: Tokenizer) -> Conditioning:

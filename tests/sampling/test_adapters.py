@@ -30,7 +30,6 @@ from bdm_jax.systems.components import load_component
 TOLERANCE = 1e-4  # fp32 on both sides, of the largest latent
 SIZE = (32, 48)
 REQUEST = Request("红灯笼", "低质量", "film grain", "blurry", seed=5)
-WIDTH = 16  # of the tiny bridge's English text
 LIGHT = "light_adapter"
 ADAPTERS = {
     "full": dict(channels=[16, 32], adapter_type="full_adapter"),

@@ -84,6 +84,25 @@ class ChatGLMConfig:
             raise ValueError(f"kv_channels {self.kv_channels} must be a multiple of 4: half of them turn in pairs")
 
 
+@dataclass(frozen=True)
+class TextStatesConfig:
+    """States of texts that were read before, in their text encoder's place.
+
+    Attributes:
+      texts, length: how many windows of how many tokens.
+      hidden_size: of the states. projection_dim: of the pooled texts; None where there are none.
+      vocab_size: of the text encoder that read them.
+      num_hidden_layers: as many as a reader counts from the last, so that the one it reads is the only one here.
+    """
+
+    texts: int
+    length: int
+    hidden_size: int
+    vocab_size: int
+    num_hidden_layers: int = 1
+    projection_dim: int | None = None
+
+
 CLIP_L_TEXT = CLIPTextConfig()
 OPENCLIP_BIGG_TEXT = CLIPTextConfig(
     hidden_size=1280,
@@ -173,6 +192,16 @@ def _chatglm_to_json(config: ChatGLMConfig) -> dict[str, Any]:
     return {"architectures": ["ChatGLMModel"], "model_type": "chatglm", **values, **fixed}
 
 
+def _states_from_json(values: Mapping[str, Any]) -> TextStatesConfig:
+    if missing := [key for key in ("texts", "length", "hidden_size", "vocab_size") if values.get(key) is None]:
+        raise ValueError(f"config.json: {missing[0]} is missing")
+    return pick(TextStatesConfig, values)
+
+
+def _states_to_json(config: TextStatesConfig) -> dict[str, Any]:
+    return {"model_type": "bdm_text_states", **plain(config)}
+
+
 def _text_config(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """The text tower's part of the config of a whole CLIP."""
     if not isinstance(values.get("text_config"), dict):
@@ -189,10 +218,12 @@ READERS = {
     "chinese_clip": _roberta_from_json,
     "chinese_clip_text_model": _roberta_from_json,
     "chatglm": _chatglm_from_json,
+    "bdm_text_states": _states_from_json,
 }
 WRITERS = {
     CLIPTextConfig: _clip_text_to_json,
     CLIPVisionConfig: _clip_vision_to_json,
     RobertaConfig: _roberta_to_json,
     ChatGLMConfig: _chatglm_to_json,
+    TextStatesConfig: _states_to_json,
 }
