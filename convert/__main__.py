@@ -13,7 +13,7 @@ from bdm_jax import command_line
 
 from .conversion import to_jax, to_torch
 from .inspection import describe, show, status
-from .text_states import text_states
+from .text_states import ReadTexts, Subcommand, text_states
 
 Source = Annotated[command_line.ModelPath, tyro.conf.Positional]
 Target = Annotated[Path, tyro.conf.Positional]
@@ -60,30 +60,6 @@ class ToTorch:
     """type to write"""
 
 
-@dataclass(frozen=True)
-class TextStates:
-    """Read prompts with a model's text encoders, and keep what these make of them: folders that stand in the text
-    encoders' place (sample.py --text-encoder DST/text_encoder), so that a large one need not be in memory.
-    """
-
-    model: Source
-    """a pipeline folder, of which the text encoders alone are loaded"""
-    dst: Target
-    """a folder with one for each text encoder; those that are there are kept, and added to"""
-    prompt: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT ...")] = ()
-    """what is to be drawn, as sample.py will be given it"""
-    negative: str = ""
-    """negative prompt; the empty prompt is always among the texts"""
-    prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """prompts from a .txt, .csv or .jsonl file, with their negative ones"""
-    source: Literal["backbone", "branch"] = "backbone"
-    """whose prompts they are"""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """type to write"""
-    text_weights: Literal["int8"] | None = None
-    """read with the text encoders' matrices in int8"""
-
-
 def main(args: Sequence[str] | None = None) -> int:
     """0; 2 for bad input, and when `inspect` finds keys that are unknown, missing, misshaped, or values not finite; 1
     when it finds something that is in no network and not understood.
@@ -91,12 +67,12 @@ def main(args: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         name = command_line.called("python -m convert")
-        asked = command_line.parse(Inspect | ToJax | ToTorch | TextStates, args, prog=name, config=_MARKS)
+        asked = command_line.parse(Inspect | ToJax | ToTorch | Subcommand, args, prog=name, config=_MARKS)
         if isinstance(asked, Inspect):
             return _inspect(asked)
         if isinstance(asked, ToJax):
             written = to_jax(asked.src, asked.dst)
-        elif isinstance(asked, TextStates):
+        elif isinstance(asked, ReadTexts):
             written = text_states(**vars(asked))
         else:
             written = to_torch(asked.src, asked.dst, asked.layout, asked.dtype)

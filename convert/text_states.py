@@ -1,12 +1,15 @@
 """Prompts through a model's text encoders once, kept as networks of their own that stand in the encoders' place."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tyro
 
 from bdm_jax.app.prompts import read_prompts
+from bdm_jax.command_line import ModelPath
 from bdm_jax.errors import UserError
 from bdm_jax.models.config import TextStatesConfig
 from bdm_jax.paths import new_folder
@@ -17,7 +20,7 @@ from bdm_jax.sampling.settings import Request
 from bdm_jax.systems.components import Component, load_found, save_component
 from bdm_jax.systems.fetch import local
 from bdm_jax.systems.folder import find_system, load_tokenizer
-from bdm_jax.systems.int8 import to_int8
+from bdm_jax.systems.int8 import quantised
 from bdm_jax.text import readers
 from bdm_jax.text.encode import EncoderCall, Tokens, encode_windows
 from bdm_jax.text.towers import Tower
@@ -25,6 +28,33 @@ from bdm_jax.text.towers import Tower
 from .conversion import checked
 
 _ROWS = 8  # windows of text through an encoder at a time
+
+
+@dataclass(frozen=True)
+class ReadTexts:
+    """Read prompts with a model's text encoders, and keep what these make of them: folders that stand in the text
+    encoders' place (sample.py --text-encoder DST/text_encoder), so that a large one need not be in memory.
+    """
+
+    model: Annotated[ModelPath, tyro.conf.Positional]
+    """a pipeline folder, of which the text encoders alone are loaded"""
+    dst: Annotated[Path, tyro.conf.Positional]
+    """a folder that gets one for each text encoder, and the tokenizers"""
+    prompt: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT ...")] = ()
+    """what is to be drawn, as sample.py will be given it"""
+    negative: str = ""
+    """negative prompt; the empty prompt is always among the texts"""
+    prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """prompts from a .txt, .csv or .jsonl file, with their negative ones"""
+    source: Literal["backbone", "branch"] = "backbone"
+    """whose prompts they are"""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """type to write"""
+    text_weights: Literal["int8"] | None = None
+    """read with the text encoders' matrices in int8"""
+
+
+Subcommand = Annotated[ReadTexts, tyro.conf.subcommand("text-states")]
 
 
 def text_states(
@@ -62,8 +92,10 @@ def text_states(
     tokenizers = {tower.tokenizer: load_tokenizer(model, found, tower) for tower in reader.towers}
     with new_folder(dst) as folder:
         for tower, tokens in zip(reader.towers, readers.read(reader, tokenizers, texts), strict=True):
-            component = load_found(found.networks[tower.encoder])
-            _save(folder / tower.encoder, tower, to_int8(component) if text_weights else component, tokens, dtype)
+            part = found.networks[tower.encoder]
+            component = load_found(part, each=quantised) if text_weights else load_found(part)
+            _save(folder / tower.encoder, tower, component, tokens, dtype)
+            del component  # before the next is read
         for name, tokenizer in tokenizers.items():
             tokenizer.save_pretrained(folder / name)
     return [dst]

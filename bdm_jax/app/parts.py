@@ -132,6 +132,8 @@ class Parts(_Networks):
         from bdm_jax.systems.pipeline import BridgePipeline
 
         given = {name: getattr(self, name) for name in ("backbone", "variant", *flags())}
+        changed = any((self.blend, self.lora, self.branch_lora, self.embedding, self.branch_embedding))
+        given["text_weights"] = None if changed else self.text_weights  # plug-ins change them before
         pipeline = BridgePipeline.from_pretrained(self.model, None if dtype == "auto" else dtype, **given)
         for other, base, weight in map(parse_blend, self.blend):
             pipeline = with_blend(pipeline, other, weight, base)

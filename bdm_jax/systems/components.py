@@ -4,9 +4,9 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +42,11 @@ def config_of(found: Found) -> Config:
         raise UserError(f"{found.path}: {error}") from error
 
 
-def load_found(found: Found, dtype: str | None = None) -> Component:
-    """Read a network that was found, tensor by tensor, as `dtype` (see `load_component`).
+def load_found(
+    found: Found, dtype: str | None = None, each: Callable[[str, jax.Array], Any] = lambda path, value: value
+) -> Component:
+    """Read a network that was found, tensor by tensor, as `dtype` (see `load_component`); `each` makes of a path and
+    its value what is kept.
 
     Raises FileError that names missing, unknown and misshaped weights.
     """
@@ -52,7 +55,7 @@ def load_found(found: Found, dtype: str | None = None) -> Component:
         warnings.warn(f"{found.path}: a branch has no hint image: the hint network in it is left out", stacklevel=2)
     tree = tree_from_torch(found.tensors, abstract(config), str(found.path), found.table, found.names, found.prefix)
     types = {key: target if is_float(value) else value.dtype for key, value in tree.items()}
-    params = {key: jax.device_put(np.array(value, types[key], order="C")) for key, value in tree.items()}
+    params = {key: each(key, jax.device_put(np.array(x, types[key], order="C"))) for key, x in tree.items()}
     return Component(config, params)
 
 

@@ -18,6 +18,7 @@ from bdm_jax.systems import families
 from bdm_jax.systems.components import Component, config_of, load_found
 from bdm_jax.systems.families import Family
 from bdm_jax.systems.index import CHECKERS, INDEX, SCHEDULE, read_index
+from bdm_jax.systems.int8 import quantised
 from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.text.towers import Tower
 
@@ -121,9 +122,12 @@ def find_parts(
 
 
 def load_parts(
-    model: Path, found: FoundSystem, dtype: str | None
+    model: Path, found: FoundSystem, dtype: str | None, text_weights: str | None = None
 ) -> tuple[Family, dict[str, Component | Tokenizer], Schedule]:
-    """Read all that was found into memory. Raises UserError, naming `model`, where a part is missing."""
+    """Read all that was found into memory, text encoders in int8 where `text_weights` says so.
+
+    Raises UserError, naming `model`, where a part is missing.
+    """
     family, tokenizers = found.family, dict(found.tokenizers)
     for tower in family.towers:
         if tower.encoder in found.networks and tokenizers.get(tower.tokenizer, "") is None:
@@ -140,7 +144,8 @@ def load_parts(
     for name in names:
         part = there[name]
         if isinstance(part, Found):
-            parts[name] = load_found(part, dtype)
+            small = text_weights == "int8" and name in family.text_encoders
+            parts[name] = load_found(part, dtype, quantised) if small else load_found(part, dtype)
         elif name != "scheduler":
             parts[name] = part if isinstance(part, Tokenizer) else Tokenizer.from_pretrained(part)
     return family, parts, schedule

@@ -5,6 +5,7 @@ A matrix is kept as integers with a scale for each of its outputs, a table of em
 """
 
 import re
+from typing import Any
 
 from bdm_jax.errors import UserError
 from bdm_jax.models.functional import is_int8
@@ -14,8 +15,8 @@ _AXES = {"kernel": 1, "embedding": 0}
 _MATRIX = re.compile(r"(?:^|\.)(kernel|embedding)$")
 
 
-def to_int8(component: Component) -> Component:
-    """A text encoder in a quarter of fp32's memory; norms and biases stay as they are.
+def quantised(path: str, value: Any) -> Any:
+    """A text encoder's parameter in int8 with its scales, if it is a matrix or a table; a norm or bias as it is.
 
     Raises UserError where qwix is not installed.
     """
@@ -23,12 +24,13 @@ def to_int8(component: Component) -> Component:
         import qwix
     except ImportError as error:
         raise UserError(f'int8 weights need {error.name}: pip install -e ".[int8]"') from error
+    match = _MATRIX.search(path)
+    if not match or is_int8(value):
+        return value
+    return qwix.quantize(value, "int8", channelwise_axes=[_AXES[match[1]]])
 
-    def kept(path, value):
-        match = _MATRIX.search(path)
-        if not match or is_int8(value):
-            return value
-        return qwix.quantize(value, "int8", channelwise_axes=[_AXES[match[1]]])
 
+def to_int8(component: Component) -> Component:
+    """A text encoder in a quarter of fp32's memory; norms and biases stay as they are."""
     config, params = component
-    return Component(config, {path: kept(path, value) for path, value in params.items()})
+    return Component(config, {path: quantised(path, value) for path, value in params.items()})

@@ -7,7 +7,7 @@ Which parts there are its family says (see `families`). In the folder each part 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bdm_jax.diffusion.schedule import Schedule
 from bdm_jax.errors import UserError, unknown
@@ -122,6 +122,7 @@ class BridgePipeline:
         *,
         backbone: str | Path | None = None,
         variant: str | None = None,
+        text_weights: Literal["int8"] | None = None,
         **networks: str | Path | None,
     ) -> "BridgePipeline":
         """Read a system: a pipeline folder, with other parts in place of its own.
@@ -132,6 +133,7 @@ class BridgePipeline:
           dtype: the weights' type in memory: by default what the device can (`components.default_dtype`).
           backbone: a pipeline folder or single file whose networks (those it has) are taken.
           variant: which of a folder's weight files to take ("fp16"), where it has several.
+          text_weights: "int8" keeps the text encoders' matrices so (see `int8`), from their reading on.
           networks: by name (vae, text_encoder, branch, branch_text_encoder, ...), a component folder or a file.
 
         Raises UserError or FileError that names the folder, file or weight that is missing or does not fit.
@@ -147,7 +149,7 @@ class BridgePipeline:
                 raise UserError(f"{name} {path!r}: expected the path of a folder or file")
         model, backbone, given = local_parts(model, backbone, networks, variant)
         found = find_parts(model, backbone, given, variant)
-        return cls(*load_parts(model, found, dtype), **found.settings)
+        return cls(*load_parts(model, found, dtype, text_weights), **found.settings)
 
     def save_pretrained(
         self, folder: str | Path, dtype: str = "float16", metadata: Mapping[str, str] | None = None

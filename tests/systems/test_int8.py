@@ -78,3 +78,12 @@ def test_without_qwix(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(UserError, match=r'int8 weights need qwix: pip install -e "\.\[int8\]"'):
         to_int8(Component(TOWERS["clip"], functional.init(TOWERS["clip"], 0)))
+
+
+def test_read_from_disk_in_int8():
+    """Tensor by tensor: the same as if all had been there before."""
+    whole = BridgePipeline.from_pretrained(DEMO).with_int8_text()
+    read = BridgePipeline.from_pretrained(DEMO, text_weights="int8")
+    for name, component in whole.networks.items():
+        for mine, theirs in zip(jax.tree.leaves(read.networks[name]), jax.tree.leaves(component), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
