@@ -29,6 +29,7 @@ _write = True
 _LIBRARY = Path(__file__).resolve().parent.parent  # every source that a program may be traced from
 _SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_numpy_dtype_promotion")
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_CPU_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": "False"}
 
 
 def keep(folder: Path | None, write: bool = True) -> None:
@@ -44,7 +45,8 @@ def keep(folder: Path | None, write: bool = True) -> None:
 def program(function: Callable) -> "Program":
     """A pure function (fixed, *arrays) as `jax.jit(function, static_argnums=0)`, kept as `keep` says.
 
-    `fixed` is frozen, and its repr has all of it.
+    `fixed` is frozen, and its repr has all of it. On a CPU its steps run in the order that takes the least memory: in
+    the compiler's usual order, the weights of all layers of a text encoder in int8 were made numbers before the first.
     """
     return Program(function)
 
@@ -54,13 +56,21 @@ class Program:
 
     def __init__(self, function: Callable):
         functools.update_wrapper(self, function)
-        self.jitted = jax.jit(function, static_argnums=0)
+        self._within = jax.jit(function, static_argnums=0)  # another program: it has no options of its own
         self._ready: dict[tuple, Callable] = {}
         self._latest: dict[tuple, Callable] = {}
 
+    @functools.cached_property
+    def jitted(self) -> Callable:
+        """The function for JAX to compile, with the options of the device, which is known when one is asked."""
+        options = _CPU_OPTIONS if jax.default_backend() == "cpu" else None
+        return jax.jit(self.__wrapped__, static_argnums=0, compiler_options=options)
+
     def __call__(self, fixed, *arguments):
         leaves, tree = jax.tree.flatten(arguments)
-        if _folder is None or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return self._within(fixed, *arguments)
+        if _folder is None:
             return self.jitted(fixed, *arguments)
         # The folder too: who changes it, as tests do, does not want what lay in another.
         group = _folder, fixed, tree
