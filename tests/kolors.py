@@ -43,7 +43,7 @@ def tiny(folder: Path, seed: int) -> diffusers.KolorsPipeline:
     tokenizer = ChatGLMTokenizer(str(folder / "tokenizer.model"))
     text = ChatGLMConfig(
         num_layers=3,
-        padded_vocab_size=512,
+        padded_vocab_size=352,
         hidden_size=WIDTH,
         ffn_hidden_size=48,
         kv_channels=16,

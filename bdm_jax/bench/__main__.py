@@ -1,6 +1,6 @@
 """How fast is it, and how fast are others on the same machine? `python -m bdm_jax.bench --against diffusers openvino`.
 
-Random weights of SD1.5's and BDM's sizes, of one type on all sides. They run in turn within one process and `ratio` is
+Random weights of the published sizes, of one type on all sides. They run in turn within one process and `ratio` is
 that of the medians, ours / theirs; PyTorch runs in its faster memory format, with as many threads as there are cores;
 on a GPU compiled with max-autotune. What is counted as work (TFLOP/s, share of the peak) is the plain form's, whatever
 is saved. Memory is what our compiled program asks for: weights, inputs, outputs and everything in between; of others,
@@ -20,7 +20,7 @@ import jax
 from PIL import Image
 
 from bdm_jax import command_line
-from bdm_jax.bench.cases import CASES, SD15, TEXT_CASES, Case, Other, Sizes, make
+from bdm_jax.bench.cases import SD15, TEXT_CASES, USUAL, Case, Other, Sizes, make
 from bdm_jax.bench.timing import matmul_peak, processor, timed
 from bdm_jax.errors import UserError
 from bdm_jax.formats.files import write_json
@@ -34,7 +34,7 @@ from bdm_jax.systems.components import default_dtype
 class BenchArgs:
     """Measure sampling steps (with guidance), text encoders, the autoencoder's decoder and training steps."""
 
-    cases: tuple[Case, ...] = CASES[:-1]
+    cases: tuple[Case, ...] = USUAL
     size: tuple[int, ...] = (512, 256)
     """pixels a side"""
     batch: tuple[int, ...] = (1,)

@@ -1,4 +1,4 @@
-"""What is measured, at the sizes of SD1.5 and BDM: sampling steps, text encoders, the decoder, training steps."""
+"""What is measured, at published sizes: sampling steps, text encoders, the decoder, training steps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +15,10 @@ from bdm_jax.models.config import (
     BDM_BRANCH,
     CHINESE_CLIP_H_TEXT,
     CLIP_L_TEXT,
+    KOLORS_UNET,
     SD15_UNET,
     SD15_VAE,
+    SDXL_UNET,
     BranchConfig,
     CLIPTextConfig,
     RobertaConfig,
@@ -29,13 +31,15 @@ from bdm_jax.models.linear import activation_dtype
 from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.models.unet.unet import TimeShifts
 from bdm_jax.runtime import costs
+from bdm_jax.sampling.memory import prepared
 
-Case = Literal["empty-english", "two-prompts", "clip", "chinese-clip", "vae-decode", "train"]
-CASES: tuple[Case, ...] = ("empty-english", "two-prompts", "clip", "chinese-clip", "vae-decode", "train")
+Case = Literal["empty-english", "two-prompts", "clip", "chinese-clip", "vae-decode", "train", "sdxl", "kolors"]
+USUAL: tuple[Case, ...] = ("empty-english", "two-prompts", "clip", "chinese-clip", "vae-decode")
+CASES: tuple[Case, ...] = (*USUAL, "train", "sdxl", "kolors")
 TEXT_CASES: tuple[Case, ...] = ("clip", "chinese-clip")  # of one size, whatever the image's
 Other = Literal["diffusers", "openvino"]
 _OTHERS = {"diffusers": pytorch, "openvino": openvino}
-_ENGLISH, _CHINESE = 77, 52  # tokens
+_ENGLISH, _CHINESE, _KOLORS = 77, 52, 256  # tokens
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Sizes:
     clip: CLIPTextConfig = CLIP_L_TEXT
     chinese_clip: RobertaConfig = CHINESE_CLIP_H_TEXT
     vae: VAEConfig = SD15_VAE
+    sdxl: UNetConfig = SDXL_UNET
+    kolors: UNetConfig = KOLORS_UNET
     dtype: str = "float32"
 
     def params(self, config) -> Params:
@@ -115,6 +121,31 @@ def _step(sizes: Sizes, side: int, batch: int, against: tuple[Other, ...], one_e
     flops = costs.flops(networks.step, tuple(map(sizes.shapes, configs)), *arguments)
     others = _others(against, "step", configs, both, full.tokens, chinese)
     return _problem(networks.step, (params, sizes.given(x), *beforehand), others, flops)
+
+
+def _backbone(sizes: Sizes, side: int, batch: int, against: tuple[Other, ...], part: str, length: int) -> Problem:
+    """A guided step of a bare backbone with pooled texts and size ids; OpenVINO has no part in it."""
+    config = getattr(sizes, part)
+    x, tokens = sizes.normal(batch, side, side, 4), sizes.normal(2 * batch, length, config.text_dim)
+    pooled = sizes.normal(2 * batch, config.pooled_dim)
+    ids = np.tile(np.array([8 * side, 8 * side, 0, 0, 8 * side, 8 * side], np.float32), (2 * batch, 1))
+    params = prepared(config, sizes.params(config), (side, side))
+
+    def beforehand(params, t, cond):
+        unet = bind(config, params)
+        return unet.time_shifts(t, cond, cond.tokens.dtype), unet.with_keys(cond)
+
+    def run(params, latents, times, cond):
+        return bind(config, params)(latents, times, cond)
+
+    given = Conditioning(sizes.given(tokens), pooled=sizes.given(pooled), time_ids=ids)
+    made = jax.jit(beforehand)(params, jnp.full(1, 500.0), given)
+    both, times = np.repeat(x, 2, axis=0), np.full(2 * batch, 500.0, np.float32)
+    flops = costs.flops(run, sizes.shapes(config), *_spec(both), times, Conditioning(tokens, None, pooled, ids))
+    against = tuple(other for other in against if other == "diffusers")
+    return _problem(
+        run, (params, sizes.given(x), *made), _others(against, "unet", config, both, tokens, pooled, ids), flops
+    )
 
 
 def _text(sizes: Sizes, side: int, batch: int, against: tuple[Other, ...], part: str) -> Problem:
@@ -181,4 +212,6 @@ _CASES: dict[Case, Callable[[Sizes, int, int, tuple[Other, ...]], Problem]] = {
     "chinese-clip": partial(_text, part="chinese_clip"),
     "vae-decode": _vae,
     "train": _train,
+    "sdxl": partial(_backbone, part="sdxl", length=_ENGLISH),
+    "kolors": partial(_backbone, part="kolors", length=_KOLORS),
 }

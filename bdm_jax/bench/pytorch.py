@@ -70,6 +70,32 @@ def predict(unet, branch, latents, t, english, chinese):
     return unet(latents, t, english, **residuals, return_dict=False)[0]
 
 
+def unet(
+    config: UNetConfig, x: np.ndarray, tokens: np.ndarray, pooled: np.ndarray, time_ids: np.ndarray
+) -> Callable[[], Any]:
+    """A backbone that reads pooled texts (B,P) and size ids (B,6) on latents (B,h,w,C) and texts (B,T,D)."""
+    torch = _torch()
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        module = UNet2DConditionModel.from_config(to_json(config)).requires_grad_(False).eval()
+    # Never in fp32 beside its own type: a network of 10 GB has no room for that.
+    module = module.to(getattr(torch, x.dtype.name)).to_empty(device=_device())
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=parameter[0].numel() ** -0.5) if parameter.ndim > 1 else parameter.fill_(1.0)
+    module = _placed(module, x.dtype.name)
+    t, text = torch.full((len(x),), 500).to(_device()), _tensor(tokens)
+    added = {"text_embeds": _tensor(pooled), "time_ids": _tensor(time_ids)}
+
+    def run(layout):
+        with torch.inference_mode():
+            out = module(_nchw(x, layout), t, text, added_cond_kwargs=added, return_dict=False)[0]
+            return out.float().cpu().numpy()
+
+    return _formats((module,), run)
+
+
 def vae(config: VAEConfig, x: np.ndarray) -> Callable[[], Any]:
     """The decoder on latents (B,h,w,C)."""
     torch = _torch()

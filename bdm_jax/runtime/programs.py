@@ -29,7 +29,7 @@ _write = True
 _LIBRARY = Path(__file__).resolve().parent.parent  # every source that a program may be traced from
 _SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_numpy_dtype_promotion")
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-_CPU_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": "False"}
+_CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 def keep(folder: Path | None, write: bool = True) -> None:

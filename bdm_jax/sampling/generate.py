@@ -11,15 +11,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bdm_jax.diffusion.samplers import check_options, check_sampler, system_sampler
 from bdm_jax.errors import UserError
-from bdm_jax.models.config import EncoderConfig, VAEConfig
-from bdm_jax.models.convolution import prepare
 from bdm_jax.plugins import image_prompts
 from bdm_jax.plugins.controls import Control
 from bdm_jax.plugins.controls import check as check_control
 from bdm_jax.plugins.image_prompts import ImagePrompt
 from bdm_jax.sampling.batching import as_english, default_size
 from bdm_jax.sampling.denoiser import BACKBONE, STEPS_PER_CALL
-from bdm_jax.sampling.memory import machine_memory
+from bdm_jax.sampling.memory import prepared
 from bdm_jax.sampling.passes import PassRunner, Preview, Progress, sampler_options, sampler_table
 from bdm_jax.sampling.settings import (
     BRANCH_SETTINGS,
@@ -156,15 +154,11 @@ def check(pipeline: BridgePipeline, requests: Sequence[Request], settings: Sampl
 
 
 def _prepare(component: Component | None, size: tuple[int, int], mesh: Mesh) -> Component | None:
-    """A network as it draws fastest at latents of `size`: its parameters prepared, and on each of several devices.
-
-    Prepared filters take memory, up to as much as the network: it should have a third of the machine's at most.
-    """
+    """A network as it draws fastest at latents of `size`: its parameters prepared, and on each of several devices."""
     if component is None:
         return None
     config, params = component
-    if isinstance(config, EncoderConfig | VAEConfig) and 3 * sum(x.nbytes for x in params.values()) < machine_memory():
-        params = prepare(config, params, size)
+    params = prepared(config, params, size)
     if mesh.size > 1:
         params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     return Component(config, params)

@@ -5,7 +5,9 @@ import os
 import jax
 
 from bdm_jax.errors import UserError
-from bdm_jax.models.functional import input_dtype
+from bdm_jax.models.config import Config, EncoderConfig, VAEConfig
+from bdm_jax.models.convolution import prepare
+from bdm_jax.models.functional import Params, input_dtype
 from bdm_jax.sampling.settings import Sampling
 from bdm_jax.systems.pipeline import BridgePipeline
 
@@ -37,6 +39,14 @@ def device_memory() -> int:
 def machine_memory() -> int:
     """Bytes of the machine's memory; 0 where the system does not say."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
+def prepared(config: Config, params: Params, size: tuple[int, int]) -> Params:
+    """A network's parameters as it draws fastest at latents of `size` (see `models.convolution.prepare`), where there
+    is room: prepared filters take up to as much as the network, which should have a third of the memory at most.
+    """
+    roomy = 3 * sum(x.nbytes for x in params.values()) < machine_memory()
+    return prepare(config, params, size) if roomy and isinstance(config, EncoderConfig | VAEConfig) else params
 
 
 def gb(size: float) -> str:

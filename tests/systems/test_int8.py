@@ -1,6 +1,7 @@
 """Text towers in eight bits: how large, how near, and where they do not go."""
 
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from bdm_jax.paths import DEMO
 from bdm_jax.systems.components import Component
 from bdm_jax.systems.int8 import to_int8
 from bdm_jax.systems.pipeline import BridgePipeline
-from bdm_jax.text.encode import encode_ids
+from bdm_jax.text.encode import EncoderCall, encode_ids, encode_windows
 
 SIZES = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)
 TOWERS = {"clip": CLIPTextConfig(**SIZES), "roberta": RobertaConfig(**SIZES)}
@@ -87,3 +88,14 @@ def test_read_from_disk_in_int8():
     for name, component in whole.networks.items():
         for mine, theirs in zip(jax.tree.leaves(read.networks[name]), jax.tree.leaves(component), strict=True):
             np.testing.assert_array_equal(mine, theirs)
+
+
+def test_layers_become_numbers_one_by_one(seed):
+    """What an encoding program takes beside its arguments is less than two layers as numbers, of however many."""
+    config = replace(TOWERS["clip"], num_hidden_layers=12)
+    kept = to_int8(Component(config, functional.init(config, seed))).params
+    ids = jnp.zeros((1, 1, 8), jnp.int32)
+    memory = encode_windows.jitted.lower(EncoderCall(config), kept, ids).compile().memory_analysis()
+    layer = sum(4 * np.prod(x.shape) for path, x in kept.items() if ".layers.0." in path)
+    table = 4 * config.vocab_size * config.hidden_size
+    assert memory.temp_size_in_bytes < 2 * layer + 2 * table

@@ -21,6 +21,7 @@ from bdm_jax.sampling.settings import Request, Sampling
 from bdm_jax.systems.components import load_component
 from bdm_jax.systems.pipeline import BridgePipeline
 from bdm_jax.text import readers
+from bdm_jax.text.tokenizer import Tokenizer
 
 SIZE = (32, 48)
 PROMPT, NEGATIVE = "红灯笼在屋檐下", "a photo"
@@ -181,3 +182,12 @@ def test_the_tokenizer_may_lie_in_the_text_encoder_s_folder(folder, latents, tmp
     (tmp_path / "own/text_encoder/tokenizer.model").unlink()
     with pytest.raises(UserError, match="own: not a whole model folder; missing: tokenizer"):
         BridgePipeline.from_pretrained(tmp_path / "own")
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(folder, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(kolors.pieces(byte_fallback=False))
+    other = Tokenizer.from_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=f"tokenizer and text_encoder do not belong together: {other.vocab_size} tokens"
+    ):
+        BridgePipeline.from_pretrained(folder).replace(tokenizer=other)
