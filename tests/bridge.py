@@ -67,7 +67,8 @@ def load_chinese_tower():
 
     def load(folder):
         module = ChineseCLIPTextModel.from_pretrained(folder, add_pooling_layer=False)
-        module.load_state_dict(load_file(folder / "model.safetensors"))
+        state = load_file(folder / "model.safetensors")
+        module.load_state_dict({key: value for key, value in state.items() if not key.startswith("text_projection")})
         return module.eval()
 
     return load

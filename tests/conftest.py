@@ -21,7 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from bdm_jax.runtime import programs
 
-pytest_plugins = ["bridge", "sources", "hub"]  # the tiny system; records of every format; a hub
+pytest_plugins = ["bridge", "sdxl", "sources", "hub"]  # two tiny systems; records of every format; a hub
 
 _CACHE = pytest.StashKey[str]()  # compiled programs of this run's commands: what a user has kept plays no part
 PARITY = 1e-4  # fp32 on both sides: what remains is the order of summation, measured at 1e-6 to 1e-5

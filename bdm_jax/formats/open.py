@@ -17,6 +17,7 @@ import numpy as np
 from bdm_jax.errors import UserError
 from bdm_jax.formats.detect import Contents, NetworkInFile, detect, kind_of, table_for
 from bdm_jax.formats.files import few, read_json
+from bdm_jax.formats.networks import bert
 from bdm_jax.formats.tables import KeyTable, ignorable
 from bdm_jax.formats.weights import Weights, is_taesd, read_weights
 
@@ -117,6 +118,17 @@ def pick_network(found: Mapping[str, Found], path: str | Path, name: str | None,
             part.check()
             return part if kind == name else _as_branch(part) if kind == "controlnet" else replace(part, kind=name)
     raise UserError(f"{path}: holds {', '.join(found)}, not {name or 'a single network'}")
+
+
+def with_projection(part: Found, wanted: bool) -> Found:
+    """A Chinese-CLIP's text tower with the projection of its pooled text, where its file has one, or without; other
+    networks as they are.
+    """
+    if part.values.get("model_type") not in bert.KINDS:
+        return part
+    shapes = {key: array.shape for key, array in part.tensors.items()}
+    values = bert.with_projection(part.values, shapes) if wanted else bert.without_projection(part.values)
+    return replace(part, values=values, table=bert.table_of(values, shapes))
 
 
 def ldm_name(dotless: str) -> str:

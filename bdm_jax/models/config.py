@@ -11,7 +11,9 @@ from bdm_jax.models.autoencoders.config import SD15_VAE, SDXL_VAE, TAESD, TinyVA
 from bdm_jax.models.towers import config as towers
 from bdm_jax.models.towers.config import (
     CHATGLM3_TEXT,
+    CHINESE_CLIP_H_PROJECTED_TEXT,
     CHINESE_CLIP_H_TEXT,
+    CHINESE_CLIP_L_TEXT,
     CLIP_L_TEXT,
     OPENCLIP_BIGG_TEXT,
     ChatGLMConfig,
@@ -42,7 +44,9 @@ __all__ = [
     "BDM_BRANCH",
     "BDM_SDXL_BRANCH",
     "CHATGLM3_TEXT",
+    "CHINESE_CLIP_H_PROJECTED_TEXT",
     "CHINESE_CLIP_H_TEXT",
+    "CHINESE_CLIP_L_TEXT",
     "CLIP_L_TEXT",
     "KOLORS_UNET",
     "OPENCLIP_BIGG_TEXT",

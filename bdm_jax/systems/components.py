@@ -15,7 +15,7 @@ import numpy as np
 from bdm_jax.errors import UserError, unknown
 from bdm_jax.formats.files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, Tensors, write_json, write_safetensors
 from bdm_jax.formats.layouts import tree_from_torch, tree_to_torch
-from bdm_jax.formats.open import Found, find, pick_network
+from bdm_jax.formats.open import Found, find, pick_network, with_projection
 from bdm_jax.models.config import BranchConfig, Config, from_json, to_json
 from bdm_jax.models.functional import Params, abstract, is_float, is_int8
 from bdm_jax.runtime.programs import instructions
@@ -59,6 +59,16 @@ def load_found(
     return Component(config, params)
 
 
+def find_part(path: Path, name: str | None = None, variant: str | None = None) -> Found:
+    """The network in a component folder or a file that may stand in the place of a system's part.
+
+    `name` of the part, needed where a file holds several. Of a whole Chinese-CLIP the projection belongs to the part
+    where its pooled text is read (`families.is_pooled`). Raises UserError or FileError that says what there is instead.
+    """
+    found = pick_network(find(path, variant), path, name, families.other_kinds(name))
+    return found if name is None else with_projection(found, families.is_pooled(name))
+
+
 def load_component(path: str | Path, dtype: str | None = None, kind: str | None = None) -> Component:
     """Read one network from a component folder or a file, which may also be named on a hub (see `systems.fetch`).
 
@@ -67,7 +77,7 @@ def load_component(path: str | Path, dtype: str | None = None, kind: str | None 
     unknown or misshaped.
     """
     path = local(path, kind)
-    return load_found(pick_network(find(path), path, kind, families.other_kinds(kind)), dtype)
+    return load_found(find_part(path, kind), dtype)
 
 
 def save_component(

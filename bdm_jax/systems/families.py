@@ -12,8 +12,11 @@ from typing import Any
 
 from bdm_jax.models.config import (
     BDM_BRANCH,
+    BDM_SDXL_BRANCH,
     CHATGLM3_TEXT,
+    CHINESE_CLIP_H_PROJECTED_TEXT,
     CHINESE_CLIP_H_TEXT,
+    CHINESE_CLIP_L_TEXT,
     CLIP_L_TEXT,
     KOLORS_UNET,
     OPENCLIP_BIGG_TEXT,
@@ -146,7 +149,7 @@ class Family:
         branch's prompts the branch, and the text encoders.
         """
         denoisers = (self.backbone[0].name, *([self.bridge[0].name] if source == "branch" else []))
-        return (*denoisers, *(tower.encoder for tower in self.reader(source).towers))
+        return (*denoisers, *self.reader(source).encoders)
 
     @property
     def zero_empty(self) -> bool:
@@ -157,6 +160,11 @@ class Family:
         """The reader of a text. Raises KeyError for a text that the system does not have."""
         found = {reader.source: reader for reader in self.readers}
         return found[source]
+
+    @property
+    def branch_towers(self) -> tuple[Tower, ...]:
+        """The text encoders of the branch's texts, unless a folder says otherwise; none without a bridge."""
+        return next((reader.towers for reader in self.readers if reader.source == "branch"), ())
 
     def tower(self, encoder: str) -> Tower:
         """How a text encoder is used. Raises KeyError for another part."""
@@ -238,6 +246,15 @@ _BIGG = Part(
     flag="Another second English text encoder (SDXL): a component folder or a file.",
 )
 
+_CHINESE_2 = Part(
+    "branch_text_encoder_2",
+    (RobertaConfig, TextStatesConfig),
+    kinds=("branch_text_encoder", *_STATES),
+    lora=("lora_branch_te2_",),
+    mirrors="text_encoder_2",
+    flag="Another second text encoder for the branch (SDXL), with its projection: a component folder or a file.",
+)
+
 SD15 = Family(
     "sd15",
     "SD1.x",
@@ -269,6 +286,7 @@ SDXL = Family(
         *(_UNET, _VAE, _CLIP, _BIGG, _CLIP_TOKENIZER),
         Part("tokenizer_2", entry=(_TRANSFORMERS, "CLIPTokenizer"), pad="!"),
     ),
+    bridge=(_BRANCH, _CHINESE, _CHINESE_2, _CHINESE_TOKENIZER),
     readers=(
         Reader(
             "backbone",
@@ -277,6 +295,13 @@ SDXL = Family(
                 Tower("text_encoder_2", "tokenizer_2", layer=2, final_norm=False, pooled=True),
             ),
             zero_empty=True,
+        ),
+        Reader(
+            "branch",
+            (
+                Tower("branch_text_encoder", "branch_tokenizer"),
+                Tower("branch_text_encoder_2", "branch_tokenizer", pooled="projected"),
+            ),
         ),
     ),
     pipeline_class="StableDiffusionXLPipeline",
@@ -289,6 +314,9 @@ SDXL = Family(
         "vae": SDXL_VAE,
         "text_encoder": CLIP_L_TEXT,
         "text_encoder_2": OPENCLIP_BIGG_TEXT,
+        "branch": BDM_SDXL_BRANCH,
+        "branch_text_encoder": CHINESE_CLIP_L_TEXT,
+        "branch_text_encoder_2": CHINESE_CLIP_H_PROJECTED_TEXT,
     },
 )
 KOLORS = Family(
@@ -365,6 +393,12 @@ def tokenizer_of(encoder: str) -> str | None:
     """The tokenizer of a text encoder; None for what is none."""
     towers = (tower for family in FAMILIES.values() for tower in family.towers)
     return next((tower.tokenizer for tower in towers if tower.encoder == encoder), None)
+
+
+def is_pooled(encoder: str) -> bool:
+    """Whether some family takes the pooled text of a text encoder of that name, through the projection that it has."""
+    towers = (tower for family in FAMILIES.values() for tower in family.towers)
+    return any(tower.pooled for tower in towers if tower.encoder == encoder)
 
 
 def kind_of(config: Any) -> str:

@@ -11,11 +11,11 @@ from bdm_jax.diffusion import scheduler_config
 from bdm_jax.diffusion.schedule import Schedule
 from bdm_jax.errors import UserError, unknown
 from bdm_jax.formats.files import read_json
-from bdm_jax.formats.open import Found, find, pick_network
+from bdm_jax.formats.open import Found, find
 from bdm_jax.formats.weights import weights_among
 from bdm_jax.paths import TOKENIZERS, no_such
 from bdm_jax.systems import families
-from bdm_jax.systems.components import Component, config_of, load_found
+from bdm_jax.systems.components import Component, config_of, find_part, load_found
 from bdm_jax.systems.families import Family
 from bdm_jax.systems.index import CHECKERS, INDEX, SCHEDULE, read_index
 from bdm_jax.systems.int8 import quantised
@@ -24,6 +24,8 @@ from bdm_jax.text.towers import Tower
 
 # For text encoders that come without their tokenizer: vocabulary -> (bundled folder, tokens in a window).
 _BUNDLED = {49408: (TOKENIZERS / "clip", 77), 21128: (TOKENIZERS / "chinese", 52)}
+
+_OF_BRANCHES = {"masked", "branch_towers"}  # settings that go with a branch, not with a backbone
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class FoundSystem:
       schedule: the noise schedule, None where nothing records it.
       prediction: what the UNet predicts, where a single file records it.
       pipeline_class: diffusers' name of the system.
-      settings: guidance, masked, zero_empty: those that the folder records.
+      settings: guidance, masked, zero_empty, branch_towers: those that the folder records.
     """
 
     networks: dict[str, Found] = field(default_factory=dict)
@@ -68,7 +70,7 @@ def find_system(model: Path, variant: str | None = None) -> FoundSystem:
         folder = model / part.name
         if part.name in families.names() and folder.is_dir() and any(folder.iterdir()):
             if part.configs:
-                networks[part.name] = pick_network(find(folder, variant), folder, part.name, part.kinds)
+                networks[part.name] = find_part(folder, part.name, variant)
             else:
                 tokenizers[part.name] = folder
     for name in networks:  # Kolors' own folders have their tokenizer in its text encoder's
@@ -81,6 +83,16 @@ def find_system(model: Path, variant: str | None = None) -> FoundSystem:
     if left := strangers(model, found):
         warnings.warn(f"{model}: no part of a {found.family.title} system: {', '.join(left)}: left out", stacklevel=2)
     return found
+
+
+def family_at(model: Path) -> Family | None:
+    """The row of the system in a pipeline folder, by its model_index.json and its parts' names, or in a file; None
+    where there is none. No weights are read. Raises UserError for a system that this library does not have.
+    """
+    if model.is_file():
+        return find_system(model).family
+    names = {child.name for child in model.iterdir()} & families.names() if model.is_dir() else ()
+    return families.family_of(names, read_index(model / INDEX)["pipeline_class"]) if names else None
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -109,12 +121,15 @@ def find_parts(
         if lost := [name for name in bridge if name not in found.family.parts]:
             raise UserError(f"{backbone}: {found.family.title}, in which {model}'s {', '.join(lost)} have no place")
     known = [part.name for part in families.parts() if part.configs and part.name in families.names()]
+    given, tokenizers = {}, {}
     for name, path in networks.items():
         if name not in known:
             raise unknown("part of a system", name, known)
-        part = pick_network(find(path, _of_part(path, variant)), path, name, families.other_kinds(name))
-        beside = tokenizer_beside(name, path)
-        found = replace(found, networks={**found.networks, name: part}, tokenizers={**found.tokenizers, **beside})
+        given[name] = find_part(path, name, _of_part(path, variant))
+        for tokenizer, folder in tokenizer_beside(name, path).items():  # which two may share, and one of them have
+            tokenizers[tokenizer] = tokenizers.get(tokenizer) or folder
+    found = replace(found, networks={**found.networks, **given}, tokenizers={**found.tokenizers, **tokenizers})
+    _check_branch(found)
     for name, path in networks.items():
         if name not in found.family.parts:
             raise UserError(f"{path}: {model} is a system of the family {found.family.title}, which has no {name}")
@@ -228,8 +243,8 @@ def _in_file(model: Path, variant: str | None) -> FoundSystem:
 def _with_backbone(found: FoundSystem, other: FoundSystem) -> FoundSystem:
     networks = {name: part for name, part in other.networks.items() if not families.in_bridge(name)}
     tokenizers = {name: part for name, part in other.tokenizers.items() if not families.in_bridge(name)}
-    settings = {name: value for name, value in found.settings.items() if name == "masked"}
-    settings |= {name: value for name, value in other.settings.items() if name != "masked"}
+    settings = {name: value for name, value in found.settings.items() if name in _OF_BRANCHES}
+    settings |= {name: value for name, value in other.settings.items() if name not in _OF_BRANCHES}
     schedule, prediction = found.schedule, found.prediction
     if other.schedule is not None or other.prediction is not None:
         schedule, prediction = other.schedule, other.prediction
@@ -240,6 +255,24 @@ def _with_backbone(found: FoundSystem, other: FoundSystem) -> FoundSystem:
         prediction,
         other.pipeline_class or found.pipeline_class,
         settings,
+    )
+
+
+def _check_branch(found: FoundSystem) -> None:
+    """Raises UserError for a branch of one kind of backbone with another: the only sign that weights bear is whether
+    pooled texts and sizes are added to the time embedding.
+    """
+    if not found.family.bridge:
+        return
+    unet, branch = (found.networks.get(parts[0].name) for parts in (found.family.backbone, found.family.bridge))
+    if unet is None or branch is None or config_of(unet).has_addition == config_of(branch).has_addition:
+        return
+    with_bridge = [family for family in families.FAMILIES.values() if family.bridge and family.sizes]
+    titles = {family.sizes[family.bridge[0].name].has_addition: family.title for family in reversed(with_bridge)}
+    own, other = (titles[config_of(network).has_addition] for network in (branch, unet))
+    raise UserError(
+        f"{branch.path}: a branch for {own}, but {unet.path} is {other}: give a branch that was trained on {other} "
+        f"(--branch), or a backbone of {own} (--backbone)"
     )
 
 

@@ -22,7 +22,7 @@ from bdm_jax.systems.index import INDEX, SCHEDULE, model_index
 from bdm_jax.systems.int8 import to_int8
 from bdm_jax.text import readers
 from bdm_jax.text.tokenizer import Tokenizer
-from bdm_jax.text.towers import Reader
+from bdm_jax.text.towers import SETTING, Reader, Tower
 
 _FEWEST_WORDS = 0.9  # of the table: tables are padded, or have a few words more than their tokenizer
 
@@ -40,8 +40,10 @@ class BridgePipeline:
       guidance: the scale that its images look best at; the family's where None is given.
       masked: whether its branch was trained with the padding of its prompts hidden.
       zero_empty: whether an empty prompt of the backbone is zeros; the family's habit where None is given.
+      branch_towers: which text encoders read the branch's prompt, in the order in which their states are joined, from
+        which layer, and what the pooled text is (see `index.branch_towers`); the family's where None.
 
-    The last three are kept in model_index.json. Raises UserError for parts that are missing or do not fit.
+    The last four are kept in model_index.json. Raises UserError for parts that are missing or do not fit.
     """
 
     family: Family
@@ -50,6 +52,7 @@ class BridgePipeline:
     guidance: float | None = None
     masked: bool = False
     zero_empty: bool | None = None
+    branch_towers: tuple[Tower, ...] | None = None
 
     def __post_init__(self):
         family = self.family
@@ -97,6 +100,8 @@ class BridgePipeline:
         """Who reads which text, by source: those whose text encoders are there."""
         found = {}
         for reader in self.family.readers:
+            if reader.source == "branch" and self.branch_towers is not None:
+                reader = replace(reader, towers=self.branch_towers)
             if all(tower.encoder in self.parts for tower in reader.towers):
                 zero_empty = self.zero_empty if reader.source == "backbone" else reader.zero_empty
                 found[reader.source] = replace(reader, zero_empty=zero_empty)
@@ -114,7 +119,8 @@ class BridgePipeline:
 
     def without_bridge(self) -> "BridgePipeline":
         """The bare backbone."""
-        return self.replace(**dict.fromkeys(name for name in self.family.bridge_names if name in self.parts))
+        bridge = (name for name in self.family.bridge_names if name in self.parts)
+        return self.replace(branch_towers=None, **dict.fromkeys(bridge))
 
     @classmethod
     def from_pretrained(
@@ -175,7 +181,8 @@ class BridgePipeline:
             tokenizer.save_pretrained(folder / name)
         write_json(folder / "scheduler" / SCHEDULE, scheduler_values(self.family, self.schedule))
         configs = {name: component.config for name, component in self.networks.items()}
-        write_json(folder / INDEX, model_index(self.family, configs, self.guidance, self.masked, self.zero_empty))
+        prompts = self.masked, self.zero_empty, self.branch_towers
+        write_json(folder / INDEX, model_index(self.family, configs, self.guidance, *prompts))
 
     def __call__(self, prompt: str | Sequence[str], **options: Any) -> Any:
         """Draw: `pipeline("红灯笼", seed=0).images[0]`; options and result are those of `app.drawing.draw`."""
@@ -208,6 +215,10 @@ class BridgePipeline:
 
     def _check_widths(self) -> None:
         """Components that are each in order may still not belong together."""
+        own = {tower.encoder for tower in self.family.branch_towers}
+        for tower in self.branch_towers or ():
+            if tower.encoder not in own:
+                raise UserError(f"{SETTING}: a branch of {self.family.title} has no {tower.encoder}")
         unet, pairs = self.unet.config, []
         if self.vae is not None:
             pairs.append(("unet", unet.in_channels, "latent channels", "vae", self.vae.config.latent_channels))

@@ -13,7 +13,7 @@ from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.text import encode as one
 from bdm_jax.text.encode import Tokens
 from bdm_jax.text.tokenizer import Tokenizer
-from bdm_jax.text.towers import Reader, Tower
+from bdm_jax.text.towers import SETTING, Reader, Tower
 
 Parts = Mapping[str, Any]  # a system's parts by name: networks as (config, params), and tokenizers
 
@@ -33,14 +33,13 @@ def read(
         hidden = masked and tokenizer.pad != tokenizer.end  # CLIP's padding, its end token, is read
         return one.read(tokenizer, prompts, reference=reference, masked=hidden, windows=windows)
 
-    tokenizers = [parts[tower.tokenizer] for tower in reader.towers]
-    tokens = [tokens_of(tokenizer) for tokenizer in tokenizers]
-    most = max(own.ids.shape[1] for own in tokens)
-    if reader.join == "width" and len({own.ids.shape[1] for own in tokens}) > 1:
-        tokens = [tokens_of(tokenizer, most) for tokenizer in tokenizers]
-    for tower, own in zip(reader.towers, tokens, strict=True):
-        _check_kept(tower, parts, prompts, own)
-    return tuple(tokens)
+    tokens = {name: tokens_of(parts[name]) for name in reader.tokenizers}
+    most = max(own.ids.shape[1] for own in tokens.values())
+    if reader.join == "width" and len({own.ids.shape[1] for own in tokens.values()}) > 1:
+        tokens = {name: tokens_of(parts[name], most) for name in tokens}
+    for tower in reader.towers:
+        _check_kept(tower, parts, prompts, tokens[tower.tokenizer])
+    return tuple(tokens[tower.tokenizer] for tower in reader.towers)
 
 
 def encode(
@@ -54,13 +53,14 @@ def encode(
     """
     conds = []
     for tower, own in zip(reader.towers, tokens, strict=True):
-        window = parts[tower.tokenizer].format
+        window, (config, params) = parts[tower.tokenizer].format, parts[tower.encoder]
         cond = one.encode_tokens(
-            *parts[tower.encoder],
+            as_pooled(tower, config),
+            params,
             own,
             layer=tower.layer + clip_skip - 1,
             final_norm=tower.final_norm,
-            pooled=tower.pooled,
+            pooled=bool(tower.pooled),
             start=len(window.start),
             end=len(window.end),
             reference=reference,
@@ -70,7 +70,17 @@ def encode(
 
 
 def check(reader: Reader, parts: Parts) -> None:
-    """Raises UserError for parts that cannot be joined as the reader says."""
+    """Raises UserError for parts that cannot be read, or joined, as the reader says."""
+    for tower in reader.towers:
+        config = parts[tower.encoder].config
+        if tower.pooled == "projected" and not has_projection(config):
+            raise UserError(
+                f"{tower.encoder} has no projection (text_projection), which the pooled text goes through: give the "
+                f'whole CLIP that it is of, or have {SETTING} say "pooled": "raw"'
+            )
+        if tower.layer > config.num_hidden_layers + 1:
+            layers = config.num_hidden_layers
+            raise UserError(f"{tower.encoder} has {layers} layers: there is no layer {tower.layer} from the last")
     if reader.join == "width":
         what, sizes = "tokens in a window", {t.tokenizer: parts[t.tokenizer].format.room for t in reader.towers}
     else:
@@ -81,6 +91,16 @@ def check(reader: Reader, parts: Parts) -> None:
             raise UserError(f"{first} and {name} cannot be joined on {reader.join}: {what} {size} and {other}")
 
 
+def as_pooled(tower: Tower, config: Any) -> Any:
+    """A text encoder's config for the pooled text that is taken of it: without its projection where that is "raw"."""
+    return replace(config, projection_dim=None) if tower.pooled == "raw" and has_projection(config) else config
+
+
+def has_projection(config: Any) -> bool:
+    """Whether a text encoder has a projection into a joint space of texts and images."""
+    return getattr(config, "projection_dim", None) is not None
+
+
 def width(reader: Reader, parts: Parts) -> int:
     """Channels of the states that the reader gives."""
     widths = [parts[tower.encoder].config.hidden_size for tower in reader.towers]
@@ -89,7 +109,7 @@ def width(reader: Reader, parts: Parts) -> int:
 
 def pooled_width(reader: Reader, parts: Parts) -> int:
     """Channels of the pooled vector that the reader gives; 0 without."""
-    configs = [parts[tower.encoder].config for tower in reader.towers if tower.pooled]
+    configs = [as_pooled(tower, parts[tower.encoder].config) for tower in reader.towers if tower.pooled]
     return sum(getattr(config, "projection_dim", None) or config.hidden_size for config in configs)
 
 

@@ -18,7 +18,7 @@ from bdm_jax.formats.open import find, pick_network
 from bdm_jax.formats.weights import unwrapped
 from bdm_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from bdm_jax.models.functional import abstract
-from bdm_jax.systems.components import config_of, save_component, size_metadata
+from bdm_jax.systems.components import config_of, find_part, save_component, size_metadata
 from bdm_jax.systems.folder import find_system
 
 CLIP = CLIPTextConfig(
@@ -186,15 +186,18 @@ def whole():
         ("english", "text_encoder", ("text_model.", "text_projection")),
         ("english", "image_encoder", ("vision_model.", "visual_projection")),
         ("chinese", "branch_text_encoder", ("text_model.",)),
+        ("chinese", "branch_text_encoder_2", ("text_model.", "text_projection")),
     ],
 )
 @pytest.mark.filterwarnings("error")
 def test_tower_of_a_whole_clip(form, language, name, at, whole, tmp_path):
     whole[language].save_pretrained(tmp_path)
     path = tmp_path if form == "folder" else (tmp_path / "config.json").unlink() or tmp_path / "model.safetensors"
-    part = pick_network(find(path), path, name)
+    part = find_part(path, name)
     config = config_of(part)
-    assert config.hidden_size == 16 and getattr(config, "projection_dim", 12) == 12
+    assert config.hidden_size == 16 and config.projection_dim == (
+        12 if any("projection" in at_ for at_ in at) else None
+    )
     read = tree_from_torch(part.tensors, abstract(config), str(path), part.table)
     pooler = ("text_model.pooler.",) if language == "chinese" else ()
     tensors = {key: array.numpy() for key, array in whole[language].state_dict().items() if key.startswith(at)}

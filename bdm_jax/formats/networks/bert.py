@@ -1,12 +1,14 @@
 """The BERT encoder of Chinese-CLIP: transformers' names, the cn_clip package's."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
 
 from bdm_jax.formats.networks.network import NetworkInFile, Shapes, count, in_our_names, recorded
 from bdm_jax.formats.tables import KeyTable
 
-# The Chinese tower alone, or as a part of a whole Chinese-CLIP; its pooler and projection play no part in BDM. The
-# cn_clip package calls it bert.
+# The Chinese tower alone, or as a part of a whole Chinese-CLIP, whose projection plays no part in SD1.5's BDM; nor has
+# its pooler one anywhere. The cn_clip package calls it bert.
 CHINESE_TEXT = KeyTable(
     accepted=("text_model.", "bert."),
     embeddings=r"embeddings\.\w+_embeddings\.weight",
@@ -17,8 +19,44 @@ CHINESE_TEXT = KeyTable(
     ),
 )
 
-KINDS = dict.fromkeys(("bert", "chinese_clip", "chinese_clip_text_model"), "branch_text_encoder")
+# The tower with the projection of its pooled text into CLIP's joint space; as cn_clip has it, a matrix (in, out).
+PROJECTED_TEXT = replace(
+    CHINESE_TEXT,
+    outside=r"text_projection\.weight",
+    ignored=(*CHINESE_TEXT.ignored[:-1], r"(vision_model|visual_projection|visual)(\..*)?|logit_scale"),
+)
+_MATRIX = replace(
+    PROJECTED_TEXT,
+    outside=r"text_projection(\.weight)?",
+    modules=(("text_projection.weight", "text_projection"),),
+    transposed=r"text_projection\.weight",
+)
+
+_WHOLE, _TOWER = "chinese_clip", "chinese_clip_text_model"
+KINDS = dict.fromkeys(("bert", _WHOLE, _TOWER), "branch_text_encoder")
 TABLES = dict.fromkeys(KINDS, CHINESE_TEXT)
+
+
+def table_of(values: Mapping[str, Any], keys: Collection[str]) -> KeyTable:
+    """The table of a tower in a file with these keys, by its config.json's values."""
+    if values.get("model_type") == _WHOLE or values.get("projection_dim") is None:
+        return CHINESE_TEXT
+    return _MATRIX if "text_projection" in keys else PROJECTED_TEXT
+
+
+def with_projection(values: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """config.json's values of a tower with the projection that its file has, by the shapes of the file's tensors."""
+    whole = values.get("model_type") == _WHOLE and isinstance(values.get("text_config"), dict)
+    values = {**values["text_config"], "model_type": _TOWER} if whole else {**values}
+    if width := _projected_to(shapes):
+        values["projection_dim"] = width
+    return values
+
+
+def without_projection(values: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json's values of a tower (or of the whole CLIP that it lies in) without it."""
+    whole = values.get("model_type") == _WHOLE
+    return {key: value for key, value in values.items() if whole or key != "projection_dim"}
 
 
 def find_chinese(shapes: Shapes, metadata: Mapping[str, str]) -> list[NetworkInFile]:
@@ -29,7 +67,7 @@ def find_chinese(shapes: Shapes, metadata: Mapping[str, str]) -> list[NetworkInF
         ours = in_our_names(shapes, "", CHINESE_TEXT)
         vocab, width = ours["embeddings.word_embeddings.weight"]
         config = {
-            "model_type": "chinese_clip_text_model",
+            "model_type": _TOWER,
             "vocab_size": vocab,
             "hidden_size": width,
             "intermediate_size": ours["encoder.layer.0.intermediate.dense.weight"][0],
@@ -39,6 +77,16 @@ def find_chinese(shapes: Shapes, metadata: Mapping[str, str]) -> list[NetworkInF
             "type_vocab_size": ours["embeddings.token_type_embeddings.weight"][0],
             **recorded(metadata, "branch_text_encoder"),
         }
+        if not any(key.startswith(("vision_model.", "visual")) for key in shapes):  # else a whole Chinese-CLIP
+            config = with_projection(config, shapes)
         family = {1024: "Chinese-CLIP ViT-H/14", 768: "Chinese-CLIP ViT-B or L"}.get(width, "BERT")
-        return [NetworkInFile("branch_text_encoder", layout, family, "", CHINESE_TEXT, config)]
+        return [NetworkInFile("branch_text_encoder", layout, family, "", table_of(config, shapes), config)]
     return []
+
+
+def _projected_to(shapes: Shapes) -> int | None:
+    """The width of a file's joint space; None where it has no projection."""
+    for key, axis in (("text_projection.weight", 0), ("text_projection", 1)):
+        if len(shapes.get(key, ())) == 2:
+            return shapes[key][axis]
+    return None

@@ -1,7 +1,7 @@
 """Sizes of the text and vision towers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bdm_jax.models.values import check, pick, plain
@@ -44,7 +44,9 @@ class CLIPVisionConfig:
 
 @dataclass(frozen=True)
 class RobertaConfig:
-    """The text tower of Chinese-CLIP: a BERT encoder without pooler (post-norm, bidirectional)."""
+    """The text tower of Chinese-CLIP: a BERT encoder without pooler (post-norm, bidirectional). `projection_dim` is the
+    width of the joint space that its pooled text is projected to, None where it is the first token's state as it is.
+    """
 
     vocab_size: int = 21128
     hidden_size: int = 1024
@@ -55,6 +57,7 @@ class RobertaConfig:
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
+    projection_dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,10 @@ OPENCLIP_BIGG_TEXT = CLIPTextConfig(
 )
 CHINESE_CLIP_H_TEXT = RobertaConfig()
 CHATGLM3_TEXT = ChatGLMConfig()
+CHINESE_CLIP_H_PROJECTED_TEXT = replace(CHINESE_CLIP_H_TEXT, projection_dim=1024)
+CHINESE_CLIP_L_TEXT = RobertaConfig(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+)
 
 CLIP_FIXED = {"hidden_act": ("quick_gelu", "gelu"), "num_channels": (3,)}
 ROBERTA_FIXED = {"position_embedding_type": ("absolute",), "hidden_act": ("gelu",)}
@@ -165,17 +172,21 @@ def _clip_vision_to_json(config: CLIPVisionConfig) -> dict[str, Any]:
 
 
 def _roberta_from_json(values: Mapping[str, Any]) -> RobertaConfig:
-    values = _text_config(values) if values.get("model_type") == "chinese_clip" else values
+    """Of a whole CLIP the tower alone: whether its projection is a part of it is its place's to say."""
+    values = {**_text_config(values), "projection_dim": None} if values.get("model_type") == "chinese_clip" else values
     check(values, ROBERTA_FIXED)
     return pick(RobertaConfig, values)
 
 
 def _roberta_to_json(config: RobertaConfig) -> dict[str, Any]:
     fixed = {"hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    values = plain(config)
+    if config.projection_dim is None:
+        del values["projection_dim"]
     return {
         "architectures": ["ChineseCLIPTextModel"],
         "model_type": "chinese_clip_text_model",
-        **plain(config),
+        **values,
         **fixed,
     }
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 from bdm_jax.models.attention import attention
 from bdm_jax.models.linear import Linear
+from bdm_jax.models.towers.clip import TextOutput
 from bdm_jax.models.towers.config import RobertaConfig
 
 
@@ -97,17 +98,41 @@ class RobertaStack(nnx.Module):
 
 
 class Roberta(nnx.Module):
-    """Token ids (B,S) int32 -> states (B,S,D), the last layer's output. `mask` None attends to padding too, as BDM1.0
-    does.
+    """Token ids (B,S) int32 -> states (B,S,D), and where asked for the pooled text. `mask` None attends to padding too,
+    as BDM1.0 does.
     """
 
     def __init__(self, config: RobertaConfig, rngs: nnx.Rngs):
         self.config = config
         self.embeddings = RobertaEmbeddings(config, rngs)
         self.encoder = RobertaStack(config, rngs)
+        if config.projection_dim is not None:
+            self.text_projection = Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
 
-    def __call__(self, ids: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        x = self.embeddings(ids)
-        for layer in self.encoder.layer:
-            x = layer(x, mask)
-        return x
+    def __call__(self, ids: jax.Array, mask: jax.Array | None = None, layer: int = 1) -> jax.Array:
+        """States of a layer counted from the last, 1; layers above it are not computed. Raises ValueError for a layer
+        that is not there.
+        """
+        return self._layers(ids, mask, self._depth(layer))[-1]
+
+    def outputs(self, ids: jax.Array, mask: jax.Array | None = None, layer: int = 1) -> TextOutput:
+        """The states as above, and the pooled text: the last layer's state of the first token, [CLS], through the
+        projection where the tower has one (transformers' `get_text_features`).
+        """
+        states = self._layers(ids, mask, self.config.num_hidden_layers)
+        pooled = states[-1][:, 0]
+        if hasattr(self, "text_projection"):
+            pooled = self.text_projection(pooled)
+        return TextOutput(states[self._depth(layer)], pooled)
+
+    def _depth(self, layer: int) -> int:
+        if not 1 <= layer <= (layers := self.config.num_hidden_layers) + 1:
+            raise ValueError(f"layer {layer} from the last: this tower has {layers}, and its embeddings before them")
+        return layers + 1 - layer
+
+    def _layers(self, ids: jax.Array, mask: jax.Array | None, depth: int) -> list[jax.Array]:
+        """The embeddings, and what each of the first `depth` layers returns."""
+        states = [self.embeddings(ids)]
+        for layer in list(self.encoder.layer)[:depth]:
+            states.append(layer(states[-1], mask))
+        return states
