@@ -127,7 +127,7 @@ def with_projection(part: Found, wanted: bool) -> Found:
     if part.values.get("model_type") not in bert.KINDS:
         return part
     shapes = {key: array.shape for key, array in part.tensors.items()}
-    values = bert.with_projection(part.values, shapes) if wanted else bert.without_projection(part.values)
+    values = bert.projected(part.values, wanted, shapes)
     return replace(part, values=values, table=bert.table_of(values, shapes))
 
 

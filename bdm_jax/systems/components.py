@@ -13,8 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdm_jax.errors import UserError, unknown
-from bdm_jax.formats.files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, Tensors, write_json, write_safetensors
+from bdm_jax.formats.files import (
+    DIFFUSERS_WEIGHTS,
+    TRANSFORMERS_WEIGHTS,
+    Tensors,
+    read_json,
+    write_json,
+    write_safetensors,
+)
 from bdm_jax.formats.layouts import tree_from_torch, tree_to_torch
+from bdm_jax.formats.networks import bert
 from bdm_jax.formats.open import Found, find, pick_network, with_projection
 from bdm_jax.models.config import BranchConfig, Config, from_json, to_json
 from bdm_jax.models.functional import Params, abstract, is_float, is_int8
@@ -67,6 +75,13 @@ def find_part(path: Path, name: str | None = None, variant: str | None = None) -
     """
     found = pick_network(find(path, variant), path, name, families.other_kinds(name))
     return found if name is None else with_projection(found, families.is_pooled(name))
+
+
+def config_in(folder: Path, name: str) -> Config:
+    """The sizes of a system's part in its component folder, by config.json alone (see `find_part`). Raises FileError or
+    ValueError for what these networks do not implement.
+    """
+    return from_json(bert.projected(read_json(folder / "config.json"), families.is_pooled(name)))
 
 
 def load_component(path: str | Path, dtype: str | None = None, kind: str | None = None) -> Component:

@@ -6,7 +6,7 @@ checked before it is loaded.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pkgutil import resolve_name
 from typing import Any
 
@@ -283,7 +283,7 @@ SDXL = Family(
     "sdxl",
     "SDXL",
     backbone=(
-        *(_UNET, _VAE, _CLIP, _BIGG, _CLIP_TOKENIZER),
+        *(_UNET, _VAE, replace(_CLIP, lora=("lora_te1_", *_CLIP.lora)), _BIGG, _CLIP_TOKENIZER),
         Part("tokenizer_2", entry=(_TRANSFORMERS, "CLIPTokenizer"), pad="!"),
     ),
     bridge=(_BRANCH, _CHINESE, _CHINESE_2, _CHINESE_TOKENIZER),

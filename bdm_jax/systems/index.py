@@ -41,7 +41,7 @@ def model_index(
         "_class_name": family.pipeline_class,
         _GUIDANCE: family.guidance if guidance is None else guidance,
         **({_MASKED: True} if masked else {}),
-        **({} if branch_towers is None else {SETTING: [*map(_tower_json, branch_towers)]}),
+        **({} if branch_towers is None else {SETTING: [*map(tower_json, branch_towers)]}),
         **({_ZERO_EMPTY: zero_empty} if family.zero_empty or zero_empty else {}),
         **dict(sorted({**entries, "scheduler": ["diffusers", family.scheduler_class]}.items())),
     }
@@ -95,7 +95,8 @@ def branch_towers(value: Any, where: str) -> tuple[Tower, ...]:
     return tuple(towers)
 
 
-def _tower_json(tower: Tower) -> dict[str, Any]:
+def tower_json(tower: Tower) -> dict[str, Any]:
+    """A text encoder as `branch_towers` reads it."""
     return {"encoder": tower.encoder, "layer": tower.layer, "pooled": tower.pooled}
 
 

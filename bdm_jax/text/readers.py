@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -66,7 +67,7 @@ def encode(
             reference=reference,
         )
         conds.append(_without_empty(cond, own, parts[tower.tokenizer]) if reader.zero_empty else cond)
-    return conds[0] if len(conds) == 1 else _joined(conds, reader.join)
+    return conds[0] if len(conds) == 1 else joined(conds, reader.join)
 
 
 def check(reader: Reader, parts: Parts) -> None:
@@ -118,6 +119,12 @@ def layers(reader: Reader, parts: Parts) -> int:
     return min(parts[tower.encoder].config.num_hidden_layers + 1 - tower.layer for tower in reader.towers)
 
 
+def with_zeros(cond: Conditioning, empty: jax.Array) -> Conditioning:
+    """Zeros in place of states and pooled text of those texts that are empty, (B,) bool."""
+    cond = replace(cond, tokens=jnp.where(empty[:, None, None], 0, cond.tokens))
+    return cond if cond.pooled is None else replace(cond, pooled=jnp.where(empty[:, None], 0, cond.pooled))
+
+
 def _check_kept(tower: Tower, parts: Parts, prompts: Sequence[str], tokens: Tokens) -> None:
     """Raises UserError for a prompt that is not among the texts that were read before, where these are all there is."""
     component = parts.get(tower.encoder)
@@ -132,19 +139,10 @@ def _check_kept(tower: Tower, parts: Parts, prompts: Sequence[str], tokens: Toke
             )
 
 
-def _without_empty(cond: Conditioning, tokens: Tokens, tokenizer: Tokenizer) -> Conditioning:
-    """Zeros in place of the states of texts without content."""
-    blank = tokenizer.format.fill([], tokens.ids.shape[1])
-    empty = (np.asarray(tokens.ids) == blank).all(axis=(1, 2))
-    if not empty.any():
-        return cond
-    kept = jnp.asarray(~empty)
-    cond = replace(cond, tokens=jnp.where(kept[:, None, None], cond.tokens, 0))
-    return cond if cond.pooled is None else replace(cond, pooled=jnp.where(kept[:, None], cond.pooled, 0))
-
-
-def _joined(conds: Sequence[Conditioning], join: str) -> Conditioning:
-    """States side by side or one after the other; a token is hidden where no encoder has content."""
+def joined(conds: Sequence[Conditioning], join: str) -> Conditioning:
+    """States of several text encoders side by side ("width") or one after the other ("tokens"); a token is hidden where
+    no encoder has content. The pooled vectors are laid side by side.
+    """
     tokens = jnp.concatenate([cond.tokens for cond in conds], axis=-1 if join == "width" else 1)
     mask = None
     if any(cond.mask is not None for cond in conds):
@@ -152,3 +150,12 @@ def _joined(conds: Sequence[Conditioning], join: str) -> Conditioning:
         mask = jnp.stack(masks).any(axis=0) if join == "width" else jnp.concatenate(masks, axis=1)
     pooled = [cond.pooled for cond in conds if cond.pooled is not None]
     return Conditioning(tokens, mask, **({"pooled": jnp.concatenate(pooled, axis=-1)} if pooled else {}))
+
+
+def _without_empty(cond: Conditioning, tokens: Tokens, tokenizer: Tokenizer) -> Conditioning:
+    """Zeros in place of the states of texts without content."""
+    blank = tokenizer.format.fill([], tokens.ids.shape[1])
+    empty = (np.asarray(tokens.ids) == blank).all(axis=(1, 2))
+    if not empty.any():
+        return cond
+    return with_zeros(cond, jnp.asarray(empty))

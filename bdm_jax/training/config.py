@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from bdm_jax.errors import UserError
 from bdm_jax.formats.files import read_json, write_json
+from bdm_jax.models.config import RobertaConfig
 from bdm_jax.runtime.processes import is_first
 from bdm_jax.systems.fetch import written
 from bdm_jax.training.inputs import has_checkpoints
@@ -48,7 +49,16 @@ _FREE_TO_CHANGE = {
 }
 _FREE_IN_PARTS = {"remat", "skip_rate", "on_device"}
 # Settings of parts that runs of older versions do not have: with these values they compute what they did.
-_LATER_IN_PARTS = {"scenes": None, "scene_size": 128, "start_from": None}
+_LATER_IN_PARTS = {
+    "scenes": None,
+    "scene_size": 128,
+    "start_from": None,
+    "family": "sd15",
+    "captions": None,
+    "text_encoder_2": None,
+    "towers": None,
+    "projection_dim": None,
+}
 
 
 @dataclass(frozen=True)
@@ -164,6 +174,9 @@ class TrainConfig:
             # where these lie is free, not whether they are given at all
             given = {key: True for key in _LATER_IN_PARTS if f"{name}.{key}" in folders}
             values[name] = {**{key: value for key, value in values[name].items() if key not in free}, **given}
+        if isinstance(getattr(self.task, "text_encoder", None), RobertaConfig):
+            if self.task.text_encoder.projection_dim is None:  # later than the first runs that train one
+                del values["task"]["text_encoder"]["projection_dim"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -42,6 +42,7 @@ class System:
         return torch.nn.functional.mse_loss(predicted, target)
 
     def noised(self, moments, scaling, key):
+        """Noisy latents, timesteps, targets: of what the schedule's network predicts."""
         mean, logvar = np.split(np.asarray(moments), 2, axis=-1)
         keys, places = jax.random.split(key, 3), np.arange(len(mean))
 
@@ -51,8 +52,32 @@ class System:
         t = draw(keys[2], places, lambda k: jax.random.randint(k, (), 0, 1000))
         latents = nchw((mean + np.exp(0.5 * logvar) * normal(keys[0])) * scaling)
         noise, t = nchw(normal(keys[1])), torch.from_numpy(np.array(t)).long()
-        assert self.schedule.config.prediction_type == "v_prediction"
-        return self.schedule.add_noise(latents, noise, t), t, self.schedule.get_velocity(latents, noise, t)
+        targets = {"v_prediction": self.schedule.get_velocity(latents, noise, t), "epsilon": noise}
+        return self.schedule.add_noise(latents, noise, t), t, targets[self.schedule.config.prediction_type]
+
+
+class SystemXL(System):
+    """The networks of an SDXL backbone that the loss of a branch needs: its prompt is "", which are zeros."""
+
+    def __init__(self, folder: Path):
+        self.unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+        self.unet.requires_grad_(False).eval()
+        self.schedule = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
+
+    def loss(self, moments, scaling, key, length, factor, residuals):
+        """The mean squared error, with the draws that our loss makes of `key`.
+
+        residuals: of noisy latents, timesteps and sizes (B,6), as the UNet's keywords.
+        """
+        noisy, t, target = self.noised(moments, scaling, key)
+        height, width = (factor * side for side in noisy.shape[2:])
+        sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(noisy), dtype=torch.float32)
+        config = self.unet.config
+        states = torch.zeros(len(noisy), length, config.cross_attention_dim)
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added = {"text_embeds": torch.zeros(len(noisy), pooled), "time_ids": sizes}
+        predicted = self.unet(noisy, t, states, added_cond_kwargs=added, **residuals(noisy, t, sizes)).sample
+        return torch.nn.functional.mse_loss(predicted, target)
 
 
 def nchw(array):
@@ -62,7 +87,7 @@ def nchw(array):
 def start(task, run, data, dtype="float32"):
     """A training made ready, and one batch."""
     run.mkdir(exist_ok=True)
-    job = task.start(Sets(data, task.language, task.only), run, 0, jnp.dtype(dtype))
+    job = task.start(Sets(data, task.language, getattr(task, "only", ())), run, 0, jnp.dtype(dtype))
     source = job.parts[0].source
     rows = [job.sample(source[n % len(source)], np.random.default_rng(n)) for n in range(BATCH)]
     batch = jax.tree.map(lambda *values: np.stack(values), *rows)

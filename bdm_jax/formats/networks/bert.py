@@ -44,19 +44,19 @@ def table_of(values: Mapping[str, Any], keys: Collection[str]) -> KeyTable:
     return _MATRIX if "text_projection" in keys else PROJECTED_TEXT
 
 
-def with_projection(values: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """config.json's values of a tower with the projection that its file has, by the shapes of the file's tensors."""
-    whole = values.get("model_type") == _WHOLE and isinstance(values.get("text_config"), dict)
-    values = {**values["text_config"], "model_type": _TOWER} if whole else {**values}
-    if width := _projected_to(shapes):
-        values["projection_dim"] = width
-    return values
-
-
-def without_projection(values: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json's values of a tower (or of the whole CLIP that it lies in) without it."""
-    whole = values.get("model_type") == _WHOLE
-    return {key: value for key, value in values.items() if whole or key != "projection_dim"}
+def projected(values: Mapping[str, Any], wanted: bool, shapes: Shapes | None = None) -> dict[str, Any]:
+    """config.json's values of a tower, or of a whole CLIP, as a tower with its projection, where it has one, or without
+    it; those of other networks as they are. shapes: of its file's tensors, where they are known.
+    """
+    if values.get("model_type") not in KINDS:
+        return {**values}
+    whole = values["model_type"] == _WHOLE and isinstance(values.get("text_config"), dict)
+    if not wanted:
+        return {key: value for key, value in values.items() if whole or key != "projection_dim"}
+    if whole:
+        values = {**values["text_config"], "model_type": _TOWER, "projection_dim": values.get("projection_dim")}
+    width = _projected_to(shapes or {})
+    return {**values, **({} if width is None else {"projection_dim": width})}
 
 
 def find_chinese(shapes: Shapes, metadata: Mapping[str, str]) -> list[NetworkInFile]:
@@ -78,7 +78,7 @@ def find_chinese(shapes: Shapes, metadata: Mapping[str, str]) -> list[NetworkInF
             **recorded(metadata, "branch_text_encoder"),
         }
         if not any(key.startswith(("vision_model.", "visual")) for key in shapes):  # else a whole Chinese-CLIP
-            config = with_projection(config, shapes)
+            config = projected(config, True, shapes)
         family = {1024: "Chinese-CLIP ViT-H/14", 768: "Chinese-CLIP ViT-B or L"}.get(width, "BERT")
         return [NetworkInFile("branch_text_encoder", layout, family, "", table_of(config, shapes), config)]
     return []

@@ -15,7 +15,7 @@ from bdm_jax.models.config import CLIPTextConfig, UNetConfig
 from bdm_jax.models.functional import abstract, init
 from bdm_jax.paths import TOKENIZERS
 from bdm_jax.systems.components import Component, load_component
-from bdm_jax.systems.families import FAMILIES
+from bdm_jax.systems.families import FAMILIES, SD15
 from bdm_jax.systems.pipeline import BridgePipeline
 from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.training.inputs import of_part
@@ -23,6 +23,7 @@ from bdm_jax.training.objectives.captions import Captions
 from bdm_jax.training.objectives.denoising import Denoising
 from bdm_jax.training.objectives.objective import ReadSizes, Sizes, Training, Trees, read_sizes
 from bdm_jax.training.objectives.preview import draw_records, export_pipeline
+from bdm_jax.training.objectives.reading import reading_of
 from bdm_jax.training.objectives.remat import Remat
 from bdm_jax.training.objectives.sample import Sample, read_image, read_moments
 from bdm_jax.training.objectives.starting import (
@@ -33,7 +34,7 @@ from bdm_jax.training.objectives.starting import (
     load_start,
     schedule_of,
 )
-from bdm_jax.training.objectives.system import BACKBONE, NETWORKS, SystemObjective, WholeNetworks
+from bdm_jax.training.objectives.system import BACKBONE, SystemObjective, WholeNetworks
 from bdm_jax.training.sets import Sets
 
 PredictionType = Literal["epsilon", "v_prediction"]
@@ -68,7 +69,7 @@ class BackboneTask:
     start_from: OptionalModelPath = None
     language: str = "en"
 
-    sized: ClassVar[dict[str, str]] = {name: name for name in NETWORKS[BACKBONE]}
+    sized: ClassVar[dict[str, str]] = {name: name for name in SD15.step_networks(BACKBONE)}
 
     def beside(self, path: Path) -> dict[str, Any]:
         """What a system at `path` has for these fields."""
@@ -92,10 +93,10 @@ class BackboneTask:
         """The loss."""
         return SystemObjective(
             sizes,
-            {name: abstract(sizes[name]) for name in NETWORKS[BACKBONE]},
+            {name: abstract(sizes[name]) for name in self.sized},
             WholeNetworks(sizes),
             Denoising(self.schedule, sizes.get("vae"), self.timestep_bias, self.offset_noise, self.min_snr),
-            length=self.text_encoder.max_position_embeddings,
+            reading_of(SD15.reader(BACKBONE), self.unet, sizes),
             remat=self.remat,
         )
 

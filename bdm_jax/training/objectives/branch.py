@@ -1,5 +1,6 @@
 """Training a branch on a frozen backbone (arXiv 2309.00952, figure 1)."""
 
+import json
 import shutil
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,36 +13,46 @@ import numpy as np
 from bdm_jax.command_line import ModelPath, OptionalModelPath
 from bdm_jax.diffusion.schedule import DiscreteSchedule, Schedule, TimestepBias
 from bdm_jax.errors import UserError
-from bdm_jax.models.config import BranchConfig, Config, UNetConfig, branch_config
+from bdm_jax.formats.files import shown
+from bdm_jax.models.config import BranchConfig, branch_config
 from bdm_jax.models.functional import abstract, init, input_dtype
 from bdm_jax.models.unet.branch import init_branch_from_unet
 from bdm_jax.paths import no_such
 from bdm_jax.sampling.batching import default_size
 from bdm_jax.systems.components import Component, load_component
-from bdm_jax.systems.families import SD15
+from bdm_jax.systems.families import FAMILIES, Family, tokenizer_of
+from bdm_jax.systems.index import branch_towers, tower_json
 from bdm_jax.systems.pipeline import BridgePipeline
+from bdm_jax.text import readers
 from bdm_jax.text.tokenizer import Tokenizer
+from bdm_jax.text.towers import Reader, Tower
 from bdm_jax.training.inputs import of_part, of_pipeline
 from bdm_jax.training.objectives.captions import Captions
 from bdm_jax.training.objectives.denoising import Denoising
 from bdm_jax.training.objectives.frozen import as_dtype, empty_prompt, on_host
 from bdm_jax.training.objectives.objective import ReadSizes, Sizes, Training, Trees, read_sizes
 from bdm_jax.training.objectives.preview import draw_records, export_pipeline
+from bdm_jax.training.objectives.reading import Reading, of_tokenizers, reading_of
 from bdm_jax.training.objectives.remat import Remat
 from bdm_jax.training.objectives.sample import Sample, read_moments
-from bdm_jax.training.objectives.starting import Start, folders_of, guidance_of, load_start, settings_of
+from bdm_jax.training.objectives.starting import Start, family_of, folders_of, guidance_of, load_start, settings_of
 from bdm_jax.training.objectives.system import BRANCH, SystemObjective, WholeNetworks, empty_text
 from bdm_jax.training.sets import Sets
 
-_BDM_LENGTH = 52  # tokens, where the tokenizer is not here
+# The parts that a branch adds -> the fields that name their folders.
+_FIELDS = {part.name: part.name.removeprefix("branch_") for family in FAMILIES.values() for part in family.bridge[1:]}
+_ENCODERS = {name for name in _FIELDS if tokenizer_of(name) is not None}
 
 
 @dataclass(frozen=True)
 class BranchTask:
     """Train a branch on a frozen backbone whose own prompt is "", reading a frozen text encoder of another language.
 
-    backbone: a pipeline folder. text_encoder, tokenizer: component folders. The branch starts as a copy of the
-    backbone's encoder, or, with start_from, as a branch that exists: a component or pipeline folder or a file. min_snr,
+    backbone: a pipeline folder. text_encoder, tokenizer: component folders; text_encoder_2: the second text encoder of
+    a branch of SDXL, with its projection (a whole Chinese-CLIP). towers: how they are read, if not as the family's row
+    says: JSON as `_bdm_branch_towers` of model_index.json has it (`bdm_jax.systems.index.branch_towers`). family: the
+    backbone's (`bdm_jax.systems.families`) where it is not here to tell. The branch starts as a copy of the backbone's
+    encoder, or, with start_from, as a branch that exists: a component or pipeline folder or a file. min_snr,
     offset_noise, remat: as in `BackboneTask`. Schedule and target are the backbone's.
     """
 
@@ -56,24 +67,62 @@ class BranchTask:
     style_in_caption: bool = False
     guidance: float = 3.0
     start_from: OptionalModelPath = None
+    text_encoder_2: OptionalModelPath = None
+    towers: str | None = None
+    family: str = "sd15"
     language: str = "zh"
 
     def beside(self, path: Path) -> dict[str, Any]:
         """What a system at `path` has for these fields."""
         backbone = {"backbone": path} if (path / "unet").is_dir() else {}
-        towers = folders_of(path, text_encoder="branch_text_encoder", tokenizer="branch_tokenizer")
+        towers = folders_of(path, **{field: part for part, field in _FIELDS.items()})
+        if (told := settings_of(path).get("branch_towers")) is not None:
+            towers["towers"] = json.dumps([*map(tower_json, told)])
         return {**backbone, **towers, **guidance_of(path)}
+
+    @property
+    def row(self) -> Family:
+        """The backbone's. Raises UserError for one without a bridge, and for text encoders that its branch has not."""
+        family = family_of(self.backbone, self.family)
+        if not family.bridge:
+            raise UserError(f"task.backbone={self.backbone}: {family.title}, for which there is no branch")
+        for part, field in _FIELDS.items():
+            given = getattr(self, field) is not None
+            if given != (part in family.parts):
+                flag = f"--task.{field.replace('_', '-')}"
+                told = f"has none: leave {flag} out" if given else f"needs one: give {flag}"
+                raise UserError(f"task.{field}: a branch of {family.title} {told}")
+        return family
+
+    @property
+    def reader(self) -> Reader:
+        """How the branch's texts are read."""
+        reader = self.row.reader(BRANCH)
+        return reader if self.towers is None else replace(reader, towers=self.branch_towers)
+
+    @property
+    def branch_towers(self) -> tuple[Tower, ...] | None:
+        """What `towers` says. Raises UserError for what cannot be."""
+        if self.towers is None:
+            return None
+        try:
+            return branch_towers(json.loads(self.towers), "task.towers")
+        except ValueError as error:
+            raise UserError(f"task.towers={shown(self.towers)}: no JSON ({error})") from error
 
     def sizes(self, read: ReadSizes = read_sizes) -> Sizes:
         """Sizes of the branch and of the frozen networks, which are read; no weights."""
-        folders = {name: self.backbone / name for name in SD15.backbone_networks}
-        folders["branch_text_encoder"] = self.text_encoder
+        folders = {name: self.backbone / name for name in self.row.backbone_networks}
+        folders |= self._encoders
         sizes = {name: read(name, folder) for name, folder in folders.items()}
-        return {**sizes, "branch": _branch_config(sizes["unet"], sizes["branch_text_encoder"])}
+        return {**sizes, "branch": _branch_config(self.reader, sizes)}
 
     def objective(self, sizes: Sizes, schedule: Schedule | None = None) -> SystemObjective:
         """The loss; `schedule` is the backbone's."""
         here = (self.tokenizer / "tokenizer_config.json").is_file()
+        reading = reading_of(self.reader, sizes["branch"], sizes)
+        if here:
+            reading = _with_tokenizer(reading, Tokenizer.from_pretrained(self.tokenizer))
         return SystemObjective(
             sizes,
             {"branch": abstract(sizes["branch"])},
@@ -81,10 +130,9 @@ class BranchTask:
             Denoising(
                 schedule or DiscreteSchedule(), sizes["vae"], self.timestep_bias, self.offset_noise, self.min_snr
             ),
-            source=BRANCH,
-            empty=empty_text(sizes["unet"], sizes["text_encoder"].max_position_embeddings),
-            length=Tokenizer.from_pretrained(self.tokenizer).length if here else _BDM_LENGTH,
-            remat=self.remat,
+            reading,
+            empty_text(self.row, sizes),
+            self.remat,
         )
 
     def start(self, sets: Sets, run: Path, seed: int, dtype: jnp.dtype) -> Training:
@@ -94,15 +142,16 @@ class BranchTask:
         self._check_there()
         with on_host():
             backbone = BridgePipeline.from_pretrained(self.backbone, "float32")
-            encoder = load_component(self.text_encoder, "float32")
-            config = _branch_config(backbone.unet.config, encoder.config)
+            encoders = {name: load_component(path, "float32", name) for name, path in self._encoders.items()}
+            sizes = {name: part.config for name, part in (*backbone.networks.items(), *encoders.items())}
+            sizes["branch"] = config = _branch_config(self.reader, sizes)
             begun = self._begun(run, config)
             params = begun.params.get("branch") or init_branch_from_unet(init(config, seed), backbone.unet.params)
             inputs = {
                 **of_pipeline(backbone, self.backbone),
-                "branch_text_encoder": of_part(encoder, self.text_encoder),
+                **{name: of_part(encoder, self._encoders[name]) for name, encoder in encoders.items()},
             }
-            encoder = as_dtype(encoder, dtype)
+            encoders = {name: as_dtype(encoder, dtype) for name, encoder in encoders.items()}
             typed = {name: as_dtype(part, dtype) for name, part in backbone.networks.items() if name != "vae"}
             backbone = backbone.replace(**typed)
             empty = empty_prompt(backbone, dtype)
@@ -110,12 +159,12 @@ class BranchTask:
         texts = Captions(
             Tokenizer.from_pretrained(self.tokenizer), self.language, self.caption_dropout, self.style_in_caption
         )
-        sizes = {name: part.config for name, part in backbone.networks.items()}
-        sizes |= {"branch": config, "branch_text_encoder": encoder.config}
-        pipeline = partial(_pipeline, self, config, encoder, texts.tokenizer, backbone)
-        frozen = {"unet": backbone.unet.params, "branch_text_encoder": encoder.params, "empty": empty}
+        pipeline = partial(_pipeline, self, config, encoders, texts.tokenizer, backbone)
+        frozen = {"unet": backbone.unet.params, "empty": empty}
+        frozen |= {name: encoders[name].params for name in self.reader.encoders}
+        objective = self.objective(sizes, backbone.schedule)
         return Training(
-            replace(self.objective(sizes, backbone.schedule), length=texts.tokenizer.length),
+            replace(objective, reading=_with_tokenizer(objective.reading, texts.tokenizer)),
             {"branch": params},
             frozen,
             parts,
@@ -125,11 +174,17 @@ class BranchTask:
             {**inputs, "branch_tokenizer": of_part(texts.tokenizer, self.tokenizer), **begun.inputs},
         )
 
+    @property
+    def _encoders(self) -> dict[str, Path]:
+        """The branch's text encoders, by the names of their parts."""
+        return {part: path for part, field in _FIELDS.items() if (path := getattr(self, field)) and part in _ENCODERS}
+
     def _check_there(self) -> None:
         """Raises UserError for a frozen network that is not there: the setting, and how to come by another."""
         self._needs("backbone", "model folder")
-        self._needs("text_encoder", "component folder")
-        self._needs("tokenizer", "component folder")
+        for name in _FIELDS.values():
+            if getattr(self, name) is not None:
+                self._needs(name, "component folder")
 
     def _needs(self, name: str, kind: str) -> None:
         if not (path := getattr(self, name)).exists():
@@ -149,14 +204,23 @@ class BranchTask:
         return begun
 
 
-def _branch_config(unet: UNetConfig, encoder: Config) -> BranchConfig:
-    return branch_config(unet, encoder.hidden_size, encoder.hidden_size if unet.has_addition else None)
+def _with_tokenizer(reading: Reading, tokenizer: Tokenizer) -> Reading:
+    """The reading with the windows of the one tokenizer that a branch has."""
+    return of_tokenizers(reading, dict.fromkeys(reading.reader.tokenizers, tokenizer))
+
+
+def _branch_config(reader: Reader, sizes: Sizes) -> BranchConfig:
+    """The branch of the UNet of these sizes for the text that the reader gives."""
+    parts = {name: Component(config, {}) for name, config in sizes.items()}
+    reader = reading_of(reader, sizes["unet"], sizes).reader
+    pooled = readers.pooled_width(reader, parts) if sizes["unet"].has_addition else None
+    return branch_config(sizes["unet"], readers.width(reader, parts), pooled)
 
 
 def _pipeline(
     task: BranchTask,
     config: BranchConfig,
-    encoder: Component,
+    encoders: dict[str, Component],
     tokenizer: Tokenizer,
     backbone: BridgePipeline,
     params: Trees,
@@ -164,9 +228,10 @@ def _pipeline(
     """The bridge that these parameters make of the backbone."""
     return backbone.replace(
         branch=Component(config, params["branch"]),
-        branch_text_encoder=encoder,
+        **encoders,
         branch_tokenizer=tokenizer,
         guidance=task.guidance,
+        branch_towers=task.branch_towers,
     )
 
 
@@ -181,6 +246,6 @@ def _preview(
 def _export(task: BranchTask, pipeline: partial, params: Trees, folder: Path, metadata: dict[str, str]) -> None:
     """A whole pipeline folder; frozen components are copied file by file, in whatever type they came."""
     export_pipeline(pipeline, params, folder, metadata)
-    frozen = {part: task.backbone / part for part in (*SD15.backbone_names, "scheduler")}
-    for part, origin in {**frozen, "branch_text_encoder": task.text_encoder}.items():
+    frozen = {part: task.backbone / part for part in (*task.row.backbone_names, "scheduler")}
+    for part, origin in {**frozen, **task._encoders}.items():
         shutil.copytree(origin, folder / part, dirs_exist_ok=True)

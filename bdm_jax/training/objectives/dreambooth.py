@@ -23,7 +23,6 @@ from bdm_jax.sampling.batching import default_size
 from bdm_jax.sampling.generate import generate
 from bdm_jax.sampling.settings import Request, Sampling
 from bdm_jax.training.inputs import Input
-from bdm_jax.training.objectives.captions import window
 from bdm_jax.training.objectives.finetune import trained_names, tuned
 from bdm_jax.training.objectives.objective import Batch, Row, Shapes, Sizes, Training, Trees
 from bdm_jax.training.objectives.plugin import (
@@ -38,7 +37,7 @@ from bdm_jax.training.objectives.plugin import (
 )
 from bdm_jax.training.objectives.preview import draw_records
 from bdm_jax.training.objectives.sample import Sample, read_moments
-from bdm_jax.training.objectives.system import BACKBONE, SystemObjective
+from bdm_jax.training.objectives.system import SystemObjective
 from bdm_jax.training.sets import Sets, check_faults
 
 _BATCH = 4
@@ -65,7 +64,7 @@ class DreamBoothTask(PluginTask):
 
     def objective(self, sizes: Sizes) -> "SystemObjective | PriorObjective":
         """The loss."""
-        trained = {name: abstract(sizes[name]) for name in trained_names(self.text_encoder)}
+        trained = {name: abstract(sizes[name]) for name in trained_names(self)}
         system = system_objective(self, sizes, trained)
         return PriorObjective(system, self.prior_weight) if self.prior_weight else system
 
@@ -74,15 +73,15 @@ class DreamBoothTask(PluginTask):
         ready = load_system(self, sets, run, dtype)
         if not 0.0 <= self.prior_weight < float("inf"):
             raise UserError(f"task.prior_weight={self.prior_weight}: must be a number from 0 on")
-        params = {name: ready.system.networks[name].params for name in trained_names(self.text_encoder)}
-        texts, tokenizer = plugin_captions(self, ready), ready.tokenizer(BACKBONE)
+        params = {name: ready.system.networks[name].params for name in trained_names(self)}
+        texts = plugin_captions(self, ready)
         make_sample = Sample(read_moments, texts, self.source)
         system = loaded_objective(
             system_objective(self, ready.sizes, {name: abstract(ready.sizes[name]) for name in params}), ready
         )
         objective: Any = system
         if self.prior_weight:
-            class_ids = window(tokenizer, tokenizer.content([self.class_prompt])[0])
+            class_ids = texts.of_text(self.class_prompt)
             make_sample = partial(_with_class, make_sample, class_moments(self, ready, run, sets.skip_rate), class_ids)
             objective = PriorObjective(system, self.prior_weight)
         return Training(

@@ -22,25 +22,25 @@ from bdm_jax.training.objectives.plugin import (
 )
 from bdm_jax.training.objectives.preview import draw_records
 from bdm_jax.training.objectives.sample import Sample, read_moments
-from bdm_jax.training.objectives.system import BACKBONE, NETWORKS, SystemObjective
+from bdm_jax.training.objectives.system import BACKBONE, SystemObjective
 from bdm_jax.training.sets import Sets
 
 
 @dataclass(frozen=True)
 class FinetuneTask(PluginTask):
-    """Train the backbone's UNet on; text_encoder: its text encoder too. Fields: see `PluginTask`."""
+    """Train the backbone's UNet on; text_encoder: its text encoders too. Fields: see `PluginTask`."""
 
     text_encoder: bool = False
     caption_dropout: float = 0.1
 
     def objective(self, sizes: Sizes) -> SystemObjective:
         """The loss."""
-        return system_objective(self, sizes, {name: abstract(sizes[name]) for name in trained_names(self.text_encoder)})
+        return system_objective(self, sizes, {name: abstract(sizes[name]) for name in trained_names(self)})
 
     def start(self, sets: Sets, run: Path, seed: int, dtype: jnp.dtype) -> Training:
         """The model's weights; the others are loaded and frozen."""
         ready = load_system(self, sets, run, dtype)
-        params = {name: ready.system.networks[name].params for name in trained_names(self.text_encoder)}
+        params = {name: ready.system.networks[name].params for name in trained_names(self)}
         texts = plugin_captions(self, ready)
         return Training(
             loaded_objective(self.objective(ready.sizes), ready),
@@ -54,9 +54,10 @@ class FinetuneTask(PluginTask):
         )
 
 
-def trained_names(text_encoder: bool) -> tuple[str, ...]:
-    """The networks that are trained."""
-    return NETWORKS[BACKBONE] if text_encoder else NETWORKS[BACKBONE][:1]
+def trained_names(task: PluginTask) -> tuple[str, ...]:
+    """The networks that are trained: the UNet, and where `task.text_encoder` says so its text encoders."""
+    names = task.row.step_networks(BACKBONE)
+    return names if task.text_encoder else names[:1]
 
 
 def tuned(ready: LoadedSystem, system: BridgePipeline, params: Trees) -> BridgePipeline:

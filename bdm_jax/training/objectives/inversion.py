@@ -30,7 +30,7 @@ from bdm_jax.training.objectives.plugin import (
 from bdm_jax.training.objectives.preview import draw_records
 from bdm_jax.training.objectives.sample import Sample, read_moments
 from bdm_jax.training.objectives.starting import FRESH, Start, is_there
-from bdm_jax.training.objectives.system import TEXT_ENCODER, SystemObjective
+from bdm_jax.training.objectives.system import SystemObjective
 from bdm_jax.training.sets import Sets
 
 FILE = "learned_embeds.safetensors"
@@ -58,7 +58,7 @@ class InversionTask(PluginTask):
 
     def objective(self, sizes: Sizes) -> SystemObjective:
         """The loss."""
-        name = TEXT_ENCODER[self.source]
+        name = self._encoder
         rows = jax.ShapeDtypeStruct((self.vectors, sizes[name].hidden_size), jnp.float32)
         return system_objective(self, sizes, {_TREE: {_ROWS: rows}}, NetworksWithWord(sizes, name))
 
@@ -69,7 +69,7 @@ class InversionTask(PluginTask):
             raise UserError(f"task.prompts: {shown(missing[0])} lacks {{}}, which stands for the token")
         if self.vectors < 1:
             raise UserError(f"task.vectors={self.vectors}: must be at least 1")
-        name, tokenizer = TEXT_ENCODER[self.source], ready.tokenizer(self.source)
+        name, (tokenizer,) = self._encoder, ready.tokenizers(self.source)
         component = ready.system.networks[name]
         words = tokenizer.content([self.begin])[0]
         if not words:
@@ -91,6 +91,16 @@ class InversionTask(PluginTask):
             partial(draw_records, pipeline, texts, batch_size=PREVIEWS),
             {**ready.inputs, **begun.inputs},
         )
+
+    @property
+    def _encoder(self) -> str:
+        """The text encoder whose word it is. Raises UserError where several read a text."""
+        if len(self.encoders) > 1:
+            names = " and ".join(self.encoders)
+            raise UserError(
+                f"{self.model}: {self.row.title} reads with {names}; a word is trained for one text encoder"
+            )
+        return self.encoders[0]
 
     def _begun(self, width: int, run: Path) -> Start:
         """The vectors of the file. Raises UserError for several words in it, and for vectors of another shape."""

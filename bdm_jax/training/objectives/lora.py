@@ -40,7 +40,7 @@ from bdm_jax.training.objectives.plugin import (
 from bdm_jax.training.objectives.preview import draw_records
 from bdm_jax.training.objectives.sample import Sample, read_moments
 from bdm_jax.training.objectives.starting import FRESH, Start, check_finite, is_there
-from bdm_jax.training.objectives.system import TEXT_ENCODER, SystemObjective
+from bdm_jax.training.objectives.system import SystemObjective
 from bdm_jax.training.sets import Sets
 
 ATTENTION = r"attn[12]\.to_(q|k|v|out\.0)"
@@ -51,10 +51,10 @@ TEXT_ATTENTION = r"self_attn\.(q|k|v|out)_proj|attention\.(self\.(query|key|valu
 class LoRATask(PluginTask):
     """Train a LoRA of the backbone, or, for target=branch, of the branch.
 
-    networks: the UNet (the branch), its text tower, or both. rank; alpha: the change is alpha / rank times the product,
-    None for alpha = rank. modules, text_modules: regular expressions that the end of a layer's path must match; by
-    default the projections of all attentions. Convolutions and other linear layers can be named too. start_from: a LoRA
-    of this rank, alpha and these layers to train on, in any layout that is read.
+    networks: the UNet (the branch), its text towers, or both. rank; alpha: the change is alpha / rank times the
+    product, None for alpha = rank. modules, text_modules: regular expressions that the end of a layer's path must
+    match; by default the projections of all attentions. Convolutions and other linear layers can be named too.
+    start_from: a LoRA of this rank, alpha and these layers to train on, in any layout that is read.
     """
 
     target: Literal["backbone", "branch"] = "backbone"
@@ -72,8 +72,8 @@ class LoRATask(PluginTask):
     @property
     def changed(self) -> tuple[str, ...]:
         """The networks that get a LoRA."""
-        denoiser, text_encoder = "branch" if self.on_branch else "unet", TEXT_ENCODER[self.source]
-        return {"unet": (denoiser,), "text": (text_encoder,), "both": (denoiser, text_encoder)}[self.networks]
+        denoiser = "branch" if self.on_branch else "unet"
+        return {"unet": (denoiser,), "text": self.encoders, "both": (denoiser, *self.encoders)}[self.networks]
 
     @property
     def scale(self) -> float:
@@ -190,7 +190,7 @@ class _Beside(nnx.Module):
 
 def _modules(task: LoRATask, name: str, shapes: dict[str, Any]) -> list[str]:
     """Paths of the layers that get a LoRA. Raises UserError for an expression that is none, or fits none."""
-    text = name.endswith("text_encoder")
+    text = families.tokenizer_of(name) is not None
     field, pattern = ("text_modules", task.text_modules) if text else ("modules", task.modules)
     try:
         expression = re.compile(rf"(^|\.)({pattern})$")
@@ -213,12 +213,13 @@ def _export(task: LoRATask, params: Trees, folder: Path, metadata: dict[str, str
         "ss_network_alpha": f"{alpha:g}",
         "ss_output_name": name,
     }
-    tensors = {key: array for part in task.changed for key, array in _kohya(part, params, alpha)}
+    prefixes = {part: task.row.parts[part].lora[0] for part in task.changed}
+    tensors = {key: array for part, front in prefixes.items() for key, array in _kohya(part, front, params, alpha)}
     write_safetensors(folder / f"{name}.safetensors", tensors, {**values, **metadata})
 
 
-def _kohya(name: str, params: Trees, alpha: float) -> Iterator[tuple[str, np.ndarray]]:
-    tree, prefix = params[f"{name}_lora"], families.part(name).lora[0]
+def _kohya(name: str, prefix: str, params: Trees, alpha: float) -> Iterator[tuple[str, np.ndarray]]:
+    tree = params[f"{name}_lora"]
     for module in _modules_of(tree):
         halves, key = _halves(module, tree), f"{prefix}{module.replace('.', '_')}"
         yield f"{key}.lora_down.weight", halves["down"]
@@ -259,7 +260,7 @@ def _from_file(task: LoRATask, sizes: Sizes, trained: dict[str, Any], run: Path)
                 tree[f"{module}.{half}.kernel"] = jnp.asarray(to_jax(f"{half}.weight", array)[1], jnp.float32)
         wanted = trained[f"{name}_lora"]
         if odd := sorted(_modules_of({**tree, **wanted}.keys() - (tree.keys() & wanted.keys()))):
-            field = "text_modules" if name.endswith("text_encoder") else "modules"
+            field = "text_modules" if families.tokenizer_of(name) else "modules"
             has = "trains" if f"{odd[0]}.down.kernel" in wanted else "does not train"
             raise UserError(f"{path}: {len(odd)} layers of the {name} differ: task.{field} {has} {odd[0]}")
         params[f"{name}_lora"] = {path: tree[path].reshape(leaf.shape) for path, leaf in wanted.items()}

@@ -17,9 +17,9 @@ import numpy as np
 
 from bdm_jax.data.loader import MixturePart
 from bdm_jax.errors import UserError
-from bdm_jax.formats.files import read_json
-from bdm_jax.models.config import Config, from_json
+from bdm_jax.models.config import Config
 from bdm_jax.models.functional import Params
+from bdm_jax.systems.components import config_in
 from bdm_jax.training.inputs import Inputs
 
 Trees = dict[str, Params]  # component name -> its parameters
@@ -91,4 +91,4 @@ def read_sizes(name: str, folder: Path) -> Config:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no such component folder (config.json is missing there)")
-    return from_json(read_json(folder / "config.json"))
+    return config_in(folder, name)

@@ -3,7 +3,7 @@
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,11 @@ from bdm_jax.command_line import ModelPath
 from bdm_jax.data.loader import MixturePart
 from bdm_jax.diffusion.schedule import DiscreteSchedule, TimestepBias
 from bdm_jax.errors import UserError
-from bdm_jax.formats.open import find, pick_network
 from bdm_jax.models.config import Config
 from bdm_jax.models.functional import cast
 from bdm_jax.sampling.batching import default_size
-from bdm_jax.systems.components import Component, config_of
-from bdm_jax.systems.families import SD15
+from bdm_jax.systems.components import Component, config_of, find_part
+from bdm_jax.systems.families import Family
 from bdm_jax.systems.pipeline import BridgePipeline
 from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.training.inputs import Inputs, of_pipeline
@@ -25,11 +24,12 @@ from bdm_jax.training.objectives.captions import Captions
 from bdm_jax.training.objectives.denoising import Denoising
 from bdm_jax.training.objectives.frozen import as_dtype, empty_prompt, on_host
 from bdm_jax.training.objectives.objective import ReadSizes, Sizes, Trees
+from bdm_jax.training.objectives.reading import of_tokenizers, reading_of
 from bdm_jax.training.objectives.remat import Remat
+from bdm_jax.training.objectives.starting import family_of
 from bdm_jax.training.objectives.system import (
     BACKBONE,
     BRANCH,
-    NETWORKS,
     Binding,
     SystemObjective,
     WholeNetworks,
@@ -46,7 +46,8 @@ class PluginTask:
 
     model: a pipeline folder or single file; what is not trained of it stays as it is. prompts: one at random for each
     sample, {} in it standing for the record's caption. only: ids of concepts or file names, () takes all records.
-    The others as in `BackboneTask`.
+    family: of the model (`bdm_jax.systems.families`) where it is not here to tell. captions: their language; None for
+    Chinese in the branch and English in the backbone. The others as in `BackboneTask`.
     """
 
     model: ModelPath = Path("stable-diffusion-v1-5/stable-diffusion-v1-5")
@@ -57,6 +58,8 @@ class PluginTask:
     offset_noise: float = 0.0
     remat: Remat = "none"
     caption_dropout: float = 0.0
+    family: str = "sd15"
+    captions: Literal["en", "zh"] | None = None
 
     on_branch: ClassVar[bool] = False
     reads_images: ClassVar[bool] = False  # also those whose latents it has
@@ -69,11 +72,23 @@ class PluginTask:
     @property
     def language(self) -> str:
         """Of the captions."""
-        return "zh" if self.on_branch else "en"
+        return self.captions or ("zh" if self.on_branch else "en")
+
+    @property
+    def row(self) -> Family:
+        """The model's."""
+        return family_of(self.model, self.family)
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The text encoders of its source."""
+        return self.row.reader(self.source).encoders
 
     def sizes(self, read: ReadSizes | None = None) -> Sizes:
         """The networks' sizes, which are read; no weights."""
-        names = {*NETWORKS[self.source], *SD15.backbone_networks}
+        if self.on_branch and not self.row.bridge:
+            raise UserError(f"{self.model}: {self.row.title} has no branch, which task.target=branch is to change")
+        names = {*self.row.step_networks(self.source), *self.row.backbone_networks}
         return {name: (read or read_part)(name, self.model) for name in sorted(names)}
 
 
@@ -95,9 +110,9 @@ class LoadedSystem:
         """Component name -> config."""
         return {name: component.config for name, component in self.system.networks.items()}
 
-    def tokenizer(self, source: str) -> Tokenizer:
+    def tokenizers(self, source: str) -> tuple[Tokenizer, ...]:
         """Of the text source."""
-        return self.system.branch_tokenizer if source == BRANCH else self.system.tokenizer
+        return tuple(self.system.tokenizers[name] for name in self.system.readers[source].tokenizers)
 
     def without(self, trained: Trees) -> dict[str, Any]:
         """What is frozen beside these trees."""
@@ -125,7 +140,8 @@ def load_system(task: PluginTask, sets: Sets, run: Path, dtype: jnp.dtype) -> Lo
             system = system.without_bridge()
         elif system.branch is None:
             raise UserError(f"{task.model} has no branch, which task.target=branch is to change")
-        frozen: dict[str, Any] = {name: cast(system.networks[name].params, dtype) for name in NETWORKS[task.source]}
+        names = system.family.step_networks(task.source)
+        frozen: dict[str, Any] = {name: cast(system.networks[name].params, dtype) for name in names}
         if task.on_branch:
             frozen["empty"] = empty_prompt(system, dtype)
     parts = sets.latents(system.vae, run, default_size(system), task.reads_images)
@@ -144,24 +160,25 @@ def system_objective(
         trained,
         network or WholeNetworks(sizes),
         Denoising(DiscreteSchedule(), sizes["vae"], task.timestep_bias, task.offset_noise, task.min_snr),
-        source=task.source,
-        empty=empty_text(sizes["unet"], sizes["text_encoder"].max_position_embeddings) if task.on_branch else None,
-        length=52 if task.on_branch else sizes["text_encoder"].max_position_embeddings,
+        reading_of(task.row.reader(task.source), sizes["branch" if task.on_branch else "unet"], sizes),
+        empty_text(task.row, sizes) if task.on_branch else None,
         remat=task.remat,
     )
 
 
 def loaded_objective(objective: SystemObjective, ready: LoadedSystem) -> SystemObjective:
-    """The objective with what only the loaded system tells: its schedule, its tokenizer's length, its padding."""
-    tokenizer = ready.tokenizer(objective.source)
-    pad = tokenizer.pad if ready.system.masked and objective.source == BRANCH else None
-    denoising = replace(objective.denoising, schedule=ready.system.schedule)
-    return replace(objective, denoising=denoising, length=tokenizer.length, pad=pad)
+    """The objective with what only the loaded system tells: its schedule, how it reads its texts."""
+    system, source = ready.system, objective.source
+    reading = replace(objective.reading, reader=system.readers[source])
+    reading = of_tokenizers(reading, system.tokenizers, system.masked and source == BRANCH)
+    return replace(objective, denoising=replace(objective.denoising, schedule=system.schedule), reading=reading)
 
 
 def plugin_captions(task: PluginTask, ready: LoadedSystem) -> Captions:
     """The task's prompts."""
-    return Captions(ready.tokenizer(task.source), task.language, task.caption_dropout, prompts=task.prompts)
+    first, *others = ready.tokenizers(task.source)
+    how = {"prompts": task.prompts, "others": tuple(others)}
+    return Captions(first, task.language, task.caption_dropout, **how)
 
 
 def trained_component(config: Config, params: dict[str, jax.Array], dtype: jnp.dtype) -> Component:
@@ -174,7 +191,7 @@ def export_backbone(model: Path, sizes: Sizes, params: Trees, folder: Path, meta
     whole = BridgePipeline.from_pretrained(model, "float32").without_bridge()
     trained = {name: Component(sizes[name], params[name]) for name in params}
     whole.replace(**trained).save_pretrained(folder, metadata=metadata)
-    for part in (*SD15.backbone_names, "scheduler"):
+    for part in (*whole.family.backbone_names, "scheduler"):
         if part not in trained and (model / part).is_dir():
             shutil.rmtree(folder / part)
             shutil.copytree(model / part, folder / part)
@@ -184,4 +201,4 @@ def read_part(name: str, model: Path) -> Config:
     """The sizes of one network of a pipeline folder or single file. Raises UserError where it has none."""
     if not model.exists():
         raise UserError(f"{model}: no such model folder")
-    return config_of(pick_network(find(model / name if model.is_dir() else model), model, name))
+    return config_of(find_part(model / name if model.is_dir() else model, name))

@@ -15,17 +15,18 @@ import numpy as np
 
 from bdm_jax.command_line import ModelPath, OptionalModelPath
 from bdm_jax.diffusion.schedule import DiscreteSchedule, Schedule
-from bdm_jax.errors import UserError
+from bdm_jax.errors import UserError, unknown
 from bdm_jax.formats.files import read_json, shown
 from bdm_jax.formats.hub import is_remote, parse_name
-from bdm_jax.formats.open import Found, find, pick_network
+from bdm_jax.formats.open import Found
 from bdm_jax.formats.weights import read_weights
 from bdm_jax.models.config import Config, to_json
 from bdm_jax.models.values import pick
 from bdm_jax.systems import families
-from bdm_jax.systems.components import Component, config_of, load_found
+from bdm_jax.systems.components import Component, config_of, find_part, load_found
+from bdm_jax.systems.families import Family
 from bdm_jax.systems.fetch import local
-from bdm_jax.systems.folder import load_schedule, tokenizer_beside
+from bdm_jax.systems.folder import family_at, load_schedule, tokenizer_beside
 from bdm_jax.systems.index import INDEX, read_index
 from bdm_jax.text.tokenizer import Tokenizer
 from bdm_jax.training.inputs import PROBE, Input, has_checkpoints, of_part
@@ -119,6 +120,17 @@ def settled(task: T, run: Path, default: T | None = None) -> T:
     return dataclasses.replace(task, **changes)
 
 
+def family_of(model: Path, usual: str) -> Family:
+    """The row of a model, as its folder or file tells; where nothing is there, that of the name `usual`.
+
+    Raises:
+        UserError: no such family.
+    """
+    if usual not in families.FAMILIES:
+        raise unknown("task.family", usual, families.FAMILIES)
+    return family_at(model) or families.FAMILIES[usual]
+
+
 def find_start(path: Path, part: str) -> Found:
     """The network of that name in a component folder, a pipeline folder (or what a run has exported) or a file.
 
@@ -130,7 +142,7 @@ def find_start(path: Path, part: str) -> Found:
     if inside and not where.is_dir():
         there = sorted(child.name for child in path.iterdir() if (child / "config.json").is_file())
         raise UserError(f"{path}: has no folder {part}" + (f", only {', '.join(there)}" if there else ""))
-    return pick_network(find(where), where, part, families.other_kinds(part))
+    return find_part(where, part)
 
 
 def load_start(

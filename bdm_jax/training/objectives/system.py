@@ -10,17 +10,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bdm_jax.models.config import CLIPTextConfig, Config, UNetConfig
+from bdm_jax.models.config import UNetConfig
 from bdm_jax.models.functional import abstract, bind, input_dtype
 from bdm_jax.models.unet.conditioning import Conditioning
-from bdm_jax.systems.families import SD15
+from bdm_jax.systems.families import Family
 from bdm_jax.training.objectives.denoising import Denoising
 from bdm_jax.training.objectives.objective import Batch, Row, Shapes, Sizes, Trees
+from bdm_jax.training.objectives.reading import Reading, reading_of
 from bdm_jax.training.objectives.remat import Remat, rematerialise
 
 BACKBONE, BRANCH = "backbone", "branch"  # text sources
-NETWORKS = {source: SD15.step_networks(source) for source in (BACKBONE, BRANCH)}  # in a step
-TEXT_ENCODER = {source: names[-1] for source, names in NETWORKS.items()}
 
 Residuals = Callable[[jax.Array, jax.Array, Conditioning], Any]  # noisy (B,h,w,C), t (B,), text -> UNet residuals
 
@@ -48,19 +47,22 @@ class SystemObjective:
     branch that reads another language (source "branch").
 
     sizes: of the networks in a step. trained: shapes of what is trained, by the names of its trees. network: how the
-    networks are made of it. empty: shapes of the backbone's states of the prompt "", for a branch. length: tokens of a
-    text. pad: the token that is masked, None to attend to all.
+    networks are made of it. reading: who reads the source's texts. empty: shapes of the backbone's states of the prompt
+    "", for a branch.
     """
 
     sizes: Sizes
     trained: dict[str, Any]
     network: Binding
     denoising: Denoising
-    source: str = BACKBONE
+    reading: Reading
     empty: Conditioning | None = None
-    length: int = 77
-    pad: int | None = None
     remat: Remat = "none"
+
+    @property
+    def source(self) -> str:
+        """Whose texts are read."""
+        return self.reading.reader.source
 
     def loss(self, params: Trees, frozen: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `Objective`."""
@@ -70,12 +72,13 @@ class SystemObjective:
 
     def shapes(self) -> Shapes:
         """See `Objective`."""
-        frozen = {name: abstract(self.sizes[name]) for name in NETWORKS[self.source] if name not in self.trained}
+        names = ("unet", *(["branch"] if self.source == BRANCH else []), *self.reading.reader.encoders)
+        frozen = {name: abstract(self.sizes[name]) for name in names if name not in self.trained}
         return self.trained, {**frozen, **({} if self.empty is None else {"empty": self.empty})}
 
     def row(self, size: int) -> Row:
         """See `Objective`."""
-        ids = jax.ShapeDtypeStruct((self.length,), jnp.int32)
+        ids = jax.ShapeDtypeStruct(self.reading.shape, jnp.int32)
         return {**self.denoising.row(size), "texts": {self.source: ids}}
 
     def predict(
@@ -87,7 +90,8 @@ class SystemObjective:
         t: jax.Array,
         residuals: Residuals | None = None,
     ) -> jax.Array:
-        """Noisy latents (B,h,w,C) fp32 at t (B,) with texts (B,S) -> what the UNet predicts, (B,h,w,C).
+        """Noisy latents (B,h,w,C) fp32 at t (B,) with texts (B,S), or (B,T,S) for several tokenizers -> what the UNet
+        predicts, (B,h,w,C).
 
         residuals: what is added to the bare backbone's skips and middle.
         """
@@ -102,18 +106,12 @@ class SystemObjective:
 
     def bound(self, name: str, params: Trees, frozen: dict) -> nnx.Module:
         """The network of that name, as it is computed with."""
-        remat = "none" if name.endswith("text_encoder") else self.remat
+        remat = "none" if name in self.reading.reader.encoders else self.remat
         return rematerialise(self.network(name, params, frozen), remat)
 
     def _read(self, params: Trees, frozen: dict, ids: jax.Array, x: jax.Array) -> Conditioning:
-        reader = "unet" if self.source == BACKBONE else "branch"
-        name, mask = TEXT_ENCODER[self.source], () if self.pad is None else (ids != self.pad,)
-        encoder = self.bound(name, params, frozen)
-        if not self.sizes[reader].has_addition:
-            return Conditioning(encoder(ids, *mask).astype(x.dtype), *mask)
-        states, pooled = _with_pooled(self.sizes[name], encoder, ids, *mask)
-        text = Conditioning(states.astype(x.dtype), *mask, pooled=pooled.astype(x.dtype))
-        return self._with_sizes(text, reader, x)
+        text = self.reading(lambda name: self.bound(name, params, frozen), ids, x.dtype)
+        return self._with_sizes(text, "unet" if self.source == BACKBONE else "branch", x)
 
     def _with_sizes(self, text: Conditioning, reader: str, x: jax.Array) -> Conditioning:
         """With SDXL's size ids (arXiv 2307.01952, section 2.2), where the reader wants them: an image that was neither
@@ -127,16 +125,10 @@ class SystemObjective:
         return replace(text, time_ids=jnp.broadcast_to(ids, (len(x), 6)))
 
 
-def empty_text(unet: UNetConfig, length: int) -> Conditioning:
-    """Shapes of what this UNet reads of the prompt "", `length` tokens."""
+def empty_text(family: Family, sizes: Sizes) -> Conditioning:
+    """Shapes of what the UNet reads of the prompt "", in one window."""
+    unet: UNetConfig = sizes["unet"]
+    length = reading_of(family.reader(BACKBONE), unet, sizes).shape[-1]
     tokens = jax.ShapeDtypeStruct((1, length, unet.text_dim), jnp.float32)
     pooled = jax.ShapeDtypeStruct((1, unet.pooled_dim), jnp.float32) if unet.has_addition else None
     return Conditioning(tokens, pooled=pooled)
-
-
-def _with_pooled(config: Config, encoder: nnx.Module, ids: jax.Array, *mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """States (B,S,D) and the pooled output (B,P): CLIP's own, BERT's state of [CLS]."""
-    if isinstance(config, CLIPTextConfig):
-        return tuple(encoder.outputs(ids, *mask))
-    states = encoder(ids, *mask)
-    return states, states[:, 0]
