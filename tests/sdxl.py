@@ -40,7 +40,7 @@ def sdxl(request):
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
-        transformer_layers_per_block=(1, 2),
+        transformer_layers_per_block=1,
         attention_head_dim=(2, 4),
         use_linear_projection=True,
         norm_num_groups=8,

@@ -48,8 +48,8 @@ class PlanArgs:
     """other networks than the run's, NAME=PRESET or NAME=CONFIG.JSON: unet=sdxl-unet"""
     shapes: bool = False
     """compile nothing: bytes per chip, by shapes"""
-    size: int = 512
-    """pixels on a side"""
+    size: int | None = None
+    """pixels on a side; those of the run's family where left out, 512 or 1024"""
     pairs: float = 1e9
     """images of the whole training"""
     price: float | None = None
@@ -116,7 +116,7 @@ def _changed(config: TrainConfig, settings: PlanArgs, where: Slice) -> TrainConf
     for name in ("batch_per_chip", "accumulate", "fsdp", "tensor", "size"):
         if (value := getattr(settings, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} is less than 1")
-    if settings.size % 8:
+    if settings.size is not None and settings.size % 8:
         raise UserError(f"--size {settings.size} is no multiple of 8, an autoencoder's factor")
     asked = {name: getattr(settings, name) for name in ("fsdp", "tensor", "strategy", "frozen")}
     mesh = replace(config.mesh, **{name: value for name, value in asked.items() if value is not None})

@@ -27,9 +27,6 @@ from bdm_jax.training.objectives.plugin import read_part
 from bdm_jax.training.objectives.starting import settled
 from bdm_jax.training.state import abstract_state, frozen_sharding, make_optimizer, make_step, state_sharding
 
-# Networks whose folder is not here.
-_USUAL: Sizes = SD15.sizes
-
 
 @dataclass(frozen=True)
 class StepShapes:
@@ -50,15 +47,17 @@ class StepShapes:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), self.row)
 
 
-def step_shapes(task: Any, dtype: Any, size: int = 512, given: Sizes | None = None) -> StepShapes:
-    """Of a task's step for images of `size` pixels. Networks are those of `given`, or of the task's folders, or, where
-    these are not here, SD1.5's, CLIP-L and the Chinese CLIP-H text encoder.
+def step_shapes(task: Any, dtype: Any, size: int | None = None, given: Sizes | None = None) -> StepShapes:
+    """Of a task's step for images of `size` pixels, by default those of the published system of its family (SD1.5 where
+    it names none): 512 or 1024. Networks are those of `given`, or of the task's folders, or, where these are not here,
+    that system's.
 
     Raises:
         UserError: a network that is found nowhere, one of `given` that is none of the task's, networks that do not fit
             together.
     """
     given, asked = given or {}, set()
+    usual: Sizes = getattr(task, "row", SD15).sizes or SD15.sizes
 
     def read(name: str, path: Path) -> Config:
         asked.add(name)
@@ -68,9 +67,9 @@ def step_shapes(task: Any, dtype: Any, size: int = 512, given: Sizes | None = No
             return read_sizes(name, path)
         if path.is_file() or (path / name).is_dir():
             return read_part(name, path)
-        if name not in _USUAL:
+        if name not in usual:
             raise UserError(f"{path}: no such model folder, and no usual {name}")
-        return _USUAL[name]
+        return usual[name]
 
     if (start := getattr(task, "start_from", None)) is not None and start.exists():
         task = settled(task, Path())
@@ -84,6 +83,7 @@ def step_shapes(task: Any, dtype: Any, size: int = 512, given: Sizes | None = No
     except ValueError as error:  # of configs
         raise UserError(f"these networks do not fit together: {error}") from error
     trained, frozen = objective.shapes()
+    size = usual["unet"].sample_size * usual["vae"].factor if size is None else size
     return StepShapes(objective, trained, _in(dtype, frozen), objective.row(size))
 
 

@@ -217,6 +217,15 @@ def test_state_at_full_size():
     assert split == pytest.approx(whole / 8, rel=0.01)
 
 
+def test_bdm_sdxl_is_planned_with_nothing_here():
+    """The networks of its family, at their size; at the published 830 tensors of the branch."""
+    shapes = full("bdm-sdxl-v5p")
+    assert (len(shapes.trained["branch"]), shapes.parameters) == (830, 1_254_908_416)
+    assert shapes.frozen.keys() == {"unet", "branch_text_encoder", "branch_text_encoder_2", "empty"}
+    assert shapes.frozen["branch_text_encoder_2"]["text_projection.kernel"].shape == (1024, 1024)
+    assert (shapes.row["moments"].shape, shapes.row["texts"]["branch"].shape) == ((128, 128, 8), (52,))
+
+
 @pytest.mark.parametrize("name", ["emoji-vae", "emoji-text", "emoji-dreambooth", "emoji-inversion", "emoji-controlnet"])
 def test_every_kind_of_run_has_shapes(name):
     """Its loss can be traced from configs alone: a scalar, with a gradient of the shape of what is trained."""

@@ -129,25 +129,35 @@ def adamw(parameters):
     torch.optim.AdamW(groups, lr=OPTIMIZER.learning_rate, betas=(0.9, 0.999), eps=1e-8).step()
 
 
-def assert_same_step(pairs, tolerance=STEP):
-    """`pairs`: (name, our gradient, torch's, our parameter after the step, torch's), all in one layout.
+def assert_same_gradients(pairs, tolerance=STEP):
+    """`pairs`: (name, our gradient, torch's), in one layout. Returns the largest element of all.
 
     The whole gradient agrees to `tolerance`, as vectors do. Of each tensor, the largest difference is within ten times
     that of its largest element (of a thousandth of the network's largest where all of a tensor's vanish): group norm's
-    statistics are one pass here and two in torch, which its scales' small gradients show. AdamW's first step is nearly
-    the gradient's sign: it is compared where the gradient is large enough to have one, more than 1e-4 of the largest.
+    statistics are one pass here and two in torch, which its scales' small gradients show.
     """
     pairs = [(name, *(np.asarray(array, np.float64) for array in arrays)) for name, *arrays in pairs]
-    largest = max(np.abs(theirs).max() for _, _, theirs, *_ in pairs)
-    off = {n: np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-3 * largest) for n, ours, theirs, *_ in pairs}
+    largest = max(np.abs(theirs).max() for _, _, theirs in pairs)
+    off = {n: np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-3 * largest) for n, ours, theirs in pairs}
 
     def norm(arrays):
         return np.sqrt(sum(np.sum(np.square(array)) for array in arrays))
 
-    whole = norm(ours - theirs for _, ours, theirs, *_ in pairs) / norm(theirs for _, _, theirs, *_ in pairs)
+    whole = norm(ours - theirs for _, ours, theirs in pairs) / norm(theirs for _, _, theirs in pairs)
     worst = max(off, key=off.get)
     print(f"gradients: {whole:.1e} as one vector, {off[worst]:.1e} of {worst}'s largest")
     assert whole <= tolerance and off[worst] <= 10 * tolerance
+    return largest
+
+
+def assert_same_step(pairs, tolerance=STEP):
+    """`pairs`: (name, our gradient, torch's, our parameter after the step, torch's), all in one layout.
+
+    The gradients agree (`assert_same_gradients`). AdamW's first step is nearly the gradient's sign: it is compared
+    where the gradient is large enough to have one, more than 1e-4 of the largest.
+    """
+    pairs = [(name, *(np.asarray(array, np.float64) for array in arrays)) for name, *arrays in pairs]
+    largest = assert_same_gradients([pair[:3] for pair in pairs], tolerance)
     seen = total = 0
     for name, ours, theirs, after, wanted in pairs:
         sure = (np.abs(theirs) > 1e-4 * largest) | ((theirs == 0) & (ours == 0))  # words that are in no caption
