@@ -120,9 +120,10 @@ def _save(folder: Path, tower: Tower, component: Component, tokens: Tokens, dtyp
     ids, first = np.unique(tokens.ids.reshape(-1, length), axis=0, return_index=True)
     positions = None if tokens.positions is None else tokens.positions.reshape(-1, length)[first]
     made: list[Any] = []
+    config = readers.as_pooled(tower, component.config)
     for begin in range(0, len(ids), _ROWS):
         rows = slice(begin, begin + _ROWS)
-        call = EncoderCall(component.config, tower.layer, tower.final_norm, tower.pooled, start=0, end=0)
+        call = EncoderCall(config, tower.layer, tower.final_norm, bool(tower.pooled), start=0, end=0)
         placed = None if positions is None else positions[rows, None]
         made.append(encode_windows(call, component.params, ids[rows, None], None, placed))
     params = {"texts": ids, "states": np.concatenate([np.asarray(cond.tokens, np.float32) for cond in made])}

@@ -93,8 +93,12 @@ def check(reader: Reader, parts: Parts) -> None:
 
 
 def as_pooled(tower: Tower, config: Any) -> Any:
-    """A text encoder's config for the pooled text that is taken of it: without its projection where that is "raw"."""
-    return replace(config, projection_dim=None) if tower.pooled == "raw" and has_projection(config) else config
+    """A text encoder's config for the pooled text that is taken of it: without its projection where that is "raw".
+    Texts that were read before have what was taken.
+    """
+    read = isinstance(config, TextStatesConfig)
+    unprojected = tower.pooled == "raw" and has_projection(config) and not read
+    return replace(config, projection_dim=None) if unprojected else config
 
 
 def has_projection(config: Any) -> bool:
