@@ -24,12 +24,13 @@ _PACKAGE = Path(__file__).resolve().parent
 ASSETS = _PACKAGE / "assets" if (_PACKAGE / "assets").is_dir() else _PACKAGE.parent / "assets"
 DEMO = ASSETS / "demo"
 EMOJI = ASSETS / "emoji"
+HANZI = ASSETS / "hanzi"
 TOKENIZERS = ASSETS / "tokenizers"
 
 
 def no_such(path: str | Path, what: str) -> FileError:
     """The error for a path where nothing is; of a bundled one it says that the installation lacks it."""
-    if any(Path(path).is_relative_to(bundled) for bundled in (DEMO, EMOJI, TOKENIZERS)):
+    if any(Path(path).is_relative_to(bundled) for bundled in (DEMO, EMOJI, HANZI, TOKENIZERS)):
         return FileError(
             f"{path}: this installation came without the bundled {what}; name another, or install the whole package"
         )

@@ -17,6 +17,7 @@ from fsspec import AbstractFileSystem
 from bdm_jax.data.arrays import ArrayRecordSource
 from bdm_jax.data.contents import digest_files
 from bdm_jax.data.folders import METADATA, FolderSource
+from bdm_jax.data.lettering import RULES, SyntheticText, read_rules
 from bdm_jax.data.photos import PhotoSource
 from bdm_jax.data.source import Source, make_record
 from bdm_jax.data.tars import TarSource
@@ -70,10 +71,10 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
 
     Args:
         path: a prepared TFDS folder (with `dataset_info.json`); a folder, a file or a pattern (`*`, `{0000..0127}`) of
-            .tar or .array_record files; a folder with `metadata.jsonl` or `metadata.csv`; a folder of images, or of
-            folders of images (`photos.py`). On a disk or
-            in a bucket: `gs://` needs the package gcsfs, `s3://` needs s3fs. array_record files, including TFDS's, are
-            read by their own library, from disks and `gs://`.
+            .tar or .array_record files; a folder with `metadata.jsonl` or `metadata.csv`, with rules for pictures of
+            text (`lettering.py`) or with grades of another set's records (`graded.py`); a folder of images, or of
+            folders of images (`photos.py`). On a disk or in a bucket: `gs://` needs the package gcsfs, `s3://` needs
+            s3fs. array_record files, including TFDS's, are read by their own library, from disks and `gs://`.
         split: split of a TFDS set, or subfolder to try if the folder itself holds none of these.
         cache: folder for the index of tar shards; see `TarSource`.
 
@@ -90,6 +91,8 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
         raise UserError(f"{path}: no such file or folder (for a prepared set, give the folder that contains {_TFDS})")
     if fs.isfile(posixpath.join(root, _TFDS)):
         return _open_prepared(os.fspath(path), split)
+    if fs.isfile(rules := posixpath.join(root, RULES)):
+        return SyntheticText(read_rules(fs.cat_file(rules), rules))
     if metadata := [name for name in METADATA if fs.isfile(posixpath.join(root, name))]:
         if len(metadata) > 1:
             warnings.warn(f"{path} holds {' and '.join(metadata)}: the first is read", stacklevel=2)
@@ -113,7 +116,7 @@ def _files(fs: AbstractFileSystem, root: str) -> list[str] | None:
     """The files of a file name, a pattern or a plain folder of shards; None for any other format."""
     if re.search(r"[*?\[{]", root) or fs.isfile(root):
         return _expand(fs, root)
-    if not fs.isdir(root) or any(fs.isfile(posixpath.join(root, name)) for name in (_TFDS, *METADATA)):
+    if not fs.isdir(root) or any(fs.isfile(posixpath.join(root, name)) for name in (_TFDS, RULES, *METADATA)):
         return None
     return sorted(name for name in fs.ls(root, detail=False) if _kind(name)) or None
 
