@@ -18,7 +18,7 @@ STYLE_PHRASES = {
 }
 _SEPARATORS = {"zh": "，", "en": ", "}
 _MAX_KEYWORDS = 2
-_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]")
+HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]")
 _KANA_HANGUL = re.compile("[\u3040-\u30fa\u1100-\u11ff\uac00-\ud7af]")
 
 
@@ -121,7 +121,7 @@ def is_written_in(text: str, language: str) -> bool:
     """
     letters = [character for character in text if character.isalpha()]
     if language == "zh":
-        return not _KANA_HANGUL.search(text) and 0 < len(letters) <= 2 * len(_HAN.findall(text))
+        return not _KANA_HANGUL.search(text) and 0 < len(letters) <= 2 * len(HAN.findall(text))
     return 0 < len(letters) <= 2 * sum(letter < "\u0250" for letter in letters)
 
 

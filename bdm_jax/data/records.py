@@ -17,9 +17,10 @@ from fsspec import AbstractFileSystem
 from bdm_jax.data.arrays import ArrayRecordSource
 from bdm_jax.data.contents import digest_files
 from bdm_jax.data.folders import METADATA, FolderSource
+from bdm_jax.data.graded import GRADES, SUMMARY, GradedSource
 from bdm_jax.data.lettering import RULES, SyntheticText, read_rules
 from bdm_jax.data.photos import PhotoSource
-from bdm_jax.data.source import Source, make_record
+from bdm_jax.data.source import Source, make_record, parse_json
 from bdm_jax.data.tars import TarSource
 from bdm_jax.errors import BadRecord, UserError
 from bdm_jax.images.decode import SUFFIXES
@@ -93,6 +94,10 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
         return _open_prepared(os.fspath(path), split)
     if fs.isfile(rules := posixpath.join(root, RULES)):
         return SyntheticText(read_rules(fs.cat_file(rules), rules))
+    if fs.isfile(summary := posixpath.join(root, SUMMARY)):
+        told = parse_json(summary, fs.cat_file(summary))
+        graded = open_source(str(told.get("source")), split, cache)
+        return GradedSource(graded, told, fs.cat_file(posixpath.join(root, GRADES)), root)
     if metadata := [name for name in METADATA if fs.isfile(posixpath.join(root, name))]:
         if len(metadata) > 1:
             warnings.warn(f"{path} holds {' and '.join(metadata)}: the first is read", stacklevel=2)
@@ -116,7 +121,7 @@ def _files(fs: AbstractFileSystem, root: str) -> list[str] | None:
     """The files of a file name, a pattern or a plain folder of shards; None for any other format."""
     if re.search(r"[*?\[{]", root) or fs.isfile(root):
         return _expand(fs, root)
-    if not fs.isdir(root) or any(fs.isfile(posixpath.join(root, name)) for name in (_TFDS, RULES, *METADATA)):
+    if not fs.isdir(root) or any(fs.isfile(posixpath.join(root, name)) for name in (_TFDS, RULES, SUMMARY, *METADATA)):
         return None
     return sorted(name for name in fs.ls(root, detail=False) if _kind(name)) or None
 

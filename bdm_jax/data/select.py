@@ -22,6 +22,7 @@ from bdm_jax.paths import new_folder
 
 Size = tuple[int, int]  # height, width in pixels
 _AESTHETIC = ("aesthetic", "aesthetic_score", "AESTHETIC_SCORE")
+_GRADES = {"sharpness": 1, "text_area": -1, "level": 1}  # at least (1) or at most (-1)
 _CHUNK = 256
 
 
@@ -39,6 +40,12 @@ class Filters:
     """minimum score (aesthetic, aesthetic_score or AESTHETIC_SCORE); records without one are rejected"""
     side: int = 1
     """minimum length of the image's shorter side in pixels"""
+    sharpness: float | None = None
+    """minimum sharpness (`bdm_jax.data.grade`); records without one are rejected, as for the next two"""
+    text_area: float | None = None
+    """maximum share of the image that text covers"""
+    level: int | None = None
+    """minimum level, 1 to 5, of the votes on the image"""
 
     def apply(self, record: dict[str, Any]) -> dict[str, Any]:
         """The record with only the captions that pass, and with the image size from its header.
@@ -60,11 +67,23 @@ class Filters:
                 raise Filtered(key, "no aesthetic score", f"none of {', '.join(_AESTHETIC)} is present")
             if not score >= self.aesthetic:
                 raise Filtered(key, "aesthetic score", f"{score} is less than {self.aesthetic}")
+        for name, sign in _GRADES.items():
+            limit = getattr(self, name)
+            if limit is None:
+                continue
+            if (value := record.get(name)) is None:
+                raise Filtered(key, f"no {name}", "grade the set first: python -m bdm_jax.data.grade")
+            if not sign * value >= sign * limit:
+                raise Filtered(key, name, f"{value} is {'less' if sign > 0 else 'more'} than {limit}")
         if "image" in record:
             height, width = record["height"], record["width"] = image_size(record["image"], name=key)
             if min(height, width) < self.side:
                 raise Filtered(key, "resolution", f"{width} x {height} pixels: the shorter side is below {self.side}")
         return record
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values that tell filters from others; those on grades only where they are set."""
+        return {name: value for name, value in asdict(self).items() if name not in _GRADES or value is not None}
 
 
 @dataclass(frozen=True)
@@ -154,7 +173,7 @@ def select(
         UserError: no record passes (the message counts the causes).
     """
     buckets = tuple(map(tuple, buckets))
-    identity = json.dumps([getattr(source, "fingerprint", None), len(source), asdict(filters), buckets])
+    identity = json.dumps([getattr(source, "fingerprint", None), len(source), filters.identity(), buckets])
     folder = None if cache is None else cache / f"selection-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if folder is not None and (folder / "left_out.json").is_file():
         arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("indices", "bucket"))

@@ -8,7 +8,7 @@ import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -93,7 +93,7 @@ def precompute(
         "chunk": chunk,
         "chunks": chunks,
         "buckets": [list(size) for size in buckets],
-        "filters": asdict(filters),
+        "filters": filters.identity(),
         "text": None if text is None else digest(text.tower),
     }
     begin(out, settings)

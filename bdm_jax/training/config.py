@@ -58,6 +58,9 @@ _LATER_IN_PARTS = {
     "text_encoder_2": None,
     "towers": None,
     "projection_dim": None,
+    "balance": None,
+    "num_train_timesteps": 1000,
+    "beta_end": 0.012,
 }
 
 
@@ -222,6 +225,10 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"accumulate={config.accumulate}: the captions of a whole batch are compared, it has no parts")
     if getattr(config.task, "zero_snr", False) and config.task.prediction_type == "epsilon":
         raise UserError("task.zero_snr needs task.prediction_type=v_prediction: pure noise says nothing of the image")
+    if getattr(config.task, "num_train_timesteps", 1) < 1:
+        raise UserError(f"task.num_train_timesteps={config.task.num_train_timesteps}: must be at least 1")
+    if not 0 < getattr(config.task, "beta_end", 0.5) < 1:
+        raise UserError(f"task.beta_end={config.task.beta_end}: must be between 0 and 1")
     if not is_first():
         return
     try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from bdm_jax.data.balance import repeats
 from bdm_jax.data.captions import concepts
 from bdm_jax.data.emoji.scenes import Cutouts, Scenes
 from bdm_jax.data.loader import MixturePart
@@ -34,8 +35,9 @@ class DataConfig:
     their records. style: one art style, or None for all. concepts: at most so many of them (the zh_only ones first,
     then at random by `seed`), None for all. scenes: train on so many scenes, drawn by `seed`, that are composed of
     `folder`'s records, images with transparency (`data.emoji.scenes`), of scene_size pixels; None takes images as they
-    are. skip_rate: share of the records that may turn out not to be usable. on_device: whether all that samples are
-    made of lies on the device; None where it fits and pays (`training.tables`).
+    are. balance: a field of `folder`'s records, whose values are classes; all are then alike often (`data.balance`).
+    skip_rate: share of the records that may turn out not to be usable. on_device: whether all that samples are made of
+    lies on the device; None where it fits and pays (`training.tables`).
     """
 
     folder: Path = EMOJI
@@ -45,6 +47,7 @@ class DataConfig:
     concepts: int | None = None
     scenes: int | None = None
     scene_size: int = 128
+    balance: str | None = None
     seed: int = 0
     skip_rate: float = 0.01
     on_device: bool | None = None
@@ -67,7 +70,7 @@ class Sets:
         self.folders, self.skip_rate = (data.folder, *data.also), data.skip_rate
         self._weights = data.weights or (None,) * len(self.folders)
         self._side = None if data.scenes is None else data.scene_size
-        as_they_are = replace(data, scenes=None)
+        as_they_are = replace(data, scenes=None, balance=None)
         opened = [_open(folder, as_they_are, language, only, captions) for folder in data.also]
         self._chosen = [_open(data.folder, data, language, only, captions), *opened]
 
@@ -216,19 +219,37 @@ def _open(folder: Path, data: DataConfig, language: str, only: Sequence[str], ca
     if is_precomputed(folder):
         if data.scenes is not None:
             raise UserError(f"{folder} holds precomputed latents: scenes (data.scenes) are composed of images")
-        if data.style is not None or data.concepts is not None or only:
+        if data.style is not None or data.concepts is not None or data.balance is not None or only:
             raise UserError(
-                f"{folder} holds precomputed latents, all of which are trained on: leave data.style, data.concepts and "
-                "task.only out (None, None, ())"
+                f"{folder} holds precomputed latents, all of which are trained on alike: leave data.style, "
+                "data.concepts, data.balance and task.only out (None, None, None, ())"
             )
         return None
     source = open_source(folder)
     if data.scenes is not None:
+        if data.balance is not None:
+            raise UserError(f"data.balance={data.balance!r}: scenes (data.scenes) are drawn with shares of their own")
         return _compose(folder, source, data, language if captions else None, only)
     indices = select(source, data, language, only)
     if not len(indices):
         raise UserError(f"{folder}: data.concepts={data.concepts} leaves no records to train on in this language")
-    return _Chosen(source, indices)
+    return _Chosen(source, indices, None if data.balance is None else _balanced(source, indices, data))
+
+
+def _balanced(source: Source, indices: np.ndarray, data: DataConfig) -> np.ndarray:
+    """How often each chosen record is wanted in an epoch, (N,) int64; those that cannot be read are a class."""
+    classes = []
+    for index in map(int, indices):
+        try:
+            record = source[index]
+        except BadRecord:
+            classes.append(None)
+            continue
+        if data.balance not in record:
+            known = ", ".join(sorted(set(record) - {"image"}))
+            raise UserError(f"data.balance={data.balance!r}: {record['key']} has no such field, only {known}")
+        classes.append(str(record[data.balance]))
+    return repeats(classes, data.seed)
 
 
 def _compose(folder: Path, source: Source, data: DataConfig, language: str | None, only: Sequence[str]) -> "_Chosen":
@@ -260,17 +281,20 @@ def _weighted(parts: list[MixturePart], weight: float | None) -> list[MixturePar
 class _Chosen:
     """Some records of a source."""
 
-    def __init__(self, source: Source, indices: np.ndarray):
-        self._source, self._indices = source, indices
+    def __init__(self, source: Source, indices: np.ndarray, repeats: np.ndarray | None = None):
+        """`repeats`: (N,) int64, how often each is wanted in an epoch; None as the source says, or once."""
+        self._source, self._indices, self._repeats = source, indices, repeats
         content = source.fingerprint.encode() + np.asarray(indices, np.int64).tobytes()
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
 
     def order(self) -> Sequence[int]:
-        """Every record's number, as often as its source wants it in an epoch."""
-        repeats = getattr(self._source, "repeats", None)
-        if repeats is None or (repeats == 1).all():
+        """Every record's number, as often as it is wanted in an epoch."""
+        wanted = self._repeats
+        if wanted is None and (own := getattr(self._source, "repeats", None)) is not None:
+            wanted = own[self._indices]
+        if wanted is None or (wanted == 1).all():
             return range(len(self))
-        return np.repeat(np.arange(len(self)), repeats[self._indices])
+        return np.repeat(np.arange(len(self)), wanted)
 
     def __len__(self) -> int:
         return len(self._indices)

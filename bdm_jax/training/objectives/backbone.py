@@ -45,6 +45,7 @@ class BackboneTask:
     """Train a UNet together with its English text encoder, on latents of a ready autoencoder, or on pixels.
 
     vae: a folder with a `vae` component; None trains on pixels, images resized to the UNet's sample_size.
+    num_train_timesteps, beta_end: the noise schedule's length and its last beta (Kolors' second phase: 1100, 0.014).
     caption_dropout: share of captions replaced by "", so that guidance works. timestep_bias: "later" trains noisy steps
     more, as diffusers' --timestep_bias_strategy does. min_snr: weight the loss by min(SNR, min_snr) in terms of x0
     (arXiv 2303.09556), None not at all. offset_noise: how much of the noise is one number per sample and channel.
@@ -58,6 +59,8 @@ class BackboneTask:
     vae: OptionalModelPath = Path("runs/emoji-vae/export/vae")
     tokenizer: ModelPath = TOKENIZERS / "english"
     prediction_type: PredictionType = "v_prediction"
+    num_train_timesteps: int = 1000
+    beta_end: float = 0.012
     zero_snr: bool = False
     timestep_bias: TimestepBias = "none"
     min_snr: float | None = None
@@ -82,7 +85,12 @@ class BackboneTask:
     @property
     def schedule(self) -> DiscreteSchedule:
         """The noise schedule that the backbone will have."""
-        return DiscreteSchedule(prediction_type=self.prediction_type, rescale_betas_zero_snr=self.zero_snr)
+        return DiscreteSchedule(
+            num_train_timesteps=self.num_train_timesteps,
+            beta_end=self.beta_end,
+            prediction_type=self.prediction_type,
+            rescale_betas_zero_snr=self.zero_snr,
+        )
 
     def sizes(self, read: ReadSizes = read_sizes) -> Sizes:
         """Those that are trained, and the autoencoder's sizes; no weights are read."""
