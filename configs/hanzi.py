@@ -44,11 +44,11 @@ CONFIG = TrainConfig(
         style_in_caption=True,
     ),
     run=Path("runs/hanzi"),
-    steps=4000,
+    steps=2500,
     batch_size=32,
     log_every=50,
     checkpoint_every=500,
-    sample_every=4000,
+    sample_every=2500,
     data=DataConfig(folder=HANZI),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, b2=0.99, ema_decay=0.998),
 )

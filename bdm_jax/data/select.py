@@ -67,6 +67,10 @@ class Filters:
                 raise Filtered(key, "no aesthetic score", f"none of {', '.join(_AESTHETIC)} is present")
             if not score >= self.aesthetic:
                 raise Filtered(key, "aesthetic score", f"{score} is less than {self.aesthetic}")
+        if "image" in record:
+            height, width = record["height"], record["width"] = image_size(record["image"], name=key)
+            if min(height, width) < self.side:
+                raise Filtered(key, "resolution", f"{width} x {height} pixels: the shorter side is below {self.side}")
         for name, sign in _GRADES.items():
             limit = getattr(self, name)
             if limit is None:
@@ -75,10 +79,6 @@ class Filters:
                 raise Filtered(key, f"no {name}", "grade the set first: python -m bdm_jax.data.grade")
             if not sign * value >= sign * limit:
                 raise Filtered(key, name, f"{value} is {'less' if sign > 0 else 'more'} than {limit}")
-        if "image" in record:
-            height, width = record["height"], record["width"] = image_size(record["image"], name=key)
-            if min(height, width) < self.side:
-                raise Filtered(key, "resolution", f"{width} x {height} pixels: the shorter side is below {self.side}")
         return record
 
     def identity(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 from bdm_jax import command_line
-from bdm_jax.data.lettering import PAIRS, Rules, SyntheticText, Writing, captions, coverage, draw
+from bdm_jax.data.lettering import PAIRS, SyntheticText, Writing, captions, coverage, draw
 from bdm_jax.data.records import open_source
 from bdm_jax.errors import UserError
 from bdm_jax.formats.files import write_json
@@ -125,12 +125,14 @@ def measure(pipeline: BridgePipeline, source: SyntheticText, asked: WritingArgs)
 
 def _rendered(source: SyntheticText, sampling: int) -> list[np.ndarray]:
     """One picture of every word, with size, place and colours as the set has them, from beyond its own pictures."""
-    rules: Rules = replace(source.rules, count=source.rules.count + (1 + sampling) * len(source.rules.words))
-    longer = SyntheticText(rules)
-    first = rules.count - len(rules.words)
-    return [
-        draw(longer.writing(first + row)._replace(word=word), rules.size) for row, word in enumerate(source.rules.words)
-    ]
+    words, found = source.rules.words, []
+    first = source.rules.count + sampling * len(words)
+    longer = SyntheticText(replace(source.rules, count=first + len(words)))
+    for row, word in enumerate(words):
+        writing = longer.writing(first + row)
+        pixels = writing.pixels * len(writing.word) // len(word)
+        found.append(draw(writing._replace(word=word, pixels=pixels), source.rules.size))
+    return found
 
 
 def _share(reader: Reader, pictures: Iterable[np.ndarray]) -> float:
