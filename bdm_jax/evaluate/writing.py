@@ -54,7 +54,7 @@ class WritingArgs:
     """write the first sampling here as PNG, wrong pictures with what they were read as"""
 
 
-class Reader:
+class WordReader:
     """Reads which of some words a picture shows.
 
     Args:
@@ -97,7 +97,7 @@ class Reader:
 def measure(pipeline: BridgePipeline, source: SyntheticText, asked: WritingArgs) -> dict[str, Any]:
     """The figures (plain values), and under "pictures" those of the first sampling with what each was read as."""
     rules = source.rules
-    words, reader = rules.words, Reader(rules.words, rules.size, rules.scale)
+    words, reader = rules.words, WordReader(rules.words, rules.size, rules.scale)
     settings = Sampling(steps=asked.steps, guidance=asked.guidance, size=(rules.size, rules.size))
     prompts = [captions(Writing(word, *PAIRS[0], rules.size, (0, 0), np.zeros((2, 3))))[0] for word in words]
     right, first = [], []
@@ -135,7 +135,7 @@ def _rendered(source: SyntheticText, sampling: int) -> list[np.ndarray]:
     return found
 
 
-def _share(reader: Reader, pictures: Iterable[np.ndarray]) -> float:
+def _share(reader: WordReader, pictures: Iterable[np.ndarray]) -> float:
     return float(np.mean([reader.read(picture)[0] == row for row, picture in enumerate(pictures)]))
 
 

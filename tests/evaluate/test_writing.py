@@ -7,18 +7,18 @@ import numpy as np
 
 from bdm_jax.data.lettering import Rules, SyntheticText, Writing, draw
 from bdm_jax.evaluate import writing
-from bdm_jax.evaluate.writing import Reader, WritingArgs, measure
+from bdm_jax.evaluate.writing import WordReader, WritingArgs, measure
 
 WORDS = ("大", "人", "天", "木", "灯笼")
 RULES = Rules(WORDS, count=10, size=32, scale=(0.8, 1.0))
 
 
 def test_the_best_correlation_is_that_of_the_whole_picture():
-    reader = Reader(WORDS[:2], 32, (0.8, 1.0))
+    reader = WordReader(WORDS[:2], 32, (0.8, 1.0))
     picture = draw(Writing("人", "black", "white", 28, (0.5, 1.0), np.zeros((2, 3))), 32)
     row, score = reader.read(picture)
     assert row == 1 and score > 0.999  # up to the rounding of pixels
-    row, score = Reader(WORDS[:1], 32, (0.8, 0.85)).read(picture)
+    row, score = WordReader(WORDS[:1], 32, (0.8, 0.85)).read(picture)
     grey = 242.0 - picture[..., 0]
     by_hand = max(  # pasted at every place of an empty picture, in every size
         np.corrcoef(grey.ravel(), np.pad(t, ((y, 32 - len(t) - y), (x, 32 - len(t) - x))).ravel())[0, 1]
@@ -32,7 +32,7 @@ def test_the_best_correlation_is_that_of_the_whole_picture():
 
 
 def test_any_colours_and_some_blur_are_read():
-    source, reader = SyntheticText(Rules(WORDS, count=40, size=32, scale=(0.8, 1.0))), Reader(WORDS, 32, (0.8, 1.0))
+    source, reader = SyntheticText(Rules(WORDS, count=40, size=32, scale=(0.8, 1.0))), WordReader(WORDS, 32, (0.8, 1.0))
     pictures = [cv2.GaussianBlur(draw(source.writing(i), 32), (0, 0), 1.0) for i in range(40)]
     assert [WORDS[reader.read(picture)[0]] for picture in pictures] == [source.words(i)["word"] for i in range(40)]
 

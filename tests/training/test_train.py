@@ -49,6 +49,8 @@ def test_every_config_is_valid_and_is_listed(run):
         (("emoji-text", "--accumulate", "2"), "accumulate=2: the captions of a whole batch are compared"),
         (("emoji-vae", "--accumulate", "3"), "batch_size=64 is not a multiple of 3"),
         (("emoji-backbone", "--task.zero-snr", "--task.prediction-type", "epsilon"), "task.zero_snr needs"),
+        (("emoji-backbone", "--task.num-train-timesteps", "0"), "task.num_train_timesteps=0: must be at least 1"),
+        (("emoji-backbone", "--task.beta-end", "1.5"), "task.beta_end=1.5: must be between 0 and 1"),
         (("emoji-vae", "--mesh.data", "7"), "does not fit"),
         (("emoji-vae", "--data.style", "oil"), "unknown style 'oil'"),
         (("emoji-vae", "--data.folder", "nowhere"), "nowhere"),

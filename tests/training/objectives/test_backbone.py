@@ -52,6 +52,16 @@ def task():
     return BackboneTask(unet=UNET, text_encoder=text, vae=None)
 
 
+def test_the_schedule_is_the_tasks(task):
+    """Kolors' second phase: the last alpha^2 as computed from its published config."""
+    kolors = replace(task, num_train_timesteps=1100, beta_end=0.014, prediction_type="epsilon").schedule
+    assert len(kolors.alphas_cumprod) == 1100 and kolors.alphas_cumprod[-1] == pytest.approx(1.1827e-3, abs=1e-7)
+    assert (
+        task.schedule.alphas_cumprod[-1] == pytest.approx(4.6601e-3, abs=1e-7)
+        and len(task.schedule.noise_levels) == 1000
+    )
+
+
 def test_pixels_are_trained_on_drawn_and_saved(task, tmp_path):
     """A few steps bring the loss down; the folder opens as a system without a vae, and draws images of 16 x 16."""
     config = TrainConfig(
