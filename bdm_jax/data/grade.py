@@ -6,6 +6,7 @@ Prints how many records would be left by limits on the grades, and how many each
 
 import importlib
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -96,7 +97,8 @@ def _grade(asked: GradeArgs) -> None:
     with atomic_file(asked.out / GRADES) as file:
         file.write("".join(f"{json.dumps(row)}\n" for row in found.rows).encode())
     graded = sum(map(bool, found.rows))
-    summary = {"source": asked.source, "fingerprint": source.fingerprint, "graded": graded}
+    where = asked.source if "://" in asked.source else os.path.abspath(asked.source)  # it is opened from anywhere
+    summary = {"source": where, "fingerprint": source.fingerprint, "graded": graded}
     write_json(asked.out / SUMMARY, {**summary, "left_out": dict(sorted(found.left_out.items()))})
     print(f"{graded} of {len(source)} records graded in {asked.out}")
     for level in sorted(found.levels):

@@ -23,9 +23,11 @@ def folder(tmp_path, write_folder):
     return write_folder(tmp_path / "set", rows)
 
 
-def test_graded_counted_and_selected(folder, tmp_path, capsys):
-    arguments = [str(folder), str(tmp_path / "graded"), "--votes", str(tmp_path / "votes.csv")]
+def test_graded_counted_and_selected(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["set", str(tmp_path / "graded"), "--votes", str(tmp_path / "votes.csv")]
     assert grade.main([*arguments, "--sharpness", "1", "--level", "5", "--side", "8"]) == 0
+    monkeypatch.chdir("/")
     out = capsys.readouterr().out
     assert "3 of 4 records graded" in out and "level 5:        3" in out
     assert "1 pass; left out: 1 empty file, 1 resolution, 1 sharpness" in out
