@@ -96,7 +96,9 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
         return SyntheticText(read_rules(fs.cat_file(rules), rules))
     if fs.isfile(summary := posixpath.join(root, SUMMARY)):
         told = parse_json(summary, fs.cat_file(summary))
-        graded = open_source(str(told.get("source")), split, cache)
+        if not isinstance(told.get("source"), str):
+            raise UserError(f"{summary}: names no source, whose grades these are")
+        graded = open_source(told["source"], split, cache)
         return GradedSource(graded, told, fs.cat_file(posixpath.join(root, GRADES)), root)
     if metadata := [name for name in METADATA if fs.isfile(posixpath.join(root, name))]:
         if len(metadata) > 1:

@@ -46,6 +46,9 @@ def test_grades_of_a_set_that_has_changed(folder, tmp_path):
         file.write(json.dumps({"file_name": "00000.png"}) + "\n")
     with pytest.raises(UserError, match="grade it again"):
         open_source(tmp_path / "graded")
+    (tmp_path / "graded" / "grades.json").write_text("{}", "utf-8")
+    with pytest.raises(UserError, match="names no source"):
+        open_source(tmp_path / "graded")
 
 
 def test_functions_that_are_not_there(folder, tmp_path, capsys):
