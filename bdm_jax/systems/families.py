@@ -229,8 +229,8 @@ _BRANCH = Part(
 )
 _CHINESE = Part(
     "branch_text_encoder",
-    (RobertaConfig, TextStatesConfig),
-    kinds=_STATES,
+    (RobertaConfig, ChatGLMConfig, TextStatesConfig),
+    kinds=("text_encoder", *_STATES),  # ChatGLM, as Kolors has it
     lora=("lora_branch_te_",),
     mirrors="text_encoder",
     flag="Another text encoder for the branch: a component folder or a file.",
@@ -403,8 +403,9 @@ def is_pooled(encoder: str) -> bool:
 
 def kind_of(config: Any) -> str:
     """The first part in whose place a network of these sizes may stand. Raises KeyError where there is none."""
-    every = (part for family in FAMILIES.values() for part in family.parts.values())
-    for part in (*every, *BESIDE):
+    whole = [part for family in FAMILIES.values() for part in family.backbone]
+    bridges = [part for family in FAMILIES.values() for part in family.bridge]
+    for part in (*whole, *bridges, *BESIDE):
         if isinstance(config, part.configs):
             return part.name
     raise KeyError(type(config).__name__)

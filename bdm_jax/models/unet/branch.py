@@ -17,7 +17,7 @@ from bdm_jax.models.unet.layers import conv, repeat
 from bdm_jax.models.unet.unet import TimeShifts, UNetEncoder
 
 # What a branch does not take over from the backbone.
-REINITIALISED = re.compile(r"^(controlnet|(pooled_)?prompt_embeds_projection)|\.attn2\.to_[kv]\.")
+REINITIALISED = re.compile(r"^(controlnet|(pooled_)?prompt_embeds_projection|encoder_hid_proj)|\.attn2\.to_[kv]\.")
 
 
 @jax.tree_util.register_dataclass

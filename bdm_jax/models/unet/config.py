@@ -218,8 +218,12 @@ KOLORS_UNET = UNetConfig(
 )
 
 
-def branch_config(unet: UNetConfig, text_width: int, pooled_width: int | None = None) -> BranchConfig:
+def branch_config(
+    unet: UNetConfig, text_width: int, pooled_width: int | None = None, context: int | None = None
+) -> BranchConfig:
     """The branch of a backbone for a text whose states are `text_width` wide (and its pooled vector `pooled_width`).
+
+    `context`: a dense layer takes the states to this width first, as Kolors' UNet has one.
 
     A backbone that adds a pooled text gives BDM-SDXL's form: both are first projected to the backbone's widths.
 
@@ -228,7 +232,10 @@ def branch_config(unet: UNetConfig, text_width: int, pooled_width: int | None = 
     """
     shared = {f.name: getattr(unet, f.name) for f in fields(EncoderConfig)} | {"encoder_hid_dim": None}
     if not unet.has_addition:
-        return BranchConfig(**{**shared, "cross_attention_dim": text_width})
+        projected = {} if context is None else {"encoder_hid_dim": text_width}
+        return BranchConfig(**{**shared, "cross_attention_dim": context or text_width, **projected})
+    if context is not None:
+        raise ValueError("this backbone's branch has a projection of its own: leave the context's width out")
     if pooled_width is None:
         raise ValueError("this backbone adds a pooled text to its time embedding: its branch needs one too")
     return BranchConfig(**shared, prompt_embeds_dim=text_width, pooled_prompt_embeds_dim=pooled_width)

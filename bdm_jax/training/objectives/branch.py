@@ -50,9 +50,10 @@ class BranchTask:
 
     backbone: a pipeline folder. text_encoder, tokenizer: component folders; text_encoder_2: the second text encoder of
     a branch of SDXL, with its projection (a whole Chinese-CLIP). towers: how they are read, if not as the family's row
-    says: JSON as `_bdm_branch_towers` of model_index.json has it (`bdm_jax.systems.index.branch_towers`). family: the
-    backbone's (`bdm_jax.systems.families`) where it is not here to tell. The branch starts as a copy of the backbone's
-    encoder, or, with start_from, as a branch that exists: a component or pipeline folder or a file. min_snr,
+    says: JSON as `_bdm_branch_towers` of model_index.json has it (`bdm_jax.systems.index.branch_towers`). context: the
+    width that a trained layer takes the text's states to first, as from a language model's 4096; None for none. family:
+    the backbone's (`bdm_jax.systems.families`) where it is not here to tell. The branch starts as a copy of the
+    backbone's encoder, or, with start_from, as a branch that exists: a component or pipeline folder or a file. min_snr,
     offset_noise, remat: as in `BackboneTask`. Schedule and target are the backbone's.
     """
 
@@ -69,6 +70,7 @@ class BranchTask:
     start_from: OptionalModelPath = None
     text_encoder_2: OptionalModelPath = None
     towers: str | None = None
+    context: int | None = None
     family: str = "sd15"
     language: str = "zh"
 
@@ -115,7 +117,7 @@ class BranchTask:
         folders = {name: self.backbone / name for name in self.row.backbone_networks}
         folders |= self._encoders
         sizes = {name: read(name, folder) for name, folder in folders.items()}
-        return {**sizes, "branch": _branch_config(self.reader, sizes)}
+        return {**sizes, "branch": _branch_config(self.reader, sizes, self.context)}
 
     def objective(self, sizes: Sizes, schedule: Schedule | None = None) -> SystemObjective:
         """The loss; `schedule` is the backbone's."""
@@ -144,7 +146,7 @@ class BranchTask:
             backbone = BridgePipeline.from_pretrained(self.backbone, "float32")
             encoders = {name: load_component(path, "float32", name) for name, path in self._encoders.items()}
             sizes = {name: part.config for name, part in (*backbone.networks.items(), *encoders.items())}
-            sizes["branch"] = config = _branch_config(self.reader, sizes)
+            sizes["branch"] = config = _branch_config(self.reader, sizes, self.context)
             begun = self._begun(run, config)
             params = begun.params.get("branch") or init_branch_from_unet(init(config, seed), backbone.unet.params)
             inputs = {
@@ -209,12 +211,15 @@ def _with_tokenizer(reading: Reading, tokenizer: Tokenizer) -> Reading:
     return of_tokenizers(reading, dict.fromkeys(reading.reader.tokenizers, tokenizer))
 
 
-def _branch_config(reader: Reader, sizes: Sizes) -> BranchConfig:
+def _branch_config(reader: Reader, sizes: Sizes, context: int | None) -> BranchConfig:
     """The branch of the UNet of these sizes for the text that the reader gives."""
     parts = {name: Component(config, {}) for name, config in sizes.items()}
     reader = reading_of(reader, sizes["unet"], sizes).reader
     pooled = readers.pooled_width(reader, parts) if sizes["unet"].has_addition else None
-    return branch_config(sizes["unet"], readers.width(reader, parts), pooled)
+    try:
+        return branch_config(sizes["unet"], readers.width(reader, parts), pooled, context)
+    except ValueError as error:
+        raise UserError(f"task.context={context}: {error}") from error
 
 
 def _pipeline(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from bdm_jax.command_line import ModelPath
 from bdm_jax.data.loader import MixturePart
-from bdm_jax.diffusion.schedule import DiscreteSchedule, TimestepBias
+from bdm_jax.diffusion.schedule import DiscreteSchedule, Schedule, TimestepBias
 from bdm_jax.errors import UserError
 from bdm_jax.models.config import Config
 from bdm_jax.models.functional import cast
@@ -186,13 +186,24 @@ def trained_component(config: Config, params: dict[str, jax.Array], dtype: jnp.d
     return as_dtype(Component(config, params), dtype)
 
 
-def export_backbone(model: Path, sizes: Sizes, params: Trees, folder: Path, metadata: dict[str, str]) -> None:
-    """A whole backbone with what was trained in it; the others file by file as they came, where they did so."""
+def export_backbone(
+    model: Path,
+    sizes: Sizes,
+    params: Trees,
+    folder: Path,
+    metadata: dict[str, str],
+    schedule: Schedule | None = None,
+) -> None:
+    """A whole backbone with what was trained in it, perhaps another noise schedule; the others file by file as they
+    came, where they did so.
+    """
     whole = BridgePipeline.from_pretrained(model, "float32").without_bridge()
+    whole = whole if schedule is None else whole.replace(schedule=schedule)
     trained = {name: Component(sizes[name], params[name]) for name in params}
     whole.replace(**trained).save_pretrained(folder, metadata=metadata)
     for part in (*whole.family.backbone_names, "scheduler"):
-        if part not in trained and (model / part).is_dir():
+        kept = part not in trained and not (part == "scheduler" and schedule is not None)
+        if kept and (model / part).is_dir():
             shutil.rmtree(folder / part)
             shutil.copytree(model / part, folder / part)
 

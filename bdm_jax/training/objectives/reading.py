@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bdm_jax.models.config import Config, EncoderConfig, RobertaConfig
+from bdm_jax.models.config import ChatGLMConfig, Config, EncoderConfig, RobertaConfig, TextStatesConfig
 from bdm_jax.models.unet.conditioning import Conditioning
 from bdm_jax.text.readers import joined, with_zeros
 from bdm_jax.text.tokenizer import Tokenizer
@@ -16,7 +16,10 @@ from bdm_jax.text.towers import Reader, Tower
 from bdm_jax.text.windows import WindowFormat
 
 # Windows of text encoders whose tokenizer is not here and whose positions do not tell their length.
-_USUAL = {RobertaConfig: WindowFormat(52, (101,), (102,), 0)}
+_USUAL = {
+    RobertaConfig: WindowFormat(52, (101,), (102,), 0),
+    ChatGLMConfig: WindowFormat(256, (64790, 64792), (), 0, left=True),
+}
 
 
 @dataclass(frozen=True)
@@ -99,5 +102,7 @@ def _content(window: WindowFormat, ids: jax.Array) -> jax.Array:
 def _window(config: Any) -> WindowFormat:
     if (usual := _USUAL.get(type(config))) is not None:
         return usual
+    if isinstance(config, TextStatesConfig):
+        return WindowFormat(config.length, (), (), 0)
     ids = config.bos_token_id, config.eos_token_id, config.pad_token_id
     return WindowFormat(config.max_position_embeddings, ids[:1], ids[1:2], ids[2])
