@@ -125,6 +125,8 @@ def table_for(config: Mapping[str, Any], keys: Iterable[str] = ()) -> KeyTable:
     """The table of the network that a component's config.json describes, in the layout that the keys are in."""
     if _class_of(config) == "AutoencoderKL" and any(".attentions.0.query." in key for key in keys):
         return autoencoders.OLD_VAE
+    if _class_of(config) == "UNet2DConditionModel":
+        return unet.diffusers_unet(keys)
     if _class_of(config) in bert.KINDS:
         return bert.table_of(config, tuple(keys))
     return unet.BRANCH if config.get("bdm_branch") else _TABLES.get(_class_of(config), PLAIN)

@@ -100,7 +100,7 @@ def test_draws_as_diffusers_does(latents, theirs):
     assert difference <= 1e-3
 
 
-def test_controlnet_and_ip_adapter_plus(theirs, latents, tmp_path, request, rng):
+def test_controlnet_and_ip_adapter_plus(ours, theirs, latents, tmp_path, request, rng):
     """Both at once, against diffusers' networks in a loop written out; the ControlNet has its own text projection."""
     seed = request.config.option.seed
     network, unet = kolors.controlnet(theirs.unet, seed), copy.deepcopy(theirs.unet)
@@ -113,6 +113,10 @@ def test_controlnet_and_ip_adapter_plus(theirs, latents, tmp_path, request, rng)
     parts = published("plus", unet, seed)
     adapter = {part: {key: value.numpy() for key, value in own.items()} for part, own in parts.items()}
     unet._load_ip_adapter_weights([parts], low_cpu_mem_usage=False)
+    unet.save_pretrained(tmp_path / "with-image")  # its text projection is called otherwise then
+    again = load_component(tmp_path / "with-image")
+    assert again.config == ours.unet.config
+    assert all(np.array_equal(again.params[path], value) for path, value in ours.unet.params.items())
     for processor in unet.attn_processors.values():
         if hasattr(processor, "scale"):
             processor.scale = [0.5]

@@ -1,7 +1,7 @@
 """The UNet, the BDM branch and ControlNets: diffusers' names, CompVis' (LDM) and lllyasviel's."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bdm_jax.formats.networks.network import NetworkInFile, Shapes, count, in_our_names, recorded
@@ -9,6 +9,13 @@ from bdm_jax.formats.tables import PLAIN, KeyTable
 
 # A branch has no hint network; a ControlNet file used as one may still carry it.
 BRANCH = KeyTable(ignored=(r"controlnet_cond_embedding\..*",))
+
+# A UNet of Kolors that diffusers saved with an IP-Adapter in it: the text's projection has another name then, and its
+# own is the image's, which is no part of a UNet here.
+WITH_IMAGE = KeyTable(
+    ignored=(r"encoder_hid_proj\..*", r".*\.processor\.to_[kv]_ip\..*"),
+    modules=(("encoder_hid_proj", "text_encoder_hid_proj"),),
+)
 
 KINDS = {"UNet2DConditionModel": "unet", "ControlNetModel": "controlnet", "ControlNetModelBDM": "branch"}
 TABLES = {"ControlNetModelBDM": BRANCH}
@@ -44,6 +51,11 @@ def ldm_controlnet(transformer_layers: Sequence[int], layers: int, hints: int = 
     return KeyTable(modules=(*encoder, *pairs, ("controlnet_mid_block", "middle_block_out.0")))
 
 
+def diffusers_unet(keys: Iterable[str]) -> KeyTable:
+    """The table of a UNet in diffusers' names that has these keys."""
+    return WITH_IMAGE if any("image_projection_layers." in key or "to_k_ip." in key for key in keys) else PLAIN
+
+
 def find_unet(shapes: Shapes, metadata: Mapping[str, str]) -> list[NetworkInFile]:
     """The UNet of a file, if there is one."""
     for prefix in ("model.diffusion_model.", "", "unet.", "diffusion_model."):
@@ -54,7 +66,7 @@ def find_unet(shapes: Shapes, metadata: Mapping[str, str]) -> list[NetworkInFile
             and f"{prefix}up_blocks.0.resnets.0.conv1.weight" in shapes
             and f"{prefix}time_embedding.linear_1.weight" in shapes
         ):
-            layout, table = "diffusers", PLAIN
+            layout, table = "diffusers", diffusers_unet(key.removeprefix(prefix) for key in shapes)
         else:
             continue
         ours = in_our_names(shapes, prefix, table)

@@ -259,7 +259,7 @@ ENCODER_FIXED = {
     "reverse_transformer_layers_per_block": (None,),
     "class_embed_type": (None,),
     "addition_embed_type": (None, "text_time"),
-    "encoder_hid_dim_type": (None, "text_proj"),
+    "encoder_hid_dim_type": (None, "text_proj", "ip_image_proj"),  # the last where an IP-Adapter is saved in it
     "num_class_embeds": (None,),
     "time_embedding_type": ("positional",),
     "time_embedding_dim": (None,),
@@ -327,7 +327,7 @@ def _encoder_from_json(cls: type, values: Mapping[str, Any]) -> EncoderConfig:
     }
     if values.get("addition_embed_type") is None:
         values |= {"addition_time_embed_dim": None, "projection_class_embeddings_input_dim": None}
-    if values.get("encoder_hid_dim_type") is not None and values.get("encoder_hid_dim") is None:
+    if values.get("encoder_hid_dim_type") == "text_proj" and values.get("encoder_hid_dim") is None:
         raise ValueError("config.json: encoder_hid_dim_type without encoder_hid_dim")
     if cls is BranchConfig and values.get("is_xl"):
         values = {**_XL_WIDTHS, **values}
