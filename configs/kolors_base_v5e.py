@@ -17,7 +17,5 @@ CONFIG = replace(
     kolors_concept.CONFIG,
     run=Path("runs/kolors-base-v5e"),
     accumulate=2,
-    mesh=MeshConfig(
-        fsdp=16,
-    ),
+    mesh=MeshConfig(fsdp=16),
 )

@@ -21,7 +21,8 @@ from bdm_jax.errors import FileError, UserError
 COMMANDS = [
     *("commands.sample", "commands.train", "convert.__main__", "plan.command", "bench.__main__", "bench.feed"),
     *("bench.server", "web.__main__"),
-    *("evaluate.__main__", "evaluate.approximations", "app.compare", "latents.precompute", "data.prepare"),
+    *("evaluate.__main__", "evaluate.approximations", "evaluate.phases", "evaluate.writing", "app.compare"),
+    *("latents.precompute", "data.prepare", "data.grade", "data.synthetic_text"),
     *("data.emoji.make_tokenizers", "data.emoji.render_emoji", "configs.demo"),
 ]
 
