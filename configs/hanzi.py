@@ -1,7 +1,8 @@
 """A small backbone that writes: fifty Chinese characters, drawn in pixels from a Chinese prompt.
 
 python train.py hanzi
-Two CPU cores: TODO.
+python -m bdm_jax.evaluate.writing --sheet out/writing.png
+About an hour on two CPU cores by its first 600 steps; not trained to the end yet.
 """
 
 from pathlib import Path
