@@ -77,7 +77,7 @@ _ALSO_READ = {"t2i_adapter": _T2I, "vae": _BARE_VAE}  # by kind, what a network 
 _OTHERS = (
     (
         "LoRA (kohya)",
-        r"((lora|oft)_(unet|te\d?|branch(_te)?)|lycoris)_.*"
+        r"((lora|oft)_(unet|te\d?|branch(_te\d?)?)|lycoris)_.*"
         r"\.(lora_|hada_|lokr_|dora_|alpha|diff|on_input|w_norm|[ab][12]\.|b?oft_).*",
     ),
     (

@@ -14,7 +14,8 @@ from sdxl import CHINESE, JOINT, ChineseTexts, ControlNetBDM
 
 from bdm_jax.errors import UserError
 from bdm_jax.formats.layouts import tree_to_torch
-from bdm_jax.models.functional import bind, init
+from bdm_jax.models.functional import abstract, bind, init
+from bdm_jax.plugins.lora import load_lora
 from bdm_jax.systems.components import Component
 from bdm_jax.systems.pipeline import BridgePipeline
 from bdm_jax.text import readers
@@ -126,6 +127,12 @@ def test_other_kinds_of_training(kind, fields, trained, sdxl_bridge_folder, tmp_
     assert job.params.keys() == trained
     loss = jax.grad(lambda p: job.objective.loss(p, job.frozen, batch, jax.random.key(0))[0])
     assert jax.tree.map(jnp.shape, jax.eval_shape(loss, job.params)) == jax.tree.map(jnp.shape, job.params)
+    if kind is LoRATask:  # each text encoder's layers under a name of its own, which is read again
+        job.export(job.params, tmp_path / "style" / "export", {})
+        (path,) = (tmp_path / "style" / "export").iterdir()
+        names = [name.removesuffix("_lora") for name in trained]
+        networks = {name: abstract(job.objective.sizes[name]) for name in names}
+        assert load_lora(path, networks).deltas.keys() == networks.keys()
 
 
 @pytest.mark.slow
