@@ -1,4 +1,4 @@
-"""A small backbone that writes: fifty Chinese characters, drawn in pixels from a Chinese prompt.
+"""A small backbone that writes: fifty Chinese characters from a Chinese prompt, in the demo's latents.
 
 python train.py hanzi
 python -m bdm_jax.evaluate.writing --sheet out/writing.png
