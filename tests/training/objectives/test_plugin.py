@@ -117,11 +117,11 @@ def test_all_take_the_types_of_accelerators(photos, backbone_folder, tmp_path, t
 PLUGINS = [name for name in configs.names() if isinstance(configs.load(name).task, PluginTask)]
 
 
-def test_there_is_one_for_each_kind_at_both_sizes():
+def test_there_is_one_for_each_kind():
     kinds = {"lora", "dreambooth", "inversion", "controlnet"}
-    assert {f"sd15-{kind}" for kind in kinds | {"finetune"}} | {f"emoji-{kind}" for kind in kinds | {"style"}} == set(
-        PLUGINS
-    )
+    expected = {f"sd15-{kind}" for kind in kinds | {"finetune"}} | {f"emoji-{kind}" for kind in kinds | {"style"}}
+    expected |= {f"kolors-{kind}" for kind in ("concept", "quality", "base-v5p", "base-v5e", "lora")}
+    assert set(PLUGINS) == expected
 
 
 @pytest.mark.parametrize("name", PLUGINS)
