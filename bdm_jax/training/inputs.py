@@ -20,6 +20,7 @@ from bdm_jax.diffusion.schedule import Schedule
 from bdm_jax.errors import UserError
 from bdm_jax.systems.components import Component
 from bdm_jax.systems.fetch import written
+from bdm_jax.systems.index import tower_json
 from bdm_jax.systems.pipeline import BridgePipeline
 from bdm_jax.text.tokenizer import Tokenizer
 
@@ -51,6 +52,8 @@ def of_pipeline(pipeline: BridgePipeline, folder: Path) -> dict[str, Input]:
     """All parts of a system, its schedule, and what model_index.json says of its prompts."""
     inputs = {name: of_part(part, folder) for name, part in pipeline.parts.items()}
     prompts = {"masked": pipeline.masked, "zero_empty": pipeline.zero_empty}
+    if pipeline.branch_towers is not None:
+        prompts["branch_towers"] = [*map(tower_json, pipeline.branch_towers)]
     return {
         **inputs,
         "schedule": of_part(pipeline.schedule, folder),
