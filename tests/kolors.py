@@ -9,6 +9,7 @@ import sentencepiece
 import torch
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
+from torch_parts import fill, tiny_vae
 
 LENGTH = 256  # tokens of a prompt, padded
 WIDTH = 32  # of the text's states
@@ -71,14 +72,6 @@ def tiny(folder: Path, seed: int) -> diffusers.KolorsPipeline:
         encoder_hid_dim=WIDTH,
         encoder_hid_dim_type="text_proj",
     )
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 16, 16),
-        norm_num_groups=4,
-        sample_size=32,
-        scaling_factor=0.13025,
-    )
     scheduler = diffusers.EulerDiscreteScheduler(
         num_train_timesteps=1100,
         beta_start=0.00085,
@@ -88,19 +81,10 @@ def tiny(folder: Path, seed: int) -> diffusers.KolorsPipeline:
         steps_offset=1,
     )
     encoder = ChatGLMModel(text, empty_init=False)
+    vae = tiny_vae()
     for network in (unet, vae, encoder):
         fill(network, generator)
     return diffusers.KolorsPipeline(vae, encoder, tokenizer, unet, scheduler)
-
-
-def fill(network: torch.nn.Module, generator: torch.Generator) -> None:
-    """Random weights of a sensible size."""
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            scale = 1 / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 0.2
-            parameter.copy_(scale * noise + float(parameter.ndim == 1 and name.endswith("weight")))
-    network.eval()
 
 
 def controlnet(unet: diffusers.UNet2DConditionModel, seed: int) -> diffusers.ControlNetModel:

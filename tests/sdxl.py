@@ -8,6 +8,7 @@ import torch
 import transformers
 from bridge import noisy
 from safetensors.torch import load_file
+from torch_parts import fill, tiny_vae
 
 from bdm_jax.models import functional
 from bdm_jax.models.config import BranchConfig, RobertaConfig, branch_config, to_json
@@ -49,24 +50,13 @@ def sdxl(request):
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=24 + 6 * 8,
     )
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 16, 16),
-        norm_num_groups=4,
-        sample_size=32,
-        scaling_factor=0.13025,
-    )
     scheduler = diffusers.EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
     )
     encoders = transformers.CLIPTextModel(first), transformers.CLIPTextModelWithProjection(second)
+    vae = tiny_vae()
     for network in (unet, vae, *encoders):
-        for name, parameter in network.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            scale = 1 / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 0.2
-            parameter.copy_(scale * noise + float(parameter.ndim == 1 and name.endswith("weight")))
-        network.eval()
+        fill(network, generator)
     return diffusers.StableDiffusionXLPipeline(
         vae, encoders[0], encoders[1], tokenizers[0], tokenizers[1], unet, scheduler
     )

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from ip_adapters import published
+from torch_parts import fill
 
 from bdm_jax.errors import UserError
 from bdm_jax.plugins.controls import Control
@@ -108,7 +109,7 @@ def test_controlnet_and_ip_adapter_plus(ours, theirs, latents, tmp_path, request
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     config = transformers.CLIPVisionConfig(**sizes, image_size=28, patch_size=7, projection_dim=12)
     tower = transformers.CLIPVisionModelWithProjection(config)
-    kolors.fill(tower, torch.Generator().manual_seed(seed))
+    fill(tower, torch.Generator().manual_seed(seed))
     tower.save_pretrained(tmp_path / "vision")
     parts = published("plus", unet, seed)
     adapter = {part: {key: value.numpy() for key, value in own.items()} for part, own in parts.items()}
