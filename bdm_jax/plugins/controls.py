@@ -6,6 +6,7 @@ backbone's encoder is seen by the backbone alone.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -41,8 +42,11 @@ def check(control: Control, unet: UNetConfig, factor: int) -> None:
     """
     config = control.network.config
     if isinstance(config, T2IAdapterConfig):
-        widths = config.channels + config.channels[-1:] * (config.adapter_type == "light_adapter")
-        sizes = [("channels", widths, unet.block_out_channels), ("factor", config.downscale_factor, factor)]
+        widths, strides = unet.block_out_channels, unet.feature_strides
+        if config.adapter_type == "full_adapter_xl":  # one more, of the middle
+            widths, strides = widths + widths[-1:], (*strides, 2 ** (unet.levels - 1))
+        strides = tuple(factor * stride for stride in strides)
+        sizes = [("channels", config.widths, widths), ("pixels per feature", config.strides, strides)]
         if config.in_channels not in (1, 3):
             raise UserError(f"{control.name}: reads {config.in_channels} channels; maps have 3, or 1 where grey")
     elif isinstance(config, ControlNetConfig):
@@ -62,11 +66,17 @@ def check(control: Control, unet: UNetConfig, factor: int) -> None:
         raise UserError(f"{control.name}: start {control.start} and end {control.end}: 0 <= start < end <= 1")
 
 
-def check_size(control: Control, size: tuple[int, int]) -> None:
-    """Raises UserError for a map that is not as large as the images."""
-    if control.hint.shape[:2] != size:
-        own, wanted = (f"{shape[1]}x{shape[0]}" for shape in (control.hint.shape, size))
+def check_sizes(control: Control, sizes: Sequence[tuple[int, int]]) -> None:
+    """Raises UserError for a map that is not as large as the images of the first pass, and for images, of any pass,
+    that an adapter cannot divide.
+    """
+    config = control.network.config
+    own, wanted, *_ = (f"{width}x{height}" for height, width in (control.hint.shape[:2], *sizes))
+    if own != wanted:
         raise UserError(f"{control.name}: its map has {own} pixels, the image {wanted}; draw or resize it to that")
+    for height, width in sizes if isinstance(config, T2IAdapterConfig) else ():
+        if height % (unit := config.downscale_factor) or width % unit:
+            raise UserError(f"{control.name}: an image of {width}x{height} pixels; it needs multiples of {unit}")
 
 
 def embed(control: Control, hint: np.ndarray) -> jax.Array | tuple[jax.Array, ...]:

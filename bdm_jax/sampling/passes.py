@@ -20,7 +20,7 @@ from bdm_jax.latents.autoencoder import decode, encode
 from bdm_jax.models.config import T2IAdapterConfig
 from bdm_jax.models.functional import Params, param_dtype
 from bdm_jax.models.unet.conditioning import Conditioning
-from bdm_jax.plugins.controls import Control, check_size, embed
+from bdm_jax.plugins.controls import Control, check_sizes, embed
 from bdm_jax.sampling.batching import PreparedRequest, batches, load, name_unused, read_jobs
 from bdm_jax.sampling.denoiser import (
     BACKBONE,
@@ -129,8 +129,8 @@ class PassRunner:
         planned = [(batch, self._passes(batch[0])) for batch in groups]
         for batch, passes in planned:
             check_memory(self.pipeline, self.settings, passes[-1].size, len(batch))
-        for control, (batch, _) in itertools.product(self.maps, planned):
-            check_size(control, batch[0].size)
+        for control, (_, passes) in itertools.product(self.maps, planned):
+            check_sizes(control, [one.size for one in passes])
         return self._draw(planned, progress)
 
     def _draw(self, planned: list[tuple[list[PreparedRequest], list[_Pass]]], progress: Progress):

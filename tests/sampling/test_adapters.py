@@ -20,7 +20,7 @@ from bdm_jax.formats.networks.t2i_adapter import original_t2i_adapter
 from bdm_jax.formats.open import find
 from bdm_jax.models.config import T2IAdapterConfig
 from bdm_jax.plugins import image_prompts
-from bdm_jax.plugins.controls import Control
+from bdm_jax.plugins.controls import Control, check_sizes
 from bdm_jax.plugins.image_prompts import ImagePrompt
 from bdm_jax.sampling.denoiser import denoise
 from bdm_jax.sampling.generate import generate
@@ -130,7 +130,9 @@ def test_t2i_adapters_that_cannot_be(tiny, adapters, hint):
     deep = type(good)(T2IAdapterConfig(2, channels=(16, 32)), good.params)
     cases = {
         r"made for another base model \(channels \(16, 64\), the backbone's \(16, 32\)\)": Control(wide, hint),
-        r"made for another base model \(factor 16, the backbone's 8\)": Control(coarse, hint),
+        r"made for another base model \(pixels per feature \(16, 32\), the backbone's \(8, 16\)\)": Control(
+            coarse, hint
+        ),
         "reads 2 channels": Control(deep, hint),
         "its map has 48x24 pixels, the image 32x32": Control(good, hint[:24]),
         "strength inf": Control(good, hint, float("inf")),
@@ -138,6 +140,8 @@ def test_t2i_adapters_that_cannot_be(tiny, adapters, hint):
     for message, control in cases.items():
         with pytest.raises(UserError, match=message):
             generate(tiny, [REQUEST], Sampling(2, size=(32, 32)), controls=[control])
+    with pytest.raises(UserError, match="an image of 48x24 pixels; it needs multiples of 16"):
+        check_sizes(Control(coarse, hint), [(32, 48), (24, 48)])
 
 
 # ----------------------------------------------------------------------------------------------------- image prompts

@@ -1,5 +1,6 @@
 """SDXL end to end against diffusers: its folder opens, reads prompts alike, draws alike, and is read back."""
 
+import sys
 import warnings
 
 import diffusers
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from bdm_jax.convert.conversion import to_torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
 from safetensors.torch import save_file
 from sdxl import WIDTHS
 
@@ -111,6 +114,35 @@ def test_draws_as_diffusers_does(negative, latents, theirs):
         output_type="latent",
     ).images.numpy()
     found = latents([Request("a red lantern", negative, seed=seed)])
+    difference = np.abs(found - reference).max() / np.abs(reference).max()
+    print(f"relative difference {difference:.2e}")
+    assert difference <= 1e-3
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_image_is_redrawn_as_diffusers_does(masked, latents, theirs, monkeypatch, rng):
+    """The image's latents are their mean on both sides, the noise is ours; four of six steps."""
+    seed, picture, mask = 7, rng.integers(0, 256, (*SIZE, 3), np.uint8), np.zeros(SIZE, np.uint8)
+    mask[8:24, 16:40] = 255
+    noise = np.asarray(jax.random.normal(jax.random.key(seed), (SIZE[0] // 8, SIZE[1] // 8, 4)))
+    cls = diffusers.StableDiffusionXLInpaintPipeline if masked else diffusers.StableDiffusionXLImg2ImgPipeline
+    given = {"mask_image": Image.fromarray(mask), "height": SIZE[0], "width": SIZE[1]} if masked else {}
+    drawn = torch.from_numpy(np.moveaxis(noise, -1, 0).copy())[None]
+    monkeypatch.setattr(sys.modules[cls.__module__], "randn_tensor", lambda *_, **__: drawn)
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
+    pipeline = cls(**theirs.components)
+    pipeline.set_progress_bar_config(disable=True)
+    reference = pipeline(
+        "a red lantern",
+        image=Image.fromarray(picture),
+        strength=0.67,
+        num_inference_steps=6,
+        guidance_scale=5.0,
+        output_type="latent",
+        **given,
+    ).images.numpy()
+    request = Request("a red lantern", seed=seed, image=picture, mask=mask if masked else None)
+    found = latents([request], strength=0.67)
     difference = np.abs(found - reference).max() / np.abs(reference).max()
     print(f"relative difference {difference:.2e}")
     assert difference <= 1e-3

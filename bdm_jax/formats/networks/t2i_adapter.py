@@ -38,17 +38,17 @@ def find_adapter(shapes: Shapes, metadata: Mapping[str, str]) -> list[NetworkInF
     light = f"{body}.0.out_conv.weight" in ours
     levels = count(ours, r"adapter\.body\.(\d+)\..*") - light
     inputs = ours[f"{body}.0.in_conv.weight" if light else "adapter.conv_in.weight"][1]
+    sdxl = inputs in (3 * 16**2, 16**2)  # pixels of a map in colour, or grey
     settings = recorded(metadata, "t2i_adapter")
-    factor = settings.get("downscale_factor", 16 if inputs == 768 else 8)
+    factor = settings.get("downscale_factor", 16 if sdxl else 8)
     last = "out_conv" if light else "resnets.0.block1"
     config = {
         "_class_name": "T2IAdapter",
-        "adapter_type": "light_adapter" if light else "full_adapter_xl" if inputs == 768 else "full_adapter",
+        "adapter_type": "light_adapter" if light else "full_adapter_xl" if sdxl else "full_adapter",
         "channels": [ours[f"{body}.{i}.{last}.weight"][0] for i in range(levels)],
         "num_res_blocks": count(ours, r"adapter\.body\.0\.resnets\.(\d+)\..*"),
         "downscale_factor": factor,
         "in_channels": inputs // factor**2,
         **settings,
     }
-    family = "SDXL" if inputs == 768 else "SD1.x"
-    return [NetworkInFile("t2i_adapter", layout, family, "", table, config)]
+    return [NetworkInFile("t2i_adapter", layout, "SDXL" if sdxl else "SD1.x", "", table, config)]

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any
 
 from bdm_jax.models.values import check, pick, plain
 
 # Original size, crop and target size of an image, two numbers each, on which SDXL and Kolors are conditioned.
 SIZE_IDS = 6
+_ADAPTER_TYPES = ("full_adapter", "light_adapter", "full_adapter_xl")
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,14 @@ class EncoderConfig:
         return self.projection_class_embeddings_input_dim - SIZE_IDS * self.addition_time_embed_dim
 
     @property
+    def feature_strides(self) -> tuple[int, ...]:
+        """Latents, on a side, for one number of what a T2I-Adapter adds to each level: before the level's downsampler
+        where it reads the text, else after.
+        """
+        levels = enumerate(self.transformer_layers)
+        return tuple(2 ** min(level + (not layers), self.levels - 1) for level, layers in levels)
+
+    @property
     def skip_channels(self) -> tuple[int, ...]:
         """Channels of the skip tensors, in the order in which the encoder makes them."""
         channels = [self.block_out_channels[0]]
@@ -160,8 +170,8 @@ class ControlNetConfig(EncoderConfig):
 
 @dataclass(frozen=True)
 class T2IAdapterConfig:
-    """A T2I-Adapter for SD1.x: `full_adapter`, or the small `light_adapter`, whose last level is one more of the last
-    width.
+    """A T2I-Adapter: `full_adapter` of SD1.x, the small `light_adapter`, whose last level is one more of the last
+    width, or `full_adapter_xl` of SDXL, which halves its resolution once only, before the third level.
     """
 
     in_channels: int = 3
@@ -171,8 +181,24 @@ class T2IAdapterConfig:
     adapter_type: str = "full_adapter"
 
     def __post_init__(self):
-        if self.adapter_type not in ("full_adapter", "light_adapter"):
-            raise ValueError(f"adapter_type {self.adapter_type!r} is not implemented (full_adapter or light_adapter)")
+        if self.adapter_type not in _ADAPTER_TYPES:
+            raise ValueError(f"adapter_type {self.adapter_type!r} is not implemented ({', '.join(_ADAPTER_TYPES)} are)")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each feature."""
+        return self.channels + self.channels[-1:] * (self.adapter_type == "light_adapter")
+
+    @property
+    def halved(self) -> tuple[bool, ...]:
+        """Which levels begin with half the resolution of the one before."""
+        xl = self.adapter_type == "full_adapter_xl"
+        return tuple(level == 2 if xl else level > 0 for level in range(len(self.widths)))
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels of the image, on a side, for one of each feature."""
+        return tuple(self.downscale_factor * 2**halvings for halvings in accumulate(self.halved))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """T2I-Adapter (Mou et al. 2023, arXiv 2302.08453; diffusers' T2IAdapter): one pass over an image gives features that
 are added inside the backbone's encoder.
 
-Feature i goes to level i of the encoder, after the level's last layer and before its downsampler: it is added to the
-hidden state and to the skip of that layer, which are one tensor in PyTorch.
+Feature i goes to level i of the encoder: it is added to what the level's last layer returns, or, where the level reads
+no text, its downsampler; in the skip too, which is the same tensor. One feature more (SDXL's) goes to the middle.
 """
 
 import jax
@@ -53,23 +53,21 @@ class AdapterLevels(nnx.Module):
     """Everything, under diffusers' name `adapter`."""
 
     def __init__(self, config: T2IAdapterConfig, rngs: nnx.Rngs):
-        inputs, widths = config.in_channels * config.downscale_factor**2, config.channels
-        if config.adapter_type == "full_adapter":
-            self.conv_in = conv(inputs, widths[0], rngs)
-            inputs = widths[0]
-        else:
-            widths = (*widths, widths[-1])
+        inputs = config.in_channels * config.downscale_factor**2
+        if config.adapter_type != "light_adapter":
+            self.conv_in = conv(inputs, config.channels[0], rngs)
+            inputs = config.channels[0]
         self.body = nnx.List([])
-        for level, width in enumerate(widths):
-            self.body.append(AdapterBlock(inputs, width, config, level > 0, rngs))
+        for width, down in zip(config.widths, config.halved, strict=True):
+            self.body.append(AdapterBlock(inputs, width, config, down, rngs))
             inputs = width
 
 
 class T2IAdapter(nnx.Module):
-    """An image (B,H,W,C) in [0, 1] -> one feature per level of the UNet's encoder, (B,h,w,width of the level).
+    """An image (B,H,W,C) in [0, 1] -> one feature per level of the UNet's encoder, (B,h,w,width of the level), and for
+    SDXL one for its middle.
 
-    H and W are multiples of `downscale_factor`; the first feature has as many pixels as the latents, each further one
-    half as many a side.
+    H and W are multiples of `downscale_factor`; `config.strides` of their pixels become one of each feature's.
     """
 
     def __init__(self, config: T2IAdapterConfig, rngs: nnx.Rngs):

@@ -160,8 +160,8 @@ class UNetEncoder(nnx.Module):
         middle).
 
         `hint`, already embedded to the width of the first level, is added after the first convolution (ControlNet).
-        `features` (1,h,w,C), one per level, are added to what the level's last layer returns, in its skip too
-        (T2I-Adapter).
+        `features` (1,h,w,C), one per level, are added to what the level's last layer returns, or, where the level reads
+        no text, its downsampler, in its skip too; one more is added to the middle's output (T2I-Adapter).
 
         The text may have U times as many rows as the latents: each row of the latents then stands for U, one after the
         other, and what comes before the text is first read (by its states or its pooled vector) is computed once for
@@ -173,8 +173,11 @@ class UNetEncoder(nnx.Module):
             if level > 0:
                 skips += self._level(level, skips[-1], shifts, cond, features)
             if hasattr(block, "downsamplers"):
-                skips.append(block.downsamplers[0](skips[-1]))
+                x = block.downsamplers[0](skips[-1])
+                skips.append(x if features is None or hasattr(block, "attentions") else x + features[level])
         mid = self.mid_block(skips[-1], shifts, cond)
+        if features is not None and len(features) > self.config.levels:
+            mid += features[-1]
         return tuple(repeat(skip, len(mid)) for skip in skips), mid
 
     def encode_first(
@@ -200,11 +203,11 @@ class UNetEncoder(nnx.Module):
 
     def _level(self, level, x, shifts, cond, features, merge=0.0) -> list[jax.Array]:
         """What each layer of a level returns."""
-        outputs = []
-        for index in range(len(self.down_blocks[level].resnets)):
-            x = self.down_blocks[level].layer(index, x, shifts, cond, f"down_blocks.{level}", merge)
+        outputs, block = [], self.down_blocks[level]
+        for index in range(len(block.resnets)):
+            x = block.layer(index, x, shifts, cond, f"down_blocks.{level}", merge)
             outputs.append(x)
-        if features is not None:
+        if features is not None and (hasattr(block, "attentions") or not hasattr(block, "downsamplers")):
             outputs[-1] = x + features[level]
         return outputs
 

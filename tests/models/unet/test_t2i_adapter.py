@@ -1,19 +1,20 @@
 """T2I-Adapters against diffusers' T2IAdapter; the names of files at full size."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
+import jax
 import numpy as np
 import pytest
 import torch
 from diffusers import T2IAdapter
 
 from bdm_jax.formats.layouts import to_torch, tree_from_torch, tree_to_torch
-from bdm_jax.formats.networks.t2i_adapter import original_t2i_adapter
+from bdm_jax.formats.networks.t2i_adapter import find_adapter, original_t2i_adapter
 from bdm_jax.models import functional
-from bdm_jax.models.config import T2IAdapterConfig, UNetConfig
+from bdm_jax.models.config import T2IAdapterConfig, UNetConfig, from_json
 from bdm_jax.models.unet.t2i_adapter import unshuffle
 
-LIGHT = "light_adapter"
+LIGHT, XL = "light_adapter", "full_adapter_xl"
 CASES = {
     "full": (T2IAdapterConfig(channels=(8, 12, 16, 16), downscale_factor=4), (2, 64, 96)),
     "full, odd": (
@@ -24,6 +25,7 @@ CASES = {
         T2IAdapterConfig(channels=(8, 12, 16), num_res_blocks=4, downscale_factor=4, adapter_type=LIGHT),
         (2, 64, 96),
     ),
+    "xl": (T2IAdapterConfig(1, (8, 12, 16, 16), downscale_factor=4, adapter_type=XL), (2, 64, 96)),
     "light, odd": (
         T2IAdapterConfig(1, channels=(8, 16), num_res_blocks=1, downscale_factor=2, adapter_type=LIGHT),
         (1, 22, 14),
@@ -32,6 +34,7 @@ CASES = {
 FULL_SIZE = {
     "full": T2IAdapterConfig(),
     "light": T2IAdapterConfig(channels=(320, 640, 1280), num_res_blocks=4, adapter_type=LIGHT),
+    "xl": T2IAdapterConfig(downscale_factor=16, adapter_type=XL),
 }
 
 
@@ -71,7 +74,7 @@ def test_full_size(name):
     original = tree_to_torch(ours, table)
     assert tree_from_torch(original, functional.abstract(config), "original", table).keys() == ours.keys()
     layers = ("block1.weight", "block1.bias", "block2.weight", "block2.bias")
-    if name == "full":
+    if name != "light":
         expected = {f"body.{i}.{layer}" for i in range(8) for layer in layers}
         expected |= {
             f"{conv}.{leaf}" for conv in ("conv_in", "body.2.in_conv", "body.4.in_conv") for leaf in ("weight", "bias")
@@ -115,6 +118,40 @@ def test_where_the_features_go(inputs, twin):
             torch.testing.assert_close(seen[place, i], seen["layer", i] + feature, rtol=0, atol=1e-6)
 
 
-def test_sdxl_adapters_are_refused():
-    with pytest.raises(ValueError, match="adapter_type 'full_adapter_xl' is not implemented"):
-        T2IAdapterConfig(adapter_type="full_adapter_xl")
+@pytest.mark.parametrize("unet_case", ["sdxl-plan"], indirect=True)
+def test_sdxl_s_features(unet_case, inputs, twin, torch_params, apply, randomised, assert_parity, nhwc, nchw, rng):
+    """Whole networks: after the downsampler of a level without text, before that of one with, and in the middle."""
+    config, (batch, height, width) = unet_case
+    widths = config.block_out_channels
+    adapter_config = T2IAdapterConfig(channels=(*widths, widths[-1]), downscale_factor=16, adapter_type=XL)
+    assert [8 * stride for stride in config.feature_strides] == [*adapter_config.strides[: config.levels]]
+    unet, adapter = twin(config), randomised(build(adapter_config))
+    picture, x = rng.random((1, 8 * height, 8 * width, 3), np.float32), inputs(config, (batch, height, width))
+    added = [feature.repeat(batch, 1, 1, 1) for feature in adapter(nchw(picture))]
+    expected = unet(*x.torch(), **x.added(), down_intrablock_additional_residuals=added).sample
+    features = apply(adapter_config, torch_params(adapter, adapter_config), picture)
+    params = torch_params(unet, config)
+
+    @jax.jit
+    def run(params, features):
+        net = functional.bind(config, params)
+        return net.decode(*net.encode(x.latents, x.t, x.cond, features=features), x.t, x.cond)
+
+    assert_parity(run(params, features), nhwc(expected))
+    without = unet(*x.torch(), **x.added()).sample
+    assert (expected - without).abs().max() > 0.01 * without.abs().max()
+
+
+@pytest.mark.parametrize(("channels", "inputs"), [(3, 768), (1, 256)])
+def test_a_file_for_sdxl_is_told_by_its_pixels(channels, inputs):
+    config = replace(FULL_SIZE["xl"], in_channels=channels)
+    ours = {key: np.broadcast_to(np.float32(0), leaf.shape) for key, leaf in functional.abstract(config).items()}
+    original = tree_to_torch(ours, original_t2i_adapter(4, config.num_res_blocks))
+    assert original["conv_in.weight"].shape[1] == inputs
+    (found,) = find_adapter({key: array.shape for key, array in original.items()}, {})
+    assert found.family == "SDXL" and from_json(found.config) == config
+
+
+def test_what_is_no_kind_of_adapter():
+    with pytest.raises(ValueError, match="adapter_type 'full' is not implemented .full_adapter, light_adapter, full_"):
+        T2IAdapterConfig(adapter_type="full")
