@@ -2,7 +2,7 @@
 
 python train.py hanzi
 python -m bdm_jax.evaluate.writing --sheet out/writing.png
-A quarter of an hour on two idle CPU cores, by its first 400 steps; not trained to the end yet.
+Five minutes on two idle CPU cores; docs/claims.md has the pictures.
 """
 
 from pathlib import Path
