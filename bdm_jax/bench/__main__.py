@@ -70,7 +70,7 @@ def bench(settings: BenchArgs, sizes: Sizes = SD15) -> dict[str, Any]:
                 rows.append(row | timed(build, batch, settings.repeats, peak))
                 print(_line(rows[-1]), flush=True)
     settings = replace(settings, dtype=sizes.dtype)
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
+    values = {key: value for key, value in asdict(settings).items() if key not in ("json", "chart")}
     machine = {"device": jax.devices()[0].device_kind, "processor": processor(), "cores": os.cpu_count()}
     packages = {"diffusers": ("torch", "diffusers"), "openvino": ("openvino",)}
     machine |= {name: version(name) for name in ("jax", *(p for other in settings.against for p in packages[other]))}

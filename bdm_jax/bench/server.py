@@ -105,7 +105,8 @@ def load(args: LoadArgs, out: Path) -> dict[str, Any]:
     if rate:
         row |= {"sample_per_second": rate, "ratio": row["per_second"] / rate}
         row["largest_difference"] = max(far for _, far in answers if far is not None)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
+    values = {name: value for name, value in asdict(args).items() if name != "json"}
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
     return {"settings": settings, **row}
 
 
