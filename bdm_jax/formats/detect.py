@@ -29,6 +29,7 @@ _FINDERS = (
     chatglm.find_chatglm,
     clip_vision.find_vision,
     t2i_adapter.find_adapter,
+    states.find_states,
 )
 _NAMED = (unet, autoencoders, clip, bert, chatglm, states, clip_vision, t2i_adapter)
 _KINDS: dict[str, str] = {name: kind for network in _NAMED for name, kind in network.KINDS.items()}

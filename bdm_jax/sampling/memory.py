@@ -45,8 +45,10 @@ def prepared(config: Config, params: Params, size: tuple[int, int]) -> Params:
     """A network's parameters as it draws fastest at latents of `size` (see `models.convolution.prepare`), where there
     is room: prepared filters take up to as much as the network, which should have a third of the memory at most.
     """
+    if not isinstance(config, EncoderConfig | VAEConfig):
+        return params  # a text encoder, which may be in int8
     roomy = 3 * sum(x.nbytes for x in params.values()) < machine_memory()
-    return prepare(config, params, size) if roomy and isinstance(config, EncoderConfig | VAEConfig) else params
+    return prepare(config, params, size) if roomy else params
 
 
 def gb(size: float) -> str:

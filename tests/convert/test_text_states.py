@@ -41,6 +41,8 @@ def test_the_same_pictures_without_the_text_encoder(kolors_folder, tmp_path, cap
         picture(kept, "一只猫", "a photo")
     assert main(command) == 2
     assert "is there already" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "kept/text_encoder")]) == 0
+    assert "any system's text_states (bdm_jax)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_both_languages_of_a_bridge(tiny, tiny_folder, tmp_path):
