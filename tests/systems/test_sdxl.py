@@ -99,8 +99,8 @@ def latents(ours, monkeypatch):
 
 
 @pytest.mark.parametrize("negative", ["", "blurry"])
-def test_draws_as_diffusers_does(negative, latents, theirs):
-    """Whole runs of the system's own sampler; 1e-3: six steps of a network, each with its own rounding."""
+def test_draws_as_diffusers_does(negative, latents, theirs, assert_parity):
+    """Whole runs of the system's own sampler."""
     seed = 7
     noise = np.asarray(jax.random.normal(jax.random.key(seed), (SIZE[0] // 8, SIZE[1] // 8, 4)))
     theirs.set_progress_bar_config(disable=True)
@@ -114,13 +114,11 @@ def test_draws_as_diffusers_does(negative, latents, theirs):
         output_type="latent",
     ).images.numpy()
     found = latents([Request("a red lantern", negative, seed=seed)])
-    difference = np.abs(found - reference).max() / np.abs(reference).max()
-    print(f"relative difference {difference:.2e}")
-    assert difference <= 1e-3
+    assert_parity(found, reference)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_an_image_is_redrawn_as_diffusers_does(masked, latents, theirs, monkeypatch, rng):
+def test_an_image_is_redrawn_as_diffusers_does(masked, latents, theirs, assert_parity, monkeypatch, rng):
     """The image's latents are their mean on both sides, the noise is ours; four of six steps."""
     seed, picture, mask = 7, rng.integers(0, 256, (*SIZE, 3), np.uint8), np.zeros(SIZE, np.uint8)
     mask[8:24, 16:40] = 255
@@ -143,9 +141,7 @@ def test_an_image_is_redrawn_as_diffusers_does(masked, latents, theirs, monkeypa
     ).images.numpy()
     request = Request("a red lantern", seed=seed, image=picture, mask=mask if masked else None)
     found = latents([request], strength=0.67)
-    difference = np.abs(found - reference).max() / np.abs(reference).max()
-    print(f"relative difference {difference:.2e}")
-    assert difference <= 1e-3
+    assert_parity(found, reference)
 
 
 def test_the_size_is_told(latents, ours):
