@@ -20,6 +20,11 @@ def picture(pipeline, *request, **fields):
     return image
 
 
+def same(found, expected):
+    """Up to rounding, one level of 255: texts were read in a batch of another size, with sums in another order."""
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+
+
 @pytest.fixture(scope="module")
 def kolors_folder(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("kolors")
@@ -36,7 +41,7 @@ def test_the_same_pictures_without_the_text_encoder(kolors_folder, tmp_path, cap
     kept = BridgePipeline.from_pretrained(kolors_folder, text_encoder=tmp_path / "kept/text_encoder")
     assert isinstance(kept.text_encoder.config, TextStatesConfig) and kept.family is whole.family
     for prompts in (("红灯笼", "a photo"), ("(水墨:1.2) 山水", ""), ("红灯笼", "")):
-        np.testing.assert_array_equal(picture(kept, *prompts), picture(whole, *prompts))
+        same(picture(kept, *prompts), picture(whole, *prompts))
     with pytest.raises(UserError, match="text_encoder: '一只猫' is not among its 4 texts"):
         picture(kept, "一只猫", "a photo")
     assert main(command) == 2
@@ -57,9 +62,7 @@ def test_both_languages_of_a_bridge(tiny, tiny_folder, tmp_path):
         branch_text_encoder=tmp_path / "branch/branch_text_encoder",
     )
     for prompt in (long, "熊猫"):
-        np.testing.assert_array_equal(
-            picture(kept, prompt, english="film grain"), picture(tiny, prompt, english="film grain")
-        )
+        same(picture(kept, prompt, english="film grain"), picture(tiny, prompt, english="film grain"))
 
 
 def test_what_cannot_be_read_beforehand(kolors_folder, tmp_path, capsys):
